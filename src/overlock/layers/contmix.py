@@ -1,0 +1,134 @@
+"""ContMix: the context-mixing dynamic convolution of section 3.2 and Figure 4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from overlock.layers.conv_norm import ConvNorm
+from overlock.ops import contmix
+
+torch.fx.wrap("contmix")
+
+
+@torch.fx.wrap
+def enlarge(x: Tensor, kernel_size: int) -> Tensor:
+    """Resize a map whose shorter side is below the kernel so that this side equals it, keeping the aspect."""
+    height, width = x.shape[-2:]
+    if min(height, width) >= kernel_size:
+        return x
+    # The order of the float operations is that of the released models: it decides the cut to an integer.
+    if height < width:
+        size = (kernel_size, int(kernel_size / height * width))
+    else:
+        size = (int(kernel_size / width * height), kernel_size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+@torch.fx.wrap
+def restore(x: Tensor, like: Tensor) -> Tensor:
+    """Average an enlarged map back to the size of ``like``; other maps pass."""
+    size = like.shape[-2:]
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+class ContMix(nn.Module):
+    """Dynamic convolution whose kernel at every position mixes the context of the whole map (section 3.2).
+
+    With X the query features, Z the context features, V the values, and per group g:
+
+        Q = W_q X,   K = W_k AvgPool_SxS(Z)                          query, region centres
+        A = scale * Q^T K                                           affinities, S^2 a position
+        D = softmax(A W_d + bias + relative position bias)          one k x k kernel a position
+        Y = sum over the window of D * V,   output = W_o Y
+
+    Half of the value channels are mixed with a small kernel, the other half with the large one; both kernels come from
+    the same affinities. Maps with a side below the kernel are enlarged for the mixing and averaged back. The released
+    weights rule where the text is silent: the scale is that of twice the head width, W_d is shared by the groups.
+
+    Args:
+        channels: C of the values and the output; also of query and context features unless given.
+        groups: G, groups per kernel size; divides C / 2 (C without a small kernel).
+        kernel_size: K of the large kernel.
+        small_kernel: K of the small kernel, or None for the large one alone on all channels.
+        region_grid: S.
+        query_channels, context_channels: channels of the query and context features, C by default.
+        value_proj: project the values by a 1x1 convolution and batch norm first, as in the plug-in block.
+
+    Raises:
+        ValueError: where the groups do not divide the channels or a kernel does not fit.
+
+    Example:
+        >>> mix = ContMix(64, groups=2, kernel_size=7)
+        >>> mix(torch.randn(1, 64, 14, 20)).shape
+        torch.Size([1, 64, 14, 20])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int,
+        kernel_size: int = 7,
+        small_kernel: int | None = 5,
+        region_grid: int = 7,
+        query_channels: int | None = None,
+        context_channels: int | None = None,
+        value_proj: bool = False,
+    ):
+        super().__init__()
+        self.kernel_sizes = [kernel_size] if small_kernel is None else [small_kernel, kernel_size]
+        if min(self.kernel_sizes) < 1 or (small_kernel is not None and small_kernel >= kernel_size):
+            raise ValueError(f"small_kernel must lie below kernel_size {kernel_size}, got {small_kernel}")
+        parts = len(self.kernel_sizes)
+        half = channels // 2
+        if groups < 1 or half % groups or channels % (parts * groups):
+            raise ValueError(
+                f"channels must be a multiple of 2 x groups = {2 * groups} (queries take half of them), got {channels}"
+            )
+        self.groups = groups
+        self.region_grid = region_grid
+        self.scale = (channels // groups) ** -0.5
+        query_channels = channels if query_channels is None else query_channels
+        context_channels = channels if context_channels is None else context_channels
+
+        self.query = ConvNorm(nn.Conv2d(query_channels, half, kernel_size=1, bias=False), half)
+        self.key = ConvNorm(nn.Conv2d(context_channels, half, kernel_size=1, bias=False), half)
+        self.value = (
+            ConvNorm(nn.Conv2d(channels, channels, kernel_size=1, bias=False), channels)
+            if value_proj
+            else nn.Identity()
+        )
+        self.taps = [k * k for k in self.kernel_sizes]
+        self.kernels = nn.Linear(region_grid**2, sum(self.taps))
+        self.rpb = nn.ParameterList([nn.Parameter(torch.zeros(groups, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes])
+        self.out = ConvNorm(nn.Conv2d(channels, channels, kernel_size=1, bias=False), channels)
+
+    def forward(self, x: Tensor, query: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Mix ``x``.
+
+        Args:
+            x: values (B, C, H, W).
+            query: features (B, Cq, H, W) that ask; ``x`` by default.
+            context: features (B, Cc, H', W') that are summarised into S x S region centres; ``x`` by default.
+
+        Returns:
+            (B, C, H, W).
+        """
+        reach = self.kernel_sizes[-1]
+        value = self.value(enlarge(x, reach))
+        query = self.query(enlarge(x if query is None else query, reach))
+        key = self.key(F.adaptive_avg_pool2d(enlarge(x if context is None else context, reach), self.region_grid))
+
+        query = query.unflatten(1, (self.groups, -1))  # B, G, D, H, W
+        key = key.flatten(2).unflatten(1, (self.groups, -1)) * self.scale  # B, G, D, S^2
+        values = value.chunk(len(self.kernel_sizes), dim=1)
+        weights = self.kernels.weight.split(self.taps)
+        biases = self.kernels.bias.split(self.taps)
+        mixed = []
+        for i, rpb in enumerate(self.rpb):
+            part = values[i].unflatten(1, (self.groups, -1))  # B, G, C / G, H, W
+            part = contmix(query, key, part, weights[i], biases[i], rpb, kernel_size=self.kernel_sizes[i])
+            mixed.append(part.flatten(1, 2))
+        return self.out(restore(torch.cat(mixed, dim=1), x))

@@ -1,0 +1,78 @@
+"""Convolutions with their batch norm, and the fold of one into the other."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import fuse_conv_bn_eval
+
+
+@torch.fx.wrap
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """``F.batch_norm``, on running statistics where a batch has a single value a channel and thus no variance."""
+    if training and x.numel() == x.size(1):
+        training = False
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that also trains on one 32x32 image, whose last maps are 1x1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        momentum = 0.1 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
+        )
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution (any module with a ``Conv2d`` as its folded form) and the batch norm after it.
+
+    (B, Cin, H, W) -> (B, Cout, H', W').
+    """
+
+    def __init__(self, conv: nn.Module, out_channels: int):
+        super().__init__(OrderedDict(conv=conv, norm=BatchNorm2d(out_channels)))
+
+    def fold(self) -> nn.Conv2d:
+        """One convolution with bias that equals this module in evaluation."""
+        return fuse_conv_bn_eval(self.conv, self.norm)  # type: ignore[type-var,arg-type]
+
+
+class NormConv(nn.Sequential):
+    """A batch norm and the 1x1 convolution after it. (B, Cin, H, W) -> (B, Cout, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(
+            OrderedDict(norm=BatchNorm2d(in_channels), conv=nn.Conv2d(in_channels, out_channels, kernel_size=1))
+        )
+
+    def fold(self) -> nn.Conv2d:
+        """One convolution with bias that equals this module in evaluation."""
+        fold_norm_into_next(self.norm, self.conv)
+        return self.conv
+
+
+@torch.no_grad()
+def fold_norm_into_next(norm: nn.BatchNorm2d, layer: nn.Conv2d | nn.Linear) -> None:
+    """Make ``layer``, a 1x1 convolution or linear layer, do the work of the batch norm before it too."""
+    if norm.running_mean is None or norm.running_var is None or layer.bias is None:
+        raise ValueError("only a batch norm with running statistics folds into a layer, and the layer needs a bias")
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    layer.bias += layer.weight.flatten(1) @ shift
+    layer.weight *= scale.view(1, -1, *[1] * (layer.weight.dim() - 2))

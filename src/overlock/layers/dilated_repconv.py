@@ -1,0 +1,102 @@
+"""Dilated RepConv: a large depthwise kernel trained with dilated small ones beside it (UniRepLKNet's block)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import fuse_conv_bn_eval
+
+from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
+
+# (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
+BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    5: ((3, 1), (3, 2)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+
+
+def branches_of(kernel_size: int) -> tuple[tuple[int, int], ...]:
+    """Branches for a kernel size; above 19 those of 19, whose widest reaches over 17 positions."""
+    if kernel_size % 2 == 0 or kernel_size < 3:
+        raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
+    return BRANCHES.get(kernel_size, BRANCHES[19] if kernel_size > 19 else ())
+
+
+def _depthwise(channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+    padding = dilation * (kernel_size - 1) // 2
+    return nn.Conv2d(
+        channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+    )  # fmt: skip
+
+
+class DilatedRepConv(nn.Module):
+    """Depthwise K x K convolution; in training a sum of a K x K one and dilated smaller ones, each batch-normed.
+
+        y = BN(conv_KxK(x)) + sum over the branches (k, r) of BN(conv_kxk dilated by r (x))
+
+    All terms are linear in evaluation, and a k x k kernel dilated by r is a sparse kernel of side r (k - 1) + 1 <= K, so
+    :meth:`reparameterize` merges them into one K x K kernel with bias. (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        kernel_size: odd K, 3 or more.
+        deploy: build the merged form.
+
+    Raises:
+        ValueError: for an even or too small kernel.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, *, deploy: bool = False):
+        super().__init__()
+        branches = branches_of(kernel_size)
+        self.large = _depthwise(channels, kernel_size, bias=deploy)
+        self.norm = nn.Identity() if deploy else BatchNorm2d(channels)
+        self.branches = nn.ModuleDict()
+        if not deploy:
+            for k, r in branches:
+                self.branches[f"k{k}_r{r}"] = ConvNorm(_depthwise(channels, k, dilation=r), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.large(x))
+        for branch in self.branches.values():
+            y = y + branch(x)
+        return y
+
+    @property
+    def merged(self) -> bool:
+        return isinstance(self.norm, nn.Identity)
+
+    @torch.no_grad()
+    def reparameterize(self) -> None:
+        """Merge in place into one convolution with bias (timm's hook for ``reparameterize_model``)."""
+        if self.merged:
+            return
+        large = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
+        for branch in self.branches.values():
+            conv = branch.fold() if isinstance(branch, ConvNorm) else branch
+            large.weight += _spread(conv.weight, conv.dilation[0], large.kernel_size[0])
+            large.bias += conv.bias
+        self.large, self.norm = large.requires_grad_(self.large.weight.requires_grad), nn.Identity()
+        self.branches = nn.ModuleDict()
+
+    def fold(self) -> nn.Conv2d:
+        """The merged convolution itself."""
+        self.reparameterize()
+        return self.large
+
+
+def _spread(weight: Tensor, dilation: int, kernel_size: int) -> Tensor:
+    """A dilated kernel (C, 1, k, k) as a dense one (C, 1, K, K), zeros between its taps, centred."""
+    k = weight.shape[-1]
+    reach = dilation * (k - 1) + 1
+    dense = weight.new_zeros(*weight.shape[:2], reach, reach)
+    dense[:, :, ::dilation, ::dilation] = weight
+    margin = (kernel_size - reach) // 2
+    return F.pad(dense, [margin] * 4)

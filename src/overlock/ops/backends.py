@@ -1,0 +1,100 @@
+"""The one table of implementations of the operations, and which of them a call takes.
+
+A backend answers, for a given call, with ``None`` or the reason why it cannot run. Without a choice by the user the
+first one in the table that can run is taken; an explicit choice that cannot run raises that reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from overlock.ops import portable, reference
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "OVERLOCK_BACKEND"
+AUTO = "auto"
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of ContMix's dynamic convolution; ``backward`` may be another's."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Gradients]
+    why_not: Callable[..., str | None]
+
+
+def _reference_backward(grad: Tensor, *inputs: Tensor | int | None) -> Gradients:
+    """Gradients of the reference, by functional autograd (the op runs below the autograd dispatcher)."""
+    positions = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+
+    def of_tensors(*tensors: Tensor) -> Tensor:
+        arguments = list(inputs)
+        for position, tensor in zip(positions, tensors, strict=True):
+            arguments[position] = tensor
+        return reference.contmix(*arguments)  # type: ignore[arg-type]
+
+    _, vjp = torch.func.vjp(of_tensors, *[inputs[i] for i in positions])
+    grads: list[Tensor | None] = [None] * 6
+    for position, gradient in zip(positions, vjp(grad), strict=True):
+        grads[position] = gradient
+    return tuple(grads)  # type: ignore[return-value]
+
+
+def _always(*_: object) -> None:
+    return None
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
+    "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),
+}
+
+_chosen: contextvars.ContextVar[str] = contextvars.ContextVar("overlock_backend")
+
+
+def _check_name(name: str, source: str) -> str:
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; the backends are: {', '.join((AUTO, *BACKENDS))}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block: 'auto', or a name in :data:`BACKENDS`.
+
+    Raises:
+        ValueError: at once for an unknown name; at the call of an operation that this backend cannot run.
+    """
+    token = _chosen.set(_check_name(name, "The backend asked for"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def choose(*call: Tensor | int | None) -> Backend:
+    """The backend that takes a call, by the user's choice or by the order of the table."""
+    name = _chosen.get(None) or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+    if name != AUTO:
+        reason = BACKENDS[name].why_not(*call)
+        if reason:
+            raise ValueError(f"The backend {name!r} cannot run this call: {reason}")
+        return BACKENDS[name]
+    for candidate, implementation in BACKENDS.items():
+        reason = implementation.why_not(*call)
+        if reason is None:
+            return implementation
+        logger.debug("backend %s passed over: %s", candidate, reason)
+    raise AssertionError("the torch backend runs everywhere")

@@ -1,0 +1,60 @@
+"""ContMix's dynamic convolution in plain PyTorch: the definition that every backend is held to.
+
+Letters: B batch, G groups, D query and key channels of a group, C value channels of a group, H x W the map,
+S^2 region centres, K x K the kernel, N = K^2 its taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def window_starts(size: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
+    """First row (or column) of each token's window: centred, and shifted at the borders to lie inside the map."""
+    return (torch.arange(size, device=device) - kernel_size // 2).clamp(0, size - kernel_size)
+
+
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rpb: Tensor | None,
+    kernel_height: int,
+    kernel_width: int,
+) -> Tensor:
+    """Section 3.2 as written, one gather: needs a value copy of N times the map, so it is for small maps and checks.
+
+    For each token t and tap n, with win(t) the token's window and rel the offset of the tap from the token:
+
+        A[t]    = query[t] . key                    affinity to the S^2 region centres
+        L[t, n] = weight[n] . A[t] + bias[n] + rpb[rel(t, n)]
+        out[t]  = sum over n of softmax(L[t])[n] * value[win(t) + n]
+
+    Shapes and the meaning of the arguments are those of :func:`overlock.ops.contmix`; here the kernel is already cut to
+    the map, so that ``kernel_height <= H`` and ``kernel_width <= W``. Every operation is differentiable, so autograd
+    gives the reference gradients, and works with symbolic sizes.
+    """
+    height, width = value.shape[-2:]
+    rows = window_starts(height, kernel_height, value.device)[:, None] + torch.arange(
+        kernel_height, device=value.device
+    )  # H, Kh: the key rows of each token row
+    columns = window_starts(width, kernel_width, value.device)[:, None] + torch.arange(
+        kernel_width, device=value.device
+    )
+
+    affinity = torch.einsum("bgdhw,bgds->bghws", query, key)
+    logits = torch.einsum("bghws,ns->bghwn", affinity, weight)
+    if bias is not None:
+        logits = logits + bias
+    if rpb is not None:
+        offset_rows = rows - torch.arange(height, device=value.device)[:, None] + kernel_height - 1
+        offset_columns = columns - torch.arange(width, device=value.device)[:, None] + kernel_width - 1
+        table = rpb[:, offset_rows[:, None, :, None], offset_columns[None, :, None, :]]  # G, H, W, Kh, Kw
+        logits = logits + table.flatten(3)
+    kernels = logits.softmax(dim=-1)
+
+    windows = value[..., rows[:, None, :, None], columns[None, :, None, :]]  # B, G, C, H, W, Kh, Kw
+    return torch.einsum("bghwn,bgchwn->bgchw", kernels, windows.flatten(5))

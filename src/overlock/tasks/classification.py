@@ -1,0 +1,102 @@
+"""OverLoCK as timm models: ``timm.create_model("overlock_t", ...)`` after ``import overlock``."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from overlock.network import VARIANTS, OverLoCK
+from overlock.weights import RELEASE, translate
+
+__all__: list[str] = []
+
+
+def _cfg(name: str, url: str = "") -> dict[str, Any]:
+    return dict(
+        url=url,
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        min_input_size=(3, 32, 32),
+        pool_size=(7, 7),
+        crop_pct=VARIANTS[name].crop_pct,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="base_net.stages.0.embed.0.conv",
+        classifier="head.fc",
+        license="apache-2.0",
+        paper_ids="arXiv:2502.20087",
+        paper_name="OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels",
+        origin_url="https://github.com/LMMMEng/OverLoCK",
+    )
+
+
+# The authors publish weights of the four sizes of the paper.
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.in1k" if variant.paper else name: _cfg(
+            name, url=f"{RELEASE}{name}_in1k_224.pth" if variant.paper else ""
+        )
+        for name, variant in VARIANTS.items()
+    }
+)
+
+
+def _build(*, name: str, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> OverLoCK:
+    """The network on a device and in a type from the start."""
+    with torch.device(device) if device is not None else contextlib.nullcontext():
+        model = OverLoCK(VARIANTS[name], **kwargs)
+    return model.to(dtype) if dtype is not None else model
+
+
+def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        _build,
+        name,
+        pretrained,
+        pretrained_filter_fn=translate,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        name=name,
+        **kwargs,
+    )
+
+
+@register_model
+def overlock_atto(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """About 1 M parameters, for tests, edge devices and small images. No published weights."""
+    return _create("overlock_atto", pretrained, **kwargs)
+
+
+@register_model
+def overlock_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """About 6 M parameters, for small data sets. No published weights."""
+    return _create("overlock_nano", pretrained, **kwargs)
+
+
+@register_model
+def overlock_xt(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """OverLoCK-XT, 16.4 M parameters, 82.7 % ImageNet-1K top-1 in the paper."""
+    return _create("overlock_xt", pretrained, **kwargs)
+
+
+@register_model
+def overlock_t(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """OverLoCK-T, 33.5 M parameters, 84.2 % ImageNet-1K top-1 in the paper."""
+    return _create("overlock_t", pretrained, **kwargs)
+
+
+@register_model
+def overlock_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """OverLoCK-S, 56.2 M parameters, 84.8 % ImageNet-1K top-1 in the paper."""
+    return _create("overlock_s", pretrained, **kwargs)
+
+
+@register_model
+def overlock_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """OverLoCK-B, 94.9 M parameters, 85.1 % ImageNet-1K top-1 in the paper."""
+    return _create("overlock_b", pretrained, **kwargs)
