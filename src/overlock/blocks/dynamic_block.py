@@ -31,7 +31,7 @@ class ContextUpdate(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """Local convolution and token mixer, local convolution and ConvFFN, each pair with its residual.
+    """What both blocks below share: local convolution and token mixer, local convolution and ConvFFN, each pair with its residual.
 
         x = x + conv3x3(x);   x = scale(x) + mixer(LN(x))
         x = x + conv3x3(x);   x = scale(x) + ConvFFN(LN(x))
@@ -60,7 +60,7 @@ class MixerBlock(nn.Module):
         self.residual2 = make_residual(channels, scaled)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tensor:
         x = self.local1(x)
         x = self.residual1(x, self.drop_path(self.mixer(self.norm1(x))))
         x = self.local2(x)
@@ -115,7 +115,7 @@ class DynamicBlock(MixerBlock):
         self.split = [channels, context_channels]
         self.context_update = None if first else ContextUpdate(context_channels)
 
-    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         """One closer look.
 
         Args:
@@ -128,7 +128,7 @@ class DynamicBlock(MixerBlock):
         """
         if self.context_update is not None:
             context = self.context_update(context, prior)
-        y = super().forward(torch.cat([x, context], dim=1))
+        y = self.mix(torch.cat([x, context], dim=1))
         x, context = y.split(self.split, dim=1)
         return x, context
 
@@ -188,3 +188,6 @@ class ContMixBlock(MixerBlock):
         super().__init__(
             channels, hidden_channels=ffn_ratio * channels, mixer=mixer, scaled=scaled, drop_path=drop_path
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x)

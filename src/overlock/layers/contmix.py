@@ -15,14 +15,14 @@ torch.fx.wrap("contmix")
 @torch.fx.wrap
 def enlarge(x: Tensor, kernel_size: int) -> Tensor:
     """Resize a map whose shorter side is below the kernel so that this side equals it, keeping the aspect."""
-    height, width = x.shape[-2:]
+    height, width = x.shape[-2], x.shape[-1]
     if min(height, width) >= kernel_size:
         return x
     # The order of the float operations is that of the released models: it decides the cut to an integer.
     if height < width:
-        size = (kernel_size, int(kernel_size / height * width))
+        size = [kernel_size, int(kernel_size / height * width)]
     else:
-        size = (int(kernel_size / width * height), kernel_size)
+        size = [int(kernel_size / width * height), kernel_size]
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
@@ -78,16 +78,17 @@ class ContMix(nn.Module):
         value_proj: bool = False,
     ):
         super().__init__()
-        self.kernel_sizes = [kernel_size] if small_kernel is None else [small_kernel, kernel_size]
-        if min(self.kernel_sizes) < 1 or (small_kernel is not None and small_kernel >= kernel_size):
+        if kernel_size < 1 or (small_kernel is not None and not 1 <= small_kernel < kernel_size):
             raise ValueError(f"small_kernel must lie below kernel_size {kernel_size}, got {small_kernel}")
-        parts = len(self.kernel_sizes)
         half = channels // 2
-        if groups < 1 or half % groups or channels % (parts * groups):
+        if groups < 1 or channels % (2 * groups):
             raise ValueError(
                 f"channels must be a multiple of 2 x groups = {2 * groups} (queries take half of them), got {channels}"
             )
         self.groups = groups
+        self.kernel_size = kernel_size
+        self.small_kernel = small_kernel
+        self.small_taps = 0 if small_kernel is None else small_kernel**2
         self.region_grid = region_grid
         self.scale = (channels // groups) ** -0.5
         query_channels = channels if query_channels is None else query_channels
@@ -100,9 +101,9 @@ class ContMix(nn.Module):
             if value_proj
             else nn.Identity()
         )
-        self.taps = [k * k for k in self.kernel_sizes]
-        self.kernels = nn.Linear(region_grid**2, sum(self.taps))
-        self.rpb = nn.ParameterList([nn.Parameter(torch.zeros(groups, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes])
+        self.kernels = nn.Linear(region_grid**2, self.small_taps + kernel_size**2)
+        self.rpb_small = None if small_kernel is None else _make_rpb(groups, small_kernel)
+        self.rpb_large = _make_rpb(groups, kernel_size)
         self.out = ConvNorm(nn.Conv2d(channels, channels, kernel_size=1, bias=False), channels)
 
     def forward(self, x: Tensor, query: Tensor | None = None, context: Tensor | None = None) -> Tensor:
@@ -116,19 +117,30 @@ class ContMix(nn.Module):
         Returns:
             (B, C, H, W).
         """
-        reach = self.kernel_sizes[-1]
-        value = self.value(enlarge(x, reach))
-        query = self.query(enlarge(x if query is None else query, reach))
-        key = self.key(F.adaptive_avg_pool2d(enlarge(x if context is None else context, reach), self.region_grid))
+        query = x if query is None else query
+        context = x if context is None else context
+        value = self.value(enlarge(x, self.kernel_size))
+        query = self.query(enlarge(query, self.kernel_size))
+        key = self.key(F.adaptive_avg_pool2d(enlarge(context, self.kernel_size), self.region_grid))
 
         query = query.unflatten(1, (self.groups, -1))  # B, G, D, H, W
         key = key.flatten(2).unflatten(1, (self.groups, -1)) * self.scale  # B, G, D, S^2
-        values = value.chunk(len(self.kernel_sizes), dim=1)
-        weights = self.kernels.weight.split(self.taps)
-        biases = self.kernels.bias.split(self.taps)
-        mixed = []
-        for i, rpb in enumerate(self.rpb):
-            part = values[i].unflatten(1, (self.groups, -1))  # B, G, C / G, H, W
-            part = contmix(query, key, part, weights[i], biases[i], rpb, kernel_size=self.kernel_sizes[i])
-            mixed.append(part.flatten(1, 2))
-        return self.out(restore(torch.cat(mixed, dim=1), x))
+        weight, bias, taps = self.kernels.weight, self.kernels.bias, self.small_taps
+        if self.small_kernel is None:
+            mixed = contmix(query, key, self._split(value), weight, bias, self.rpb_large, self.kernel_size).flatten(1, 2)
+        else:
+            half = value.shape[1] // 2
+            small, large = self._split(value[:, :half]), self._split(value[:, half:])
+            small = contmix(query, key, small, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel)
+            large = contmix(query, key, large, weight[taps:], bias[taps:], self.rpb_large, self.kernel_size)
+            mixed = torch.cat([small.flatten(1, 2), large.flatten(1, 2)], dim=1)
+        return self.out(restore(mixed, x))
+
+    def _split(self, value: Tensor) -> Tensor:
+        """(B, C', H, W) -> (B, G, C' / G, H, W)."""
+        return value.unflatten(1, (self.groups, -1))
+
+
+def _make_rpb(groups: int, kernel_size: int) -> nn.Parameter:
+    """Relative position bias, one table a group."""
+    return nn.Parameter(torch.zeros(groups, 2 * kernel_size - 1, 2 * kernel_size - 1))

@@ -14,7 +14,7 @@ class LocalConv(nn.Conv2d):
         super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return x + self._conv_forward(x, self.weight, self.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
@@ -99,7 +99,7 @@ class ScaledResidual(AffineScale):
     """weight * identity + bias + branch: the released weights scale the identity, not the branch, from stage 3 on."""
 
     def forward(self, identity: Tensor, branch: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(identity) + branch
+        return torch.addcmul(self.bias.view(1, -1, 1, 1), identity, self.weight.view(1, -1, 1, 1)) + branch
 
 
 def make_residual(channels: int, scaled: bool) -> Residual | ScaledResidual:

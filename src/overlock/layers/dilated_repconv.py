@@ -70,6 +70,7 @@ class DilatedRepConv(nn.Module):
         return y
 
     @property
+    @torch.jit.unused
     def merged(self) -> bool:
         return isinstance(self.norm, nn.Identity)
 

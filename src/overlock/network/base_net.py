@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class BlockStack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x
 
 
@@ -75,10 +76,11 @@ class BaseNet(nn.Module):
             ]
             self.stages.append(BlockStack(embed, blocks))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, Cin, H, W) to the outputs of the stages, strides 4, 8 and 16 with the default stem."""
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
+    def forward(self, x: Tensor, stages: int = 3) -> list[Tensor]:
+        """Images (B, Cin, H, W) to the outputs of the first stages, strides 4, 8 and 16 with the default stem."""
+        features: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            if i < stages:
+                x = stage(x)
+                features.append(x)
         return features

@@ -30,7 +30,7 @@ class FocusStage(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         for block in self.blocks:
-            if self.grad_checkpointing and self.training:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, context = checkpoint(block, x, context, prior)
             else:
                 x, context = block(x, context, prior)

@@ -1,7 +1,5 @@
 """OverLoCK: Base-Net, Overview-Net and Focus-Net joined, with timm's contract of a backbone (Figure 3)."""
 
-from __future__ import annotations
-
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
@@ -134,7 +132,7 @@ class OverLoCK(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.feature_info), indices)
         x = check_images(x, self.in_chans, self.smallest_image)
-        base = self.base_net(x)
+        base = self.base_net(x, last + 1 if stop_early else 3)
         features = base[:2]
         if self.overview_net is not None and self.focus_net is not None and not (stop_early and last < 2):
             _, prior = self.overview_net(base[-1])
@@ -153,6 +151,7 @@ class OverLoCK(nn.Module):
         elif last == 2 and self.focus_net is not None:
             self.focus_net.prune_last()
         pruned = last < len(self.feature_info) - 1
+        self.feature_info = self.feature_info[: last + 1]
         if pruned:
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:

@@ -25,9 +25,8 @@ def contmix(
     key: Tensor,
     value: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    rpb: Tensor | None = None,
-    *,
+    bias: Tensor | None,
+    rpb: Tensor | None,
     kernel_size: int,
 ) -> Tensor:
     """Mix each token's neighbourhood with a kernel made from its affinity to the whole map (section 3.2).
@@ -53,10 +52,12 @@ def contmix(
     Raises:
         ValueError: where shapes do not fit, naming the argument.
     """
-    _check(query, key, value, weight, bias, rpb, kernel_size)
-    if torch.is_autocast_enabled(value.device.type):
-        dtype = torch.get_autocast_dtype(value.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not torch.jit.is_scripting():
+        _check(query, key, value, weight, bias, rpb, kernel_size)
+        device = value.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from overlock.network import VARIANTS, OverLoCK
@@ -54,13 +55,20 @@ def _build(*, name: str, device: Any = None, dtype: torch.dtype | None = None, *
     return model.to(dtype) if dtype is not None else model
 
 
+class FeatureGetter(FeatureGetterNet):
+    """timm's wrapper of ``features_only`` models, with the switch for gradient checkpointing that dense training needs."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.model.set_grad_checkpointing(enable)
+
+
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
         _build,
         name,
         pretrained,
         pretrained_filter_fn=translate,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls=FeatureGetter),
         name=name,
         **kwargs,
     )
