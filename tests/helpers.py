@@ -1,0 +1,56 @@
+"""Random weights and images, the same at every run, and the measure of a difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from overlock.layers import AffineScale, ContMix, GlobalResponseNorm
+
+
+SCALES = (nn.BatchNorm2d, LayerNorm2d, AffineScale)
+
+
+def _draw(module: nn.Module, name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """One tensor: of order one where it scales, variance-keeping where it mixes, never at its initial value."""
+    normal = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    if name == "num_batches_tracked":
+        return torch.zeros_like(like)
+    if isinstance(module, (GlobalResponseNorm, nn.ParameterList)):  # response norms, relative position biases
+        return 0.5 * normal
+    if name == "running_var" or (name == "weight" and isinstance(module, SCALES)):
+        return 0.5 + uniform
+    return 0.1 * normal if like.dim() <= 1 else normal / math.sqrt(math.prod(like.shape[1:]))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every parameter and buffer of a model a reproducible random value, and return the model in evaluation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            for name, tensor in own.items():
+                tensor.copy_(_draw(module, name, tensor, generator))
+            if isinstance(module, ContMix):  # kernels far from flat
+                module.kernels.weight.mul_(4)
+    return model.eval()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the deviation of what is expected."""
+    return float((actual.detach() - expected).abs().max() / expected.std().clamp_min(1e-30))
+
+
+def as_double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in float64, its counters as they are."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in state.items()}
+
+
+def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Reproducible noise."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
