@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from overlock.layers.conv_norm import ConvNorm
-from overlock.ops import contmix
+from overlock.ops import contmix, region_centres
 
 torch.fx.wrap("contmix")
-
-
-@torch.fx.wrap
-def enlarge(x: Tensor, kernel_size: int) -> Tensor:
-    """Resize a map whose shorter side is below the kernel so that this side equals it, keeping the aspect."""
-    height, width = x.shape[-2], x.shape[-1]
-    if min(height, width) >= kernel_size:
-        return x
-    # The order of the float operations is that of the released models: it decides the cut to an integer.
-    if height < width:
-        size = [kernel_size, int(kernel_size / height * width)]
-    else:
-        size = [int(kernel_size / width * height), kernel_size]
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-@torch.fx.wrap
-def restore(x: Tensor, like: Tensor) -> Tensor:
-    """Average an enlarged map back to the size of ``like``; other maps pass."""
-    size = like.shape[-2:]
-    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+torch.fx.wrap("region_centres")
 
 
 class ContMix(nn.Module):
@@ -46,6 +25,8 @@ class ContMix(nn.Module):
     Half of the value channels are mixed with a small kernel, the other half with the large one; both kernels come from
     the same affinities. Maps with a side below the kernel are enlarged for the mixing and averaged back. The released
     weights rule where the text is silent: the scale is that of twice the head width, W_d is shared by the groups.
+    (Query and value are projected before a small map is enlarged, the released code does it after: the same in
+    evaluation, since interpolation passes through 1x1 convolutions, and cheaper.)
 
     Args:
         channels: C of the values and the output; also of query and context features unless given.
@@ -119,22 +100,18 @@ class ContMix(nn.Module):
         """
         query = x if query is None else query
         context = x if context is None else context
-        value = self.value(enlarge(x, self.kernel_size))
-        query = self.query(enlarge(query, self.kernel_size))
-        key = self.key(F.adaptive_avg_pool2d(enlarge(context, self.kernel_size), self.region_grid))
-
-        query = query.unflatten(1, (self.groups, -1))  # B, G, D, H, W
+        value = self.value(x)
+        query = self._split(self.query(query))
+        key = self.key(region_centres(context, self.region_grid, self.kernel_size))
         key = key.flatten(2).unflatten(1, (self.groups, -1)) * self.scale  # B, G, D, S^2
-        weight, bias, taps = self.kernels.weight, self.kernels.bias, self.small_taps
+        weight, bias, taps, large = self.kernels.weight, self.kernels.bias, self.small_taps, self.kernel_size
         if self.small_kernel is None:
-            mixed = contmix(query, key, self._split(value), weight, bias, self.rpb_large, self.kernel_size).flatten(1, 2)
-        else:
-            half = value.shape[1] // 2
-            small, large = self._split(value[:, :half]), self._split(value[:, half:])
-            small = contmix(query, key, small, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel)
-            large = contmix(query, key, large, weight[taps:], bias[taps:], self.rpb_large, self.kernel_size)
-            mixed = torch.cat([small.flatten(1, 2), large.flatten(1, 2)], dim=1)
-        return self.out(restore(mixed, x))
+            return self.out(contmix(query, key, self._split(value), weight, bias, self.rpb_large, large, large).flatten(1, 2))
+        half = value.shape[1] // 2
+        first, second = self._split(value[:, :half]), self._split(value[:, half:])
+        first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)
+        second = contmix(query, key, second, weight[taps:], bias[taps:], self.rpb_large, large, large)
+        return self.out(torch.cat([first.flatten(1, 2), second.flatten(1, 2)], dim=1))
 
     def _split(self, value: Tensor) -> Tensor:
         """(B, C', H, W) -> (B, G, C' / G, H, W)."""

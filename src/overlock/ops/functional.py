@@ -6,19 +6,14 @@ the call (backends.py). Letters as in reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from overlock.ops.backends import choose
-
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size) -> Tensor"
-)
-_BACKWARD_SCHEMA = (
-    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
 
 def contmix(
     query: Tensor,
@@ -28,6 +23,7 @@ def contmix(
     bias: Tensor | None,
     rpb: Tensor | None,
     kernel_size: int,
+    min_side: int = 0,
 ) -> Tensor:
     """Mix each token's neighbourhood with a kernel made from its affinity to the whole map (section 3.2).
 
@@ -45,6 +41,8 @@ def contmix(
         bias: (K^2,) or None.
         rpb: relative position bias (G, 2K-1, 2K-1), entry [key_row - query_row + K-1, ...] or None.
         kernel_size: K >= 1.
+        min_side: a map with a shorter side than this is enlarged to it for the mixing, bilinearly and keeping the
+            aspect, and the result averaged back: what the released models do with the size of their large kernel.
 
     Returns:
         (B, G, C, H, W), dtype and memory layout of ``value``. Logits and sums are kept in float32 (float64 for float64).
@@ -58,7 +56,7 @@ def contmix(
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size)
+    return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size, min_side)
 
 
 def _check(
@@ -105,68 +103,139 @@ def _cut_to_map(
     return weight, bias, rpb
 
 
+def _enlarged(height: int, width: int, min_side: int) -> list[int] | None:
+    """Size of a small map for the mixing, or None. The order of the float operations decides the cut to an integer."""
+    if min(height, width) >= min_side:
+        return None
+    if height < width:
+        return [min_side, int(min_side / height * width)]
+    return [int(min_side / width * height), min_side]
+
+
+def _resize(x: Tensor, size: list[int]) -> Tensor:
+    """Bilinear, over the last two dimensions of (B, G, C, H, W)."""
+    return F.interpolate(x.flatten(1, 2), size=size, mode="bilinear").unflatten(1, x.shape[1:3])
+
+
+def _resize_backward(grad: Tensor, size: list[int]) -> Tensor:
+    batch, groups, channels, height, width = grad.shape
+    small = torch.ops.aten.upsample_bilinear2d_backward(
+        grad.reshape(batch, groups * channels, height, width), [height, width], [batch, groups * channels, *size], False
+    )
+    return small.unflatten(1, (groups, channels))
+
+
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
+    kernel_size: int, min_side: int = 0,
+) -> Tensor:  # fmt: skip
     if value.numel() == 0:
         return torch.empty_like(value)
+    mixed = torch.empty_like(value)
     height, width = value.shape[3:]
-    weight, bias, rpb = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
-    call = (query, key, value, weight, bias, rpb, min(kernel_size, height), min(kernel_size, width))
+    size = _enlarged(height, width, min_side)
+    if size is not None:
+        query, value = _resize(query, size), _resize(value, size)
+        height, width = size
+    cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
+    call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        mixed = choose(*call).forward(*call)
-    return torch.empty_like(value).copy_(mixed) if mixed.stride() != torch.empty_like(value).stride() else mixed
+        result = choose(*call).forward(*call)
+    if size is not None:
+        result = F.adaptive_avg_pool2d(result.flatten(1, 2), mixed.shape[3:]).view_as(mixed)
+    return result if result.stride() == mixed.stride() else mixed.copy_(result)
 
 
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
-    kernel_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    kernel_size: int, min_side: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (query, key, value, weight, bias, rpb)
-    gradients = [torch.zeros_like(x) if x is not None else query.new_empty(0) for x in inputs]
+    gradients = [query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs]
     if value.numel() == 0:
-        return tuple(gradients)  # type: ignore[return-value]
+        return tuple(gradients)
     height, width = value.shape[3:]
+    size = _enlarged(height, width, min_side)
+    if size is not None:
+        query, value = _resize(query, size), _resize(value, size)
+        like = value.flatten(1, 2)
+        grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad.flatten(1, 2), like).view_as(value)
+        height, width = size
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        computed = choose(*call).backward(grad, *call)
-    rows, columns = min(kernel_size, height), min(kernel_size, width)
-    for position, gradient in enumerate(computed):
-        if gradient is None:
-            continue
-        target = gradients[position]
-        if position == 3:
-            target = target.unflatten(0, (kernel_size, kernel_size))[:rows, :columns]
-        elif position == 4:
-            target = target.unflatten(0, (kernel_size, kernel_size))[:rows, :columns]
-        elif position == 5:
-            first_row, first_column = kernel_size - rows, kernel_size - columns
-            target = target[:, first_row : first_row + 2 * rows - 1, first_column : first_column + 2 * columns - 1]
-        target.copy_(gradient.view(target.shape))
-    return tuple(gradients)  # type: ignore[return-value]
+        computed = list(choose(*call).backward(grad, *call))
+    if size is not None:
+        computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
+        computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
+    places = (*gradients[:3], *_cut_to_map(*gradients[3:], kernel_size, height, width))  # views into the gradients
+    for place, gradient in zip(places, computed, strict=True):
+        if gradient is not None and place is not None:
+            place.copy_(gradient.view(place.shape))
+    return tuple(gradients)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    *tensors, ctx.kernel_size = inputs
-    ctx.save_for_backward(*tensors)
+def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
+    """Average a map over an S x S grid of regions, small maps enlarged first as in :func:`contmix`.
+
+    (B, C, H, W) -> (B, C, S, S). One operator, because its result has the same size for any map.
+    """
+    return torch.ops.overlock.region_centres(context, region_grid, min_side)
 
 
-def _autograd(ctx, grad: Tensor):  # noqa: ANN001, ANN202
-    tensors = ctx.saved_tensors
-    gradients = torch.ops.overlock.contmix_backward(grad, *tensors, ctx.kernel_size)
-    return *(g if x is not None else None for g, x in zip(gradients, tensors, strict=True)), None
+def _centres_forward(context: Tensor, region_grid: int, min_side: int) -> Tensor:
+    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    if size is not None:
+        context = F.interpolate(context, size=size, mode="bilinear")
+    return F.adaptive_avg_pool2d(context, region_grid).contiguous()
 
 
-torch.library.define("overlock::contmix", _SCHEMA)
-torch.library.define("overlock::contmix_backward", _BACKWARD_SCHEMA)
-torch.library.impl("overlock::contmix", ("cpu", "cuda"), _forward)
-torch.library.impl("overlock::contmix_backward", ("cpu", "cuda"), _backward)
-torch.library.register_fake("overlock::contmix", lambda query, key, value, *_: torch.empty_like(value))
-torch.library.register_fake(
-    "overlock::contmix_backward",
-    lambda grad, *inputs: tuple(
-        torch.empty_like(x) if x is not None else inputs[0].new_empty(0) for x in inputs[:6]
-    ),
-)
-torch.library.register_autograd("overlock::contmix", _autograd, setup_context=_setup_context)
+def _centres_backward(grad: Tensor, context: Tensor, region_grid: int, min_side: int) -> Tensor:
+    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    like = context if size is None else context.new_empty(*context.shape[:2], *size)
+    grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
+    if size is not None:
+        grad = torch.ops.aten.upsample_bilinear2d_backward(grad, size, list(context.shape), False)
+    return torch.empty_like(context).copy_(grad)
+
+
+def _register(
+    name: str, arguments: str, forward: Callable, backward: Callable, fake: Callable, gradients: int
+) -> None:  # fmt: skip
+    """One operator and its backward operator; ``gradients`` tensors come first in ``arguments``."""
+    operator, reverse = f"overlock::{name}", f"overlock::{name}_backward"
+    returned = ", ".join(["Tensor"] * gradients)
+    torch.library.define(operator, f"({arguments}) -> Tensor")
+    torch.library.define(reverse, f"(Tensor grad, {arguments}) -> ({returned})")
+    torch.library.impl(operator, ("cpu", "cuda"), forward)
+    torch.library.impl(reverse, ("cpu", "cuda"), backward)
+    torch.library.register_fake(operator, fake)
+
+    def fake_backward(_: Tensor, *inputs: Any) -> Any:
+        like = tuple(inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs[:gradients])
+        return like if gradients > 1 else like[0]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+        ctx.save_for_backward(*inputs[:gradients])
+        ctx.numbers = inputs[gradients:]
+
+    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        computed = getattr(torch.ops.overlock, f"{name}_backward")(grad, *tensors, *ctx.numbers)
+        computed = computed if gradients > 1 else (computed,)
+        wanted = (g if x is not None else None for g, x in zip(computed, tensors, strict=True))
+        return *wanted, *(None for _ in ctx.numbers)
+
+    torch.library.register_fake(reverse, fake_backward)
+    torch.library.register_autograd(operator, run_backward, setup_context=setup_context)
+
+
+_register(
+    "contmix",
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0",
+    _forward, _backward, lambda query, key, value, *_: torch.empty_like(value), gradients=6,
+)  # fmt: skip
+_register(
+    "region_centres", "Tensor context, int region_grid, int min_side=0", _centres_forward, _centres_backward,
+    lambda context, region_grid, _: context.new_empty(*context.shape[:2], region_grid, region_grid), gradients=1,
+)  # fmt: skip
