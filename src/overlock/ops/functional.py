@@ -87,20 +87,27 @@ def _check(
         raise ValueError(f"rpb must be (G, 2K-1, 2K-1) = ({groups}, {side}, {side}); got {tuple(rpb.shape)}")
 
 
+def _taps_inside(x: Tensor, kernel_size: int, height: int, width: int) -> Tensor:
+    """View (Kh, Kw, ...) of the taps in (K^2, ...) for which a map has room."""
+    return x.unflatten(0, (kernel_size, kernel_size))[:height, :width]
+
+
+def _offsets_inside(rpb: Tensor, kernel_size: int, height: int, width: int) -> Tensor:
+    """View (G, 2Kh-1, 2Kw-1) of the offsets that occur in a map."""
+    top, left = max(kernel_size - height, 0), max(kernel_size - width, 0)
+    return rpb[:, top : rpb.shape[1] - top, left : rpb.shape[2] - left]
+
+
 def _cut_to_map(
     weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int, height: int, width: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Drop the taps that a map with a side shorter than the kernel has no room for. Returns views."""
-    rows, columns = min(kernel_size, height), min(kernel_size, width)
-    if rows == columns == kernel_size:
-        return weight, bias, rpb
-    shape = (kernel_size, kernel_size)
-    weight = weight.unflatten(0, shape)[:rows, :columns].flatten(0, 1)
-    bias = None if bias is None else bias.unflatten(0, shape)[:rows, :columns].flatten()
-    if rpb is not None:
-        first_row, first_column = kernel_size - rows, kernel_size - columns
-        rpb = rpb[:, first_row : first_row + 2 * rows - 1, first_column : first_column + 2 * columns - 1]
-    return weight, bias, rpb
+    """Drop the taps that a map with a side shorter than the kernel has no room for."""
+    extent = (kernel_size, height, width)
+    return (
+        _taps_inside(weight, *extent).flatten(0, 1),
+        None if bias is None else _taps_inside(bias, *extent).flatten(),
+        None if rpb is None else _offsets_inside(rpb, *extent),
+    )
 
 
 def _enlarged(height: int, width: int, min_side: int) -> list[int] | None:
@@ -168,7 +175,13 @@ def _backward(
     if size is not None:
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
-    places = (*gradients[:3], *_cut_to_map(*gradients[3:], kernel_size, height, width))  # views into the gradients
+    extent = (kernel_size, height, width)
+    places = [
+        *gradients[:3],
+        _taps_inside(gradients[3], *extent),
+        None if bias is None else _taps_inside(gradients[4], *extent),
+        None if rpb is None else _offsets_inside(gradients[5], *extent),
+    ]
     for place, gradient in zip(places, computed, strict=True):
         if gradient is not None and place is not None:
             place.copy_(gradient.view(place.shape))
@@ -183,14 +196,14 @@ def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tens
     return torch.ops.overlock.region_centres(context, region_grid, min_side)
 
 
-def _centres_forward(context: Tensor, region_grid: int, min_side: int) -> Tensor:
+def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
     size = _enlarged(context.shape[2], context.shape[3], min_side)
     if size is not None:
         context = F.interpolate(context, size=size, mode="bilinear")
     return F.adaptive_avg_pool2d(context, region_grid).contiguous()
 
 
-def _centres_backward(grad: Tensor, context: Tensor, region_grid: int, min_side: int) -> Tensor:
+def _centres_backward(grad: Tensor, context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
     size = _enlarged(context.shape[2], context.shape[3], min_side)
     like = context if size is None else context.new_empty(*context.shape[:2], *size)
     grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
@@ -237,5 +250,5 @@ _register(
 )  # fmt: skip
 _register(
     "region_centres", "Tensor context, int region_grid, int min_side=0", _centres_forward, _centres_backward,
-    lambda context, region_grid, _: context.new_empty(*context.shape[:2], region_grid, region_grid), gradients=1,
+    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), gradients=1,
 )  # fmt: skip
