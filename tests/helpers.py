@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from overlock.layers import AffineScale, ContMix, GlobalResponseNorm
 
-
 SCALES = (nn.BatchNorm2d, LayerNorm2d, AffineScale)
 
 
@@ -21,7 +20,7 @@ def _draw(module: nn.Module, name: str, like: Tensor, generator: torch.Generator
     uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
     if name == "num_batches_tracked":
         return torch.zeros_like(like)
-    if isinstance(module, (GlobalResponseNorm, nn.ParameterList)):  # response norms, relative position biases
+    if isinstance(module, GlobalResponseNorm) or name.startswith("rpb"):
         return 0.5 * normal
     if name == "running_var" or (name == "weight" and isinstance(module, SCALES)):
         return 0.5 + uniform

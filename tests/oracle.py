@@ -229,6 +229,16 @@ def enlarge(x: Tensor, kernel_size: int) -> Tensor:
     return bilinear(x, (int(kernel_size / width * height), kernel_size))
 
 
+def enlarged_contmix(
+    query: Tensor, key: Tensor, value: Tensor, *, min_side: int, **rest: Tensor | int | None
+) -> Tensor:
+    """:func:`contmix` with query and value enlarged where the map is small, and the result averaged back."""
+    size, parts = value.shape[-2:], value.shape[1:3]
+    query, value = (enlarge(x.flatten(1, 2), min_side).unflatten(1, x.shape[1:3]) for x in (query, value))
+    mixed = contmix(query, key, value, **rest)
+    return adaptive_average(mixed.flatten(1, 2), size).unflatten(1, parts) if mixed.shape[-2:] != size else mixed
+
+
 # Blocks
 
 

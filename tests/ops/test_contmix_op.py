@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overlock.ops import backend, contmix, portable
+from overlock.ops import backend, contmix, portable, region_centres
 
 NAMES = ("query", "key", "value", "weight", "bias", "rpb")
 BACKENDS = ("torch", "reference")
@@ -99,12 +99,51 @@ def test_values_and_gradients_equal_the_loops(name, call, band):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@given(call=calls(), min_side=st.integers(1, 9))
+def test_enlarged_maps_equal_the_loops(name, call, min_side):
+    """Maps with a side below ``min_side`` are enlarged for the mixing and averaged back."""
+    inputs = make_inputs(**call, requires_grad=True)
+    rest = {"kernel_size": call["kernel_size"], "min_side": min_side}
+    if max(call["height"], call["width"]) * min_side > 16 * min(call["height"], call["width"]):
+        return  # long strips grow beyond what loops can do
+    expected, expected_gradients = with_gradients(lambda **x: oracle.enlarged_contmix(**x, **rest), inputs)
+    with backend(name):
+        actual, gradients = with_gradients(lambda **x: contmix(**x, **rest), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    grid=st.integers(1, 7),
+    min_side=st.integers(0, 9),
+    channels_last=st.booleans(),
+)
+def test_region_centres_equal_the_means(size, grid, min_side, channels_last):
+    """Means over an S x S grid of a map of any size, enlarged where it is small; values and gradients."""
+    context = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    if channels_last:
+        context = context.contiguous(memory_format=torch.channels_last)
+    inputs = {"context": context.requires_grad_()}
+    expected, (expected_gradient,) = with_gradients(
+        lambda context: oracle.adaptive_average(oracle.enlarge(context, min_side), (grid, grid)), inputs
+    )
+    actual, (gradient,) = with_gradients(lambda context: region_centres(context, grid, min_side), inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(("kernel_size", "height", "width"), [(3, 5, 4), (4, 6, 5), (5, 3, 7), (5, 4, 4)])
 def test_gradcheck(name, kernel_size, height, width):
     """Gradients against finite differences: odd, even, and kernels that reach over the map."""
     inputs = make_inputs(kernel_size=kernel_size, height=height, width=width, requires_grad=True)
-    with backend(name):
-        assert torch.autograd.gradcheck(lambda *x: contmix(*x, kernel_size=kernel_size), tuple(inputs.values()))
+    for min_side in (0, 5):
+        with backend(name):
+            assert torch.autograd.gradcheck(
+                lambda *x, m=min_side: contmix(*x, kernel_size=kernel_size, min_side=m), tuple(inputs.values())
+            )
 
 
 @pytest.mark.parametrize("frozen", NAMES)
@@ -174,7 +213,15 @@ def test_opcheck(bias, rpb, kernel_size, layout):
     inputs = make_inputs(
         kernel_size=kernel_size, bias=bias, rpb=rpb, layout=layout, dtype=torch.float32, requires_grad=True
     )
-    torch.library.opcheck(torch.ops.overlock.contmix, (*inputs.values(), kernel_size))
+    for min_side in (0, 7):
+        torch.library.opcheck(torch.ops.overlock.contmix, (*inputs.values(), kernel_size, min_side))
+
+
+@pytest.mark.parametrize("min_side", [0, 7])
+def test_opcheck_of_region_centres(min_side):
+    """The second operator likewise."""
+    context = torch.randn(2, 3, 6, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    torch.library.opcheck(torch.ops.overlock.region_centres, (context, 5, min_side))
 
 
 WRONG = {
