@@ -255,12 +255,15 @@ def _merge_to_form(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         if prefix + "bias" in state:
             continue
         root = prefix.removesuffix("large.")
-        full = DilatedRepConv(module.large.in_channels, module.large.kernel_size[0])
-        parts = {part: state.pop(root + part) for part in full.state_dict() if root + part in state}
-        try:
-            full.load_state_dict(parts)
-        except RuntimeError as error:
-            raise ValueError(f"the branches of {root.rstrip('.')} are not complete: {error}") from None
+        full = DilatedRepConv(module.large.in_channels, module.large.kernel_size[0]).double()
+        wanted = {root + part: tensor.shape for part, tensor in full.state_dict().items()}
+        misfits = [part for part, shape in wanted.items() if part not in state or state[part].shape != shape]
+        if misfits:
+            raise ValueError(
+                f"{len(misfits)} tensors that make up {prefix}weight are missing or of another shape"
+                f" (first: {', '.join(misfits[:3])})"
+            )
+        full.load_state_dict({part.removeprefix(root): state.pop(part) for part in wanted})
         full.reparameterize()
         state.update({root + part: tensor for part, tensor in full.state_dict().items()})
     return state

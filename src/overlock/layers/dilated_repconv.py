@@ -79,6 +79,8 @@ class DilatedRepConv(nn.Module):
         """Merge in place into one convolution with bias (timm's hook for ``reparameterize_model``)."""
         if self.merged:
             return
+        training = self.training
+        self.eval()  # merging is by running statistics, whatever the mode
         large = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
         for branch in self.branches.values():
             conv = branch.fold() if isinstance(branch, ConvNorm) else branch
@@ -86,6 +88,7 @@ class DilatedRepConv(nn.Module):
             large.bias += conv.bias
         self.large, self.norm = large.requires_grad_(self.large.weight.requires_grad), nn.Identity()
         self.branches = nn.ModuleDict()
+        self.train(training)
 
     def fold(self) -> nn.Conv2d:
         """The merged convolution itself."""
