@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from unittest.mock import patch
 
+import timm
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -38,6 +40,12 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if isinstance(module, ContMix):  # kernels far from flat
                 module.kernels.weight.mul_(4)
     return model.eval()
+
+
+def meta(name: str, **kwargs) -> nn.Module:
+    """A model without memory; its initialisation, slow on tensors without memory, is left out."""
+    with patch("overlock.network.overlock.trunc_normal_"):
+        return timm.create_model(name, device="meta", **kwargs)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

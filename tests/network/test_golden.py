@@ -7,7 +7,7 @@ import oracle
 import pytest
 import timm
 import torch
-from helpers import as_double, relative_error
+from helpers import as_double, meta, relative_error
 
 import overlock
 from overlock.weights import translate
@@ -127,7 +127,7 @@ def test_parameter_counts(name):
     """Parameters to the last one, in training with auxiliary head and merged without."""
 
     def count(**kwargs):
-        return sum(p.numel() for p in timm.create_model(name, device="meta", **kwargs).parameters())
+        return sum(p.numel() for p in meta(name, **kwargs).parameters())
 
     assert (count(aux_head=True), count(deploy=True)) == COUNTS[name]
 
