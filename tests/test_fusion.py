@@ -1,0 +1,209 @@
+"""fuse: fewer and cheaper layers, the same outputs, and the original as it was."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from helpers import images, randomise, relative_error
+from timm.layers import LayerNorm2d
+from timm.utils import reparameterize_model
+from torch import nn
+
+import overlock
+from overlock.blocks import BasicBlock, DynamicBlock
+from overlock.layers import (
+    GDSA,
+    AffineScale,
+    BatchNorm2d,
+    ContMix,
+    ConvFFN,
+    ConvNorm,
+    DilatedRepConv,
+    LocalConv,
+    NormConv,
+)
+from overlock.layers.conv_ffn import ScaledResidual
+
+# Module and shapes of its inputs.
+PARTS = {
+    "ContMix": (lambda: ContMix(8, groups=2, kernel_size=5, small_kernel=3), [(2, 8, 9, 6)]),
+    "ContMix, projected values": (lambda: ContMix(8, groups=2, small_kernel=None, value_proj=True), [(2, 8, 5, 9)]),
+    "DilatedRepConv": (lambda: DilatedRepConv(4, 9), [(2, 4, 11, 7)]),
+    "LocalConv": (lambda: LocalConv(4), [(2, 4, 5, 6)]),
+    "ConvNorm": (lambda: ConvNorm(nn.Conv2d(4, 6, 3, bias=False), 6), [(2, 4, 5, 6)]),
+    "ConvNorm of DilatedRepConv": (lambda: ConvNorm(DilatedRepConv(4, 7), 4), [(2, 4, 5, 6)]),
+    "NormConv": (lambda: NormConv(4, 6), [(2, 4, 5, 6)]),
+    "ConvFFN": (lambda: ConvFFN(4, 12), [(2, 4, 5, 6)]),
+    "GDSA": (lambda: GDSA(8, 4, groups=2, kernel_size=7), [(2, 12, 9, 8)]),
+    "BasicBlock": (lambda: BasicBlock(8, kernel_size=7), [(2, 8, 9, 8)]),
+    "BasicBlock, scaled": (lambda: BasicBlock(8, kernel_size=13, scaled=True, drop_path=0.5), [(2, 8, 9, 8)]),
+    "DynamicBlock": (
+        lambda: DynamicBlock(8, 4, groups=2, kernel_size=7, drop_path=0.5),
+        [(2, 8, 6, 9), (2, 4, 6, 9), (2, 4, 6, 9)],
+    ),
+    "DynamicBlock, first": (
+        lambda: DynamicBlock(8, 4, groups=2, kernel_size=7, first=True),
+        [(2, 8, 6, 9), (2, 4, 6, 9), (2, 4, 6, 9)],
+    ),
+    "ContMixBlock": (lambda: overlock.ContMixBlock(8, groups=2, scaled=True), [(2, 8, 9, 8)]),
+    "OverLoCK": (lambda: timm.create_model("overlock_atto", num_classes=7), [(2, 3, 97, 64)]),
+    "OverLoCK, merged": (lambda: timm.create_model("overlock_atto", deploy=True), [(1, 3, 64, 64)]),
+    "OverLoCK, features": (lambda: timm.create_model("overlock_atto", features_only=True), [(1, 3, 64, 64)]),
+    "OverLoCK, pruned": (
+        lambda: timm.create_model("overlock_atto", features_only=True, out_indices=(0, 2)),
+        [(1, 3, 64, 64)],
+    ),
+    "Pyramid": (lambda: overlock.Pyramid(timm.create_model("overlock_atto"), overview=True), [(1, 3, 64, 64)]),
+    "in a network of somebody's": (
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), overlock.ContMix(8, groups=1), nn.ReLU()),
+        [(1, 3, 12, 12)],
+    ),
+}
+WHOLE = ("ContMix", "ContMixBlock", "DynamicBlock", "OverLoCK", "Pyramid")
+
+
+def make(part, dtype=torch.float64):
+    build, shapes = PARTS[part]
+    inputs = [images(*shape, seed=i, dtype=torch.float64).to(dtype) for i, shape in enumerate(shapes)]
+    return randomise(build()).to(dtype), inputs
+
+
+def outputs_of(module, inputs):
+    outputs = module(*inputs)
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+
+
+def copy_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_fused_equals_the_original(part):
+    """Every part on its own and in every whole, in float64."""
+    module, inputs = make(part)
+    for actual, expected in zip(outputs_of(overlock.fuse(module), inputs), outputs_of(module, inputs), strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("part", WHOLE)
+@pytest.mark.parametrize(("dtype", "mark"), [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+@torch.no_grad()
+def test_other_types(part, dtype, mark):
+    """In float32, and in bfloat16 to its eight bits; the type stays."""
+    module, inputs = make(part, dtype)
+    fused = overlock.fuse(module)
+    assert {p.dtype for p in fused.parameters()} == {dtype}
+    for actual, expected in zip(outputs_of(fused, inputs), outputs_of(module, inputs), strict=True):
+        assert actual.dtype == dtype
+        assert relative_error(actual.float(), expected.float()) < mark
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_original_stays(part, training):
+    """Values, structure, mode and gradients wanted; the copy shares no memory, is in evaluation and frozen."""
+    module, _ = make(part)
+    module.train(training)
+    before, text = copy_of(module), repr(module)
+    fused = overlock.fuse(module)
+    for tensor in [*fused.parameters(), *fused.buffers()]:
+        tensor.data.fill_(3)
+    assert repr(module) == text
+    assert all(child.training == training for child in module.modules())
+    assert all(p.requires_grad for p in module.parameters())
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(child.training for child in fused.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_nothing_is_left_to_fold(part):
+    """No batch norm, residual convolution or scale of ours is left, but the overview's scale of the dense backbone."""
+    module, _ = make(part)
+    if part == "in a network of somebody's":
+        module = module[2]
+    left = {
+        name: child
+        for name, child in overlock.fuse(module).named_modules()
+        if isinstance(child, (nn.BatchNorm2d, LocalConv, ScaledResidual, ConvNorm, NormConv))
+        or (isinstance(child, DilatedRepConv) and not child.merged)
+        or (isinstance(child, AffineScale) and not name.endswith(("beta", "overview_scale")))
+    }
+    assert not left
+
+
+@torch.no_grad()
+def test_fusing_twice_changes_nothing():
+    """A fused model is its own fused form."""
+    module, inputs = make("OverLoCK")
+    fused = overlock.fuse(module)
+    again = overlock.fuse(fused)
+    assert relative_error(again(*inputs), fused(*inputs)) < 1e-12
+    assert {k: t.shape for k, t in again.state_dict().items()} == {k: t.shape for k, t in fused.state_dict().items()}
+
+
+def test_fused_model_has_fewer_parameters():
+    """Merging the branches is what saves them."""
+    module, _ = make("OverLoCK")
+    assert sum(p.numel() for p in overlock.fuse(module).parameters()) < sum(p.numel() for p in module.parameters())
+
+
+def test_gradients_pass_through_to_the_input():
+    """The copy's parameters are frozen, its input need not be."""
+    module, (x,) = make("OverLoCK")
+    gradients = []
+    for model in (module, overlock.fuse(module)):
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert relative_error(gradients[1], gradients[0]) < 1e-10
+
+
+# timm's re-parameterisation
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+@torch.no_grad()
+def test_reparameterize_model_of_timm(inplace, training):
+    """It merges every Dilated RepConv; the result loads where the model is built merged."""
+    module, (x,) = make("OverLoCK")
+    expected = module(x)
+    before = copy_of(module)
+    merged = reparameterize_model(module.train(training), inplace=inplace).eval()
+    assert relative_error(merged(x), expected) < 1e-12
+    built = timm.create_model("overlock_atto", num_classes=7, deploy=True).double().eval()
+    built.load_state_dict(merged.state_dict())
+    assert relative_error(built(x), expected) < 1e-12
+    assert relative_error(overlock.fuse(merged)(x), expected) < 1e-12
+    if not inplace:
+        after = module.state_dict()
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_merged_model_trains():
+    """The merged form has gradients everywhere."""
+    module = reparameterize_model(timm.create_model("overlock_atto", num_classes=7)).train()
+    module(images(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.requires_grad and p.grad is not None for p in module.parameters())
+
+
+def test_layer_norms_and_response_norms_stay():
+    """What is not linear is not folded: the count of layer norms is the same."""
+    module, _ = make("OverLoCK")
+
+    def count(model):
+        return sum(isinstance(child, LayerNorm2d) for child in model.modules())
+
+    assert count(overlock.fuse(module)) == count(module) > 0
+
+
+def test_batch_norm_without_statistics_is_refused():
+    """It cannot be folded, and the message says so."""
+    module = NormConv(4, 4)
+    module.norm = BatchNorm2d(4, track_running_stats=False)
+    with pytest.raises(ValueError, match="running statistics"):
+        overlock.fuse(module)
