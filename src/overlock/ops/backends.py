@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from overlock.ops import portable, reference
+from overlock.ops import cpu, portable, reference
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def _always(*_: object) -> None:
 
 
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(forward=cpu.forward, backward=portable.backward, why_not=cpu.why_not),
     "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
     "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),
 }
