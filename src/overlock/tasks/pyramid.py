@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from overlock.layers import AffineScale
 from overlock.network import OverLoCK
 from overlock.network.overlock import check_images
+
+torch.fx.wrap("check_images")
 
 
 class Pyramid(nn.Module):
