@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import threading
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-
-# numba's fallback threading layer must not be entered by two Python threads at once; a call uses all cores anyway.
-_lock = threading.Lock()
-
 
 def why_not(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, *_: int
@@ -47,29 +44,39 @@ def forward(
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
     """See :func:`overlock.ops.reference.contmix`. Any strides in; returns (B, G, C, H, W) in the layout of ``value``."""
-    groups, _, height, width = value.shape[1:]
+    from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
+
+    batch, groups, channels, height, width = value.shape
     bias = torch.zeros(weight.shape[0]) if bias is None else bias
     if rpb is None:
         rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
+    blocks = -(-channels // BLOCK)
+    packed = torch.empty(batch, groups, blocks, height * width, BLOCK)
+    for block, part in enumerate(value.flatten(3).transpose(2, 3).split(BLOCK, dim=3)):
+        packed[:, :, block, :, : part.shape[3]] = part
+        packed[:, :, block, :, part.shape[3] :] = 0
     out = torch.empty_like(value)
-    maps = [x.detach().flatten(3).numpy() for x in (query, value)]  # B, G, D or C, H W
-    tables = [x.detach().contiguous().numpy() for x in (key.transpose(2, 3), weight, bias, rpb.flatten(1))]
-    mix = _kernel()
-    with _lock:
-        _limit_threads()
-        mix(*maps, *tables, out.flatten(3).numpy(), height, width, kernel_height, kernel_width)
+    arrays = [query.flatten(3), packed.flatten(3), key.transpose(2, 3).contiguous()]
+    arrays += [x.contiguous() for x in (weight, bias, rpb.flatten(1))] + [out.flatten(3)]
+    arguments = [x.detach().numpy() for x in arrays] + [height, width, kernel_height, kernel_width]
+    _run(mix, arguments, batch * groups * -(-height * width // TOKENS))
     return out
 
 
-def _limit_threads() -> None:
-    import numba  # noqa: PLC0415
+def _run(kernel: Callable[..., None], arguments: list, jobs: int) -> None:
+    """Share jobs evenly among as many threads as PyTorch uses; the kernel releases the interpreter's lock.
 
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    Plain threads that sleep between calls: a second OpenMP pool beside PyTorch's would spin for the same cores.
+    """
+    threads = min(torch.get_num_threads(), jobs)
+    cuts = [jobs * i // threads for i in range(threads + 1)]
+    others = [_pool(os.getpid()).submit(kernel, *arguments, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
+    kernel(*arguments, cuts[0], cuts[1])
+    for other in others:
+        other.result()
 
 
 @functools.cache
-def _kernel() -> Callable[..., None]:
-    """The compiled kernel: some seconds the first time on a machine, from numba's cache afterwards."""
-    from overlock.ops.cpu_kernels import mix  # noqa: PLC0415
-
-    return mix
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process; a forked one has none of its parent's."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix=f"overlock-{process}")

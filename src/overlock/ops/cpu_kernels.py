@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 TOKENS = 64  # logits of a tile, 169 x 64 float32, stay in a core's caches
 BLOCK = 16  # value channels side by side in memory, one AVX-512 register; padded with zeros
@@ -154,46 +154,31 @@ def weigh(value, kernels, window, tokens, width, kernel_height, kernel_width, mi
         weigh_any(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed)
 
 
-@njit(parallel=True, **OPTIONS)
-def pack(values, packed):  # noqa: ANN001, ANN202
-    """Values (B, G, C, H W) of any strides to blocks of channels side by side (B, G, blocks, H W 16)."""
-    groups, channels, size = values.shape[1:]
-    blocks = packed.shape[2]
-    for job in prange(values.shape[0] * groups * blocks):
-        b, g, block = job // (groups * blocks), (job // blocks) % groups, job % blocks
-        source, target = values[b, g], packed[b, g, block]
-        used = min(BLOCK, channels - block * BLOCK)
-        for t in range(size):
-            for c in range(used):
-                target[t * BLOCK + c] = source[block * BLOCK + c, t]
-            for c in range(used, BLOCK):
-                target[t * BLOCK + c] = 0
-
-
 def compile_cached(signature: str) -> Callable[[Callable], Callable]:
     """Compile now for one signature and cache, where there is a place to write one."""
 
     def decorate(function: Callable) -> Callable:
         try:
-            return njit(signature, parallel=True, cache=True, **OPTIONS)(function)
+            return njit(signature, cache=True, **OPTIONS)(function)
         except RuntimeError:  # no writable place for the cache
-            return njit(signature, parallel=True, **OPTIONS)(function)
+            return njit(signature, **OPTIONS)(function)
 
     return decorate
 
 
 @compile_cached(
-    "void(f4[:,:,:,:], f4[:,:,:,:], f4[:,:,:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,:,:,:], i8, i8, i8, i8)"
+    "void(f4[:,:,:,:], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,:,:,:],"
+    " i8, i8, i8, i8, i8, i8)"
 )
-def mix(queries, values, keys, weight, bias, rpb, out, height, width, kernel_height, kernel_width):  # noqa: ANN001, ANN201
-    """Fill out (B, G, C, H W) from queries (B, G, D, H W), values (B, G, C, H W) and keys (B, G, S2, D)."""
-    batch, groups, depth, size = queries.shape
-    channels, taps = values.shape[2], kernel_height * kernel_width
-    blocks = (channels + BLOCK - 1) // BLOCK
-    packed = np.empty((batch, groups, blocks, size * BLOCK), np.float32)
-    pack(values, packed)
+def mix(queries, values, keys, weight, bias, rpb, out, height, width, kernel_height, kernel_width, begin, end):  # noqa: ANN001, ANN201
+    """Fill tiles ``begin`` to ``end`` of out (B, G, C, H W).
+
+    From queries (B, G, D, H W), values in blocks of channels (B, G, blocks, H W 16) and keys (B, G, S2, D).
+    """
+    groups, depth, size = queries.shape[1:]
+    channels, blocks, taps = out.shape[2], values.shape[2], kernel_height * kernel_width
     pieces = (size + TOKENS - 1) // TOKENS
-    for job in prange(batch * groups * pieces):
+    for job in range(begin, end):
         b, g = job // (groups * pieces), (job // pieces) % groups
         start = (job % pieces) * TOKENS
         tokens = min(TOKENS, size - start)
@@ -217,7 +202,7 @@ def mix(queries, values, keys, weight, bias, rpb, out, height, width, kernel_hei
 
         mixed = np.empty((TOKENS, BLOCK), np.float32)
         for block in range(blocks):
-            weigh(packed[b, g, block], kernels, window, tokens, width, kernel_height, kernel_width, mixed)
+            weigh(values[b, g, block], kernels, window, tokens, width, kernel_height, kernel_width, mixed)
             for c in range(min(BLOCK, channels - block * BLOCK)):
                 for t in range(tokens):
                     out[b, g, block * BLOCK + c, start + t] = mixed[t, c] / total[t]

@@ -19,8 +19,8 @@ products with S^2 N for the gradients of affinity and weight; for the value, aff
 
 At 50 x 80, G = 8, D = C = 16, K 13 the forward is 0.4 GMAC and 3 MB in bfloat16: microseconds of arithmetic on a
 current GPU and one of memory, so what counts is instructions. Hence: channels last, so that one load brings 8 channels
-of a tap; chunks of 16 taps summed into a (T, n, C) accumulator that is reduced over n only once, at the end, because the
-taps of a chunk lie in different lanes and a reduction costs more than the chunk's arithmetic; T as large as that
+of a tap; chunks of 16 taps summed into a (T, n, C) accumulator that is reduced over n only once, at the end, because
+the taps of a chunk lie in different lanes and a reduction costs more than the chunk's arithmetic; T as large as that
 accumulator allows at 64 numbers a thread, since the weight is read once a tile. Triton's own autotuning is left out on
 purpose: it would tie the last bits of a result to a race of timings, and cannot run inside a CUDA graph.
 """
@@ -243,17 +243,19 @@ def why_not(
 ) -> str | None:  # fmt: skip
     """Reason why these kernels cannot run a call, or None."""
     tensors = [x for x in (query, key, value, weight, bias, rpb) if x is not None]
-    for x in tensors:
-        if not x.is_cuda and not kernels.INTERPRETED.value:
-            return f"it needs tensors on a CUDA device, not on {x.device.type}"
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    if value.is_cuda and torch.cuda.get_device_capability(value.device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 or above"
-    if max(query.shape[2], value.shape[2]) > LARGEST:
-        return f"it takes at most {LARGEST} channels a group, which a program keeps in registers"
-    if padded(query.shape[2], 16) * padded(key.shape[3], 16) > LARGEST_KEY:
-        return f"{key.shape[3]} region centres of {query.shape[2]} channels do not fit into a program's registers"
-    if max(kernel_height, kernel_width) > 64:
-        return f"it takes kernels of at most 64 x 64, not {kernel_height} x {kernel_width}"
-    return None
+    depth, channels, regions = query.shape[2], value.shape[2], key.shape[3]
+    dtypes = {x.dtype for x in tensors} - {torch.float32, torch.bfloat16, torch.float16}
+    reason = None
+    if not (value.is_cuda or kernels.INTERPRETED.value):
+        reason = f"it needs tensors on a CUDA device, not on {value.device.type}"
+    elif dtypes:
+        reason = f"it takes float32, bfloat16 and float16, not {str(dtypes.pop()).removeprefix('torch.')}"
+    elif value.is_cuda and torch.cuda.get_device_capability(value.device) < (8, 0):
+        reason = "it needs a GPU of compute capability 8.0 or above"
+    elif max(depth, channels) > LARGEST:
+        reason = f"it takes at most {LARGEST} channels a group, which a program keeps in registers"
+    elif padded(depth, 16) * padded(regions, 16) > LARGEST_KEY:
+        reason = f"{regions} region centres of {depth} channels do not fit into a program's registers"
+    elif max(kernel_height, kernel_width) > 64:
+        reason = f"it takes kernels of at most 64 x 64, not {kernel_height} x {kernel_width}"
+    return reason
