@@ -45,7 +45,8 @@ class Record:
     @classmethod
     def from_json(cls, text: str) -> Record:
         content = json.loads(text)
-        return cls(**{**content, "classes": tuple(content["classes"])})
+        lists_to_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in content["preprocessing"].items()}
+        return cls(**{**content, "classes": tuple(content["classes"]), "preprocessing": lists_to_tuples})
 
 
 def save_classifier(path: str | os.PathLike[str], state: Mapping[str, Tensor], record: Record) -> None:

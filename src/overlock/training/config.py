@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +56,9 @@ class TrainConfig:
         for name, least in LIMITS.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "warmup_epochs", "label_smoothing", "aux_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.lr == 0:
             raise ValueError("lr must be above 0")
         if not 0 <= self.label_smoothing < 1:

@@ -57,7 +57,7 @@ class Classifier(LightningModule):
         warmup = round(steps * min(config.warmup_epochs / config.epochs, 0.5))
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=steps,
+            t_initial=steps - warmup,
             lr_min=config.lr * FINAL_LR,
             warmup_t=warmup,
             warmup_lr_init=config.lr * WARMUP_START,

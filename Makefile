@@ -1,0 +1,34 @@
+# make quickstart   train a small OverLoCK on handwritten digits and look at its predictions; no GPU needed
+# make test         linters, types, import contracts and tests
+# PYTHON=python3.12 make ...   another Python (3.10 or newer)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed-train
+	$(BIN)/overlock train --data digits --model overlock_atto --image-size 32 --in-chans 1 --stem-stride 2 \
+		--epochs 8 --batch-size 32 --lr 3e-3 --workers 0 --output $(RUN) --overwrite
+	$(BIN)/overlock predict $(RUN)/examples --checkpoint $(RUN) --top 3 --save $(RUN)/predictions.png
+	@echo "the picture of these predictions: $(RUN)/predictions.png"
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# An install is repeated only when the dependencies change.
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(RUN) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

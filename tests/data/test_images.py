@@ -1,0 +1,140 @@
+"""Folders by class and the digits, and how they are split."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from pictures import COLOURS, make_classes, make_image
+from PIL import Image
+
+from overlock.data import load_data, make_eval_transform, make_train_transform
+from overlock.data.images import LabelledImages, save_examples
+
+GREY = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,), interpolation="bicubic", crop_pct=1.0)
+RGB = dict(input_size=(3, 24, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bilinear", crop_pct=0.75)
+
+
+def test_one_folder_is_split_by_class_and_seed(tmp_path):
+    root = make_classes(tmp_path, 10)
+    data = load_data(str(root), seed=3)
+    assert data.classes == tuple(COLOURS)
+    assert Counter(label for _, label in data.test) == {0: 2, 1: 2, 2: 2}
+    assert len(data.train) == 24
+    assert not set(data.train) & set(data.test)
+    assert load_data(str(root), seed=3) == data
+    assert load_data(str(root), seed=4).test != data.test
+    for path, label in data.train + data.test:
+        assert path.parent.name == data.classes[label]
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_given_split(tmp_path, held_out):
+    make_classes(tmp_path / "train", 3)
+    make_classes(tmp_path / held_out, 1)
+    data = load_data(str(tmp_path))
+    assert {path.parts[-3] for path, _ in data.train} == {"train"}
+    assert {path.parts[-3] for path, _ in data.test} == {held_out}
+    assert (len(data.train), len(data.test)) == (9, 3)
+
+
+def test_digits_are_split_by_class():
+    data = load_data("digits")
+    assert (len(data.train), len(data.test)) == (1438, 359)
+    assert data.classes == tuple("0123456789")
+    assert not data.mirrors
+    counts = Counter(label for _, label in data.test)
+    assert min(counts.values()) >= 34
+    held_out = {np.asarray(image).tobytes() for image, _ in data.test}
+    assert not held_out & {np.asarray(image).tobytes() for image, _ in data.train}
+
+
+def test_examples_of_digits_are_held_out_images(tmp_path):
+    data = load_data("digits")
+    files = save_examples(data, tmp_path)
+    assert [file.name for file in files] == [f"{i}.png" for i in range(10)]
+    for file in files:
+        pixels = np.asarray(Image.open(file)).tobytes()
+        assert (pixels, int(file.stem)) in {(np.asarray(image).tobytes(), label) for image, label in data.test}
+
+
+def test_files_need_no_examples(tmp_path):
+    data = load_data(str(make_classes(tmp_path / "d", 2)))
+    assert save_examples(data, tmp_path / "examples") == []
+    assert not (tmp_path / "examples").exists()
+
+
+def test_folders_that_will_not_do(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        load_data(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="found 0 class folders; at least two"):
+        load_data(str(tmp_path))
+    make_classes(tmp_path / "one", 3, colours=("red",))
+    with pytest.raises(ValueError, match="found 1 class folders"):
+        load_data(str(tmp_path / "one"))
+    root = make_classes(tmp_path / "empty", 3)
+    (root / "yellow").mkdir()
+    with pytest.raises(ValueError, match=r"yellow: no images of this class"):
+        load_data(str(root))
+    with pytest.raises(ValueError, match="class 'blue' has one image"):
+        load_data(str(make_classes(tmp_path / "single", 1)))
+    make_classes(tmp_path / "no_test" / "train", 2)
+    with pytest.raises(ValueError, match="none to test on; add one named 'val' or 'test'"):
+        load_data(str(tmp_path / "no_test"))
+    make_classes(tmp_path / "no_test" / "val", 2, colours=("red", "green"))
+    with pytest.raises(ValueError, match="class 'blue' is not in both"):
+        load_data(str(tmp_path / "no_test"))
+
+
+def test_eval_transform_resizes_crops_and_normalises():
+    image = Image.new("RGB", (64, 64), (255, 0, 128))
+    out = make_eval_transform(RGB)(image)
+    expected = (torch.tensor([1.0, 0.0, 128 / 255]) - torch.tensor(RGB["mean"])) / torch.tensor(RGB["std"])
+    torch.testing.assert_close(out, expected[:, None, None].expand(3, 24, 24))
+    frame = Image.new("RGB", (64, 64), "white")
+    frame.paste("black", (8, 8, 56, 56))  # crop_pct 0.75 keeps these 48 pixels
+    inside = make_eval_transform(RGB)(frame)[0, 1:-1, 1:-1]
+    torch.testing.assert_close(inside, torch.full_like(inside, -2.5))
+
+
+def test_grey_input():
+    out = make_eval_transform(GREY)(Image.new("RGB", (8, 8), (102, 102, 102)))
+    torch.testing.assert_close(out, torch.full((1, 16, 16), (0.4 - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize("preprocessing", [GREY, RGB])
+@pytest.mark.parametrize("augmentation", ["light", "strong"])
+def test_augmentation_is_random_and_keeps_the_shape(preprocessing, augmentation):
+    torch.manual_seed(0)
+    transform = make_train_transform(preprocessing, augmentation=augmentation)
+    image = make_image("green", 0, 48)
+    first, second = transform(image), transform(image)
+    assert first.shape == second.shape == preprocessing["input_size"]
+    assert not torch.equal(first, second)
+
+
+def test_no_augmentation_is_the_eval_transform():
+    image = make_image("green", 0, 48)
+    assert torch.equal(make_train_transform(RGB, augmentation="none")(image), make_eval_transform(RGB)(image))
+
+
+def test_mirroring_can_be_switched_off():
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 16, 32))
+    torch.manual_seed(0)
+    for mirror in (False, True):
+        transform = make_train_transform(GREY, mirror=mirror)
+        outs = [transform(image.convert("RGB")) for _ in range(30)]
+        mirrored = any(out[0, 8, 0] < out[0, 8, -1] for out in outs)
+        assert mirrored == mirror
+
+
+def test_dataset_reads_files_and_images(tmp_path):
+    make_image("red", 0).save(tmp_path / "a.png")
+    transform = make_eval_transform(RGB)
+    dataset = LabelledImages([(tmp_path / "a.png", 4), (make_image("red", 0), 5)], transform)
+    assert len(dataset) == 2
+    assert torch.equal(dataset[0][0], dataset[1][0])
+    assert [dataset[i][1] for i in range(2)] == [4, 5]
