@@ -12,6 +12,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from overlock.layers import AffineScale, ContMix, GlobalResponseNorm
+from overlock.network import OverLoCK, Variant
 
 SCALES = (nn.BatchNorm2d, LayerNorm2d, AffineScale)
 
@@ -40,6 +41,17 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             if isinstance(module, ContMix):  # kernels far from flat
                 module.kernels.weight.mul_(4)
     return model.eval()
+
+
+TINY = Variant(
+    dims=(8, 12, 16, 24), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), groups=(2, 3),
+    kernel_sizes=(7, 5, 9, 7), head_width=16,
+)  # fmt: skip
+
+
+def tiny(**kwargs) -> OverLoCK:
+    """The smallest network that has every part, for tools that are slow with every layer."""
+    return OverLoCK(TINY, **{"num_classes": 5, **kwargs})
 
 
 def meta(name: str, **kwargs) -> nn.Module:

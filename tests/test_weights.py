@@ -353,7 +353,7 @@ BAD_FILES = {
 
 @pytest.mark.parametrize("deploy", [False, True])
 @pytest.mark.parametrize(("name", "write", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_bad_files_change_nothing(name, write, message, deploy, source, tmp_path):  # noqa: PLR0917
+def test_bad_files_change_nothing(name, write, message, deploy, source, tmp_path):
     """One message that names the file and the first keys, no code run, and the model as it was."""
     path = tmp_path / name
     write(source, path)

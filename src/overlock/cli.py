@@ -214,3 +214,6 @@ COMMANDS = {
     "summary": Command("Parameters and multiply-adds of a model, beside the paper's.", _add_summary, _summary),
     "convert": Command("Turn any checkpoint of OverLoCK into one self-contained file.", _add_convert, _convert),
 }
+
+if __name__ == "__main__":
+    sys.exit(main())

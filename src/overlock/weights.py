@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,13 +164,13 @@ def to_official(state: Mapping[str, Tensor], kind: str = "network") -> dict[str,
     for name, tensor in state.items():
         theirs = official_name(name, kind)
         module, _, leaf = theirs.rpartition(".")
-        if leaf in ("gamma", "beta"):
-            tensor = tensor.view(1, -1, 1, 1)
-        elif leaf == "weight" and _AFFINE_SCALE.match(module):
-            tensor = tensor.view(-1, 1, 1, 1)
-        elif leaf == "weight" and _ONE_BY_ONE.match(module):
-            tensor = tensor[:, :, None, None]
         official[theirs] = tensor
+        if leaf in ("gamma", "beta"):
+            official[theirs] = tensor.view(1, -1, 1, 1)
+        elif leaf == "weight" and _AFFINE_SCALE.match(module):
+            official[theirs] = tensor.view(-1, 1, 1, 1)
+        elif leaf == "weight" and _ONE_BY_ONE.match(module):
+            official[theirs] = tensor[:, :, None, None]
     return official
 
 
@@ -227,11 +228,12 @@ def _from_official(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, T
     renamed = {}
     for theirs, tensor in state.items():
         module, _, leaf = theirs.rpartition(".")
+        ours = names.get(theirs, theirs)
+        renamed[ours] = tensor
         if leaf in ("gamma", "beta") or (leaf == "weight" and _AFFINE_SCALE.match(module)):
-            tensor = tensor.flatten()
+            renamed[ours] = tensor.flatten()
         elif leaf == "weight" and _ONE_BY_ONE.match(module):
-            tensor = tensor.flatten(1)
-        renamed[names.get(theirs, theirs)] = tensor
+            renamed[ours] = tensor.flatten(1)
     return renamed
 
 
@@ -314,10 +316,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: not a file of weights alone ({_first_line(error)})") from None
     except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a readable checkpoint, or cut short ({_first_line(error)})") from None
-    except Exception as error:  # the unpickler raises its own types for files that hold more than tensors
-        raise ValueError(f"{path}: not a file of weights ({_first_line(error)})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: a checkpoint must hold a state dict, found {type(checkpoint).__name__}")
     return checkpoint

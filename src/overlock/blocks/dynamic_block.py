@@ -31,7 +31,7 @@ class ContextUpdate(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """What both blocks below share: local convolution and token mixer, local convolution and ConvFFN, each pair with its residual.
+    """What both blocks below share: local convolution and token mixer, local convolution and ConvFFN, with residuals.
 
         x = x + conv3x3(x);   x = scale(x) + mixer(LN(x))
         x = x + conv3x3(x);   x = scale(x) + ConvFFN(LN(x))

@@ -106,7 +106,8 @@ class ContMix(nn.Module):
         key = key.flatten(2).unflatten(1, (self.groups, -1)) * self.scale  # B, G, D, S^2
         weight, bias, taps, large = self.kernels.weight, self.kernels.bias, self.small_taps, self.kernel_size
         if self.small_kernel is None:
-            return self.out(contmix(query, key, self._split(value), weight, bias, self.rpb_large, large, large).flatten(1, 2))
+            mixed = contmix(query, key, self._split(value), weight, bias, self.rpb_large, large, large)
+            return self.out(mixed.flatten(1, 2))
         half = value.shape[1] // 2
         first, second = self._split(value[:, :half]), self._split(value[:, half:])
         first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)

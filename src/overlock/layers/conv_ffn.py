@@ -114,7 +114,7 @@ class FoldedResidual(nn.Module):
         self.register_buffer("weight", weight.detach().view(1, -1, 1, 1))
 
     def forward(self, identity: Tensor, branch: Tensor) -> Tensor:
-        return torch.addcmul(branch, identity, self.weight)
+        return torch.addcmul(branch, identity, self.weight)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

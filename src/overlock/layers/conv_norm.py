@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 
@@ -50,7 +50,7 @@ class ConvNorm(nn.Sequential):
 
     def fold(self) -> nn.Conv2d:
         """One convolution with bias that equals this module in evaluation."""
-        return fuse_conv_bn_eval(self.conv, self.norm)  # type: ignore[type-var,arg-type]
+        return fuse_conv_bn_eval(self.conv, self.norm)  # type: ignore
 
 
 class NormConv(nn.Sequential):
@@ -63,8 +63,8 @@ class NormConv(nn.Sequential):
 
     def fold(self) -> nn.Conv2d:
         """One convolution with bias that equals this module in evaluation."""
-        fold_norm_into_next(self.norm, self.conv)
-        return self.conv
+        fold_norm_into_next(self.norm, self.conv)  # type: ignore[arg-type]
+        return self.conv  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
@@ -41,7 +43,7 @@ class DilatedRepConv(nn.Module):
 
         y = BN(conv_KxK(x)) + sum over the branches (k, r) of BN(conv_kxk dilated by r (x))
 
-    All terms are linear in evaluation, and a k x k kernel dilated by r is a sparse kernel of side r (k - 1) + 1 <= K, so
+    All terms are linear in evaluation, and a k x k kernel dilated by r is a sparse one of side r (k - 1) + 1 <= K, so
     :meth:`reparameterize` merges them into one K x K kernel with bias. (B, C, H, W) -> (B, C, H, W).
 
     Args:
@@ -81,12 +83,12 @@ class DilatedRepConv(nn.Module):
             return
         training = self.training
         self.eval()  # merging is by running statistics, whatever the mode
-        large = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
+        merged: Any = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
         for branch in self.branches.values():
-            conv = branch.fold() if isinstance(branch, ConvNorm) else branch
-            large.weight += _spread(conv.weight, conv.dilation[0], large.kernel_size[0])
-            large.bias += conv.bias
-        self.large, self.norm = large.requires_grad_(self.large.weight.requires_grad), nn.Identity()
+            conv: Any = branch.fold() if isinstance(branch, ConvNorm) else branch
+            merged.weight += _spread(conv.weight, conv.dilation[0], merged.kernel_size[0])
+            merged.bias += conv.bias
+        self.large, self.norm = merged.requires_grad_(self.large.weight.requires_grad), nn.Identity()
         self.branches = nn.ModuleDict()
         self.train(training)
 

@@ -70,7 +70,11 @@ class BaseNet(nn.Module):
             embed = Stem(in_chans, dims[0], stem_stride) if i == 0 else make_embedding(dims[i - 1], dims[i])
             blocks = [
                 BasicBlock(
-                    dims[i], kernel_size=variant.kernel_sizes[i], scaled=i == 2, drop_path=drop_path[i][j], deploy=deploy
+                    dims[i],
+                    kernel_size=variant.kernel_sizes[i],
+                    scaled=i == 2,
+                    drop_path=drop_path[i][j],
+                    deploy=deploy,
                 )
                 for j in range(depth)
             ]

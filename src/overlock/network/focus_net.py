@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from timm.models import checkpoint
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
 from overlock.network.base_net import make_embedding

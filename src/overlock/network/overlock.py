@@ -67,9 +67,7 @@ class OverLoCK(nn.Module):
         self.num_features = variant.dims[3] + variant.context_dim
 
         rates = calculate_drop_path_rates(drop_path_rate, variant.depths, stagewise=True)
-        self.base_net = BaseNet(
-            variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=rates[:3], deploy=deploy
-        )
+        self.base_net = BaseNet(variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=rates[:3], deploy=deploy)
         self.overview_net = OverviewNet(variant, drop_path=rates[3], deploy=deploy)
         self.focus_net = FocusNet(variant, drop_path=rates[4:], deploy=deploy)
         self.head = ClassifierHead(
@@ -87,7 +85,7 @@ class OverLoCK(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Images (B, Cin, H, W) to logits (B, num_classes); with ``aux_head`` and in training also the auxiliary ones."""
+        """Images (B, Cin, H, W) to logits (B, num_classes); with ``aux_head``, in training, the auxiliary ones too."""
         x = check_images(x, self.in_chans, self.smallest_image)
         x = self.base_net(x)[-1]
         if self.overview_net is None or self.focus_net is None:
@@ -180,7 +178,7 @@ class OverLoCK(nn.Module):
         """Recompute each block's activations in the backward pass, or stop doing so."""
         for module in self.modules():
             if hasattr(module, "grad_checkpointing"):
-                module.grad_checkpointing = enable
+                module.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str | list[tuple[str, tuple[int, ...] | None]]]:

@@ -45,7 +45,7 @@ def _reference_backward(grad: Tensor, *inputs: Tensor | int | None) -> Gradients
             arguments[position] = tensor
         return reference.contmix(*arguments)  # type: ignore[arg-type]
 
-    _, vjp = torch.func.vjp(of_tensors, *[inputs[i] for i in positions])
+    vjp = torch.func.vjp(of_tensors, *[inputs[i] for i in positions])[1]
     grads: list[Tensor | None] = [None] * 6
     for position, gradient in zip(positions, vjp(grad), strict=True):
         grads[position] = gradient

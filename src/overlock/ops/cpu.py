@@ -4,9 +4,9 @@ Compiled by numba at the first call and kept in its cache, so no compiler and no
 needed. Float32. The letters of reference.py, and T the tokens of a tile (consecutive in the flattened map).
 
 What bounds it, for one group of 16 channels, K = 13, S = 7: a token takes 2 * 49 * 169 = 16.6 kFLOP of logits and
-2 * 169 * 16 = 5.4 kFLOP of weighted sum, against 64 bytes in and 64 out: arithmetic. Loops are therefore written so that
-LLVM keeps one vector register full for each multiply-add: tokens (logits, softmax) or channels (sum) innermost, and a few
-terms spelled out for each pass over them, so that partial sums are loaded and stored once for several terms.
+2 * 169 * 16 = 5.4 kFLOP of weighted sum, against 64 bytes in and 64 out: arithmetic. Loops are therefore written so
+that LLVM keeps a vector register full for each multiply-add: tokens (logits, softmax) or channels (sum) innermost, and
+a few terms spelled out for each pass over them, so that partial sums are loaded and stored once for several terms.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+
 
 def why_not(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, *_: int
@@ -43,7 +45,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
-    """See :func:`overlock.ops.reference.contmix`. Any strides in; returns (B, G, C, H, W) in the layout of ``value``."""
+    """See :func:`overlock.ops.reference.contmix`. Any strides in; (B, G, C, H, W) in the layout of ``value`` out."""
     from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
 
     batch, groups, channels, height, width = value.shape
@@ -70,7 +72,7 @@ def _run(kernel: Callable[..., None], arguments: list, jobs: int) -> None:
     """
     threads = min(torch.get_num_threads(), jobs)
     cuts = [jobs * i // threads for i in range(threads + 1)]
-    others = [_pool(os.getpid()).submit(kernel, *arguments, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
+    others = [_pool(os.getpid()).submit(kernel, *arguments, a, b) for a, b in pairwise(cuts[1:])]
     kernel(*arguments, cuts[0], cuts[1])
     for other in others:
         other.result()

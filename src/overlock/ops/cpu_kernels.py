@@ -10,6 +10,7 @@ functions are compiled into ``mix`` and not cached by themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -18,11 +19,11 @@ TOKENS = 64  # logits of a tile, 169 x 64 float32, stay in a core's caches
 BLOCK = 16  # value channels side by side in memory, one AVX-512 register; padded with zeros
 LOG2_E = np.float32(1.4426950408889634)
 # No "nnan" and "ninf": a NaN must come out as one.
-OPTIONS = dict(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+OPTIONS: dict[str, Any] = dict(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
 
 
 @njit(**OPTIONS)
-def multiply_add(weights, rows, sums):  # noqa: ANN001, ANN202
+def multiply_add(weights, rows, sums):
     """sums (N, T) += weights (N, S) @ rows (S, T), two sums and seven terms a pass."""
     count, terms = weights.shape
     pairs = count - count % 2
@@ -53,11 +54,11 @@ def multiply_add(weights, rows, sums):  # noqa: ANN001, ANN202
 
 
 @njit(**OPTIONS)
-def softmax(logits, total):  # noqa: ANN001, ANN202
+def softmax(logits, total):
     """Exponentials of logits (N, T) less their largest, in place, and their sums ``total`` (T).
 
-    2^x = 2^k 2^f: the integer part goes into the exponent bits of a float, the fraction into a polynomial (relative error
-    2e-7), which vectorises where a call of the library's exp does not.
+    2^x = 2^k 2^f: the integer part goes into the exponent bits of a float, the fraction into a polynomial (relative
+    error 2e-7), which vectorises where a call of the library's exp does not.
     """
     largest, fraction, exponent = np.empty(TOKENS, np.float32), np.empty(TOKENS, np.float32), np.empty(TOKENS, np.int32)
     power = exponent.view(np.float32)
@@ -88,7 +89,7 @@ def softmax(logits, total):  # noqa: ANN001, ANN202
 
 
 @njit(**OPTIONS)
-def windows(start, tokens, height, width, kernel_height, kernel_width, window, offset):  # noqa: ANN001, ANN202
+def windows(start, tokens, height, width, kernel_height, kernel_width, window, offset):
     """First position of each token's window, and of its relative position biases; whether the latter are all one."""
     same = True
     for t in range(tokens):
@@ -102,7 +103,7 @@ def windows(start, tokens, height, width, kernel_height, kernel_width, window, o
 
 
 @njit(**OPTIONS)
-def biases(bias, table, offset, same, kernel_width, logits):  # noqa: ANN001, ANN202
+def biases(bias, table, offset, same, kernel_width, logits):
     """logits (N, T) = bias (N) + the relative position biases that each token reads."""
     for n in range(logits.shape[0]):
         base = (n // kernel_width) * (2 * kernel_width - 1) + n % kernel_width
@@ -118,7 +119,7 @@ def make_weigh(constant_width: int) -> Callable[..., None]:
     """The weighted sum for one kernel width, 0 for any: the compiler unrolls a constant row of taps."""
 
     @njit(**OPTIONS)
-    def weigh(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed):  # noqa: ANN001, ANN202
+    def weigh(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed):
         """mixed (T, C) = kernels (T, N) times the values (H W C) under each token's window."""
         columns = constant_width if constant_width else kernel_width
         for t in range(tokens):
@@ -141,7 +142,7 @@ weigh_5, weigh_7, weigh_9, weigh_13, weigh_any = (make_weigh(k) for k in (5, 7, 
 
 
 @njit(**OPTIONS)
-def weigh(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed):  # noqa: ANN001, ANN202
+def weigh(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed):
     if kernel_width == 5:
         weigh_5(value, kernels, window, tokens, width, kernel_height, kernel_width, mixed)
     elif kernel_width == 7:
@@ -170,7 +171,7 @@ def compile_cached(signature: str) -> Callable[[Callable], Callable]:
     "void(f4[:,:,:,:], f4[:,:,:,::1], f4[:,:,:,::1], f4[:,::1], f4[::1], f4[:,::1], f4[:,:,:,:],"
     " i8, i8, i8, i8, i8, i8)"
 )
-def mix(queries, values, keys, weight, bias, rpb, out, height, width, kernel_height, kernel_width, begin, end):  # noqa: ANN001, ANN201
+def mix(queries, values, keys, weight, bias, rpb, out, height, width, kernel_height, kernel_width, begin, end):
     """Fill tiles ``begin`` to ``end`` of out (B, G, C, H W).
 
     From queries (B, G, D, H W), values in blocks of channels (B, G, blocks, H W 16) and keys (B, G, S2, D).

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from overlock.ops.backends import choose
 
+
 def contmix(
     query: Tensor,
     key: Tensor,
@@ -45,7 +46,7 @@ def contmix(
             aspect, and the result averaged back: what the released models do with the size of their large kernel.
 
     Returns:
-        (B, G, C, H, W), dtype and memory layout of ``value``. Logits and sums are kept in float32 (float64 for float64).
+        (B, G, C, H, W), dtype and layout of ``value``. Logits and sums are kept in float32 (float64 for float64).
 
     Raises:
         ValueError: where shapes do not fit, naming the argument.
@@ -149,7 +150,7 @@ def _forward(
     with torch.autocast(value.device.type, enabled=False):
         result = choose(*call).forward(*call)
     if size is not None:
-        result = F.adaptive_avg_pool2d(result.flatten(1, 2), mixed.shape[3:]).view_as(mixed)
+        result = F.adaptive_avg_pool2d(result.flatten(1, 2), (mixed.shape[3], mixed.shape[4])).view_as(mixed)
     return result if result.stride() == mixed.stride() else mixed.copy_(result)
 
 
@@ -171,7 +172,7 @@ def _backward(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        computed = list(choose(*call).backward(grad, *call))
+        computed: list[Any] = list(choose(*call).backward(grad, *call))
     if size is not None:
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
@@ -203,7 +204,7 @@ def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Te
     return F.adaptive_avg_pool2d(context, region_grid).contiguous()
 
 
-def _centres_backward(grad: Tensor, context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
+def _centres_backward(grad: Tensor, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
     size = _enlarged(context.shape[2], context.shape[3], min_side)
     like = context if size is None else context.new_empty(*context.shape[:2], *size)
     grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
@@ -246,7 +247,7 @@ def _register(
 _register(
     "contmix",
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0",
-    _forward, _backward, lambda query, key, value, *_: torch.empty_like(value), gradients=6,
+    _forward, _backward, lambda _query, _key, value, *_: torch.empty_like(value), gradients=6,
 )  # fmt: skip
 _register(
     "region_centres", "Tensor context, int region_grid, int min_side=0", _centres_forward, _centres_backward,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def spans(size: int, kernel_size: int, longest: int) -> tuple[Span, ...]:
     moving = first_stuck - first_moving
     pieces = -(-moving // longest)
     cuts = [first_moving + moving * i // pieces for i in range(pieces + 1)] if pieces else []
-    interior = [Span(a, b, a - half, 1) for a, b in zip(cuts, cuts[1:], strict=False)]
+    interior = [Span(a, b, a - half, 1) for a, b in pairwise(cuts)]
     return (Span(0, first_moving, 0, 0), *interior, Span(first_stuck, size, last, 0))
 
 
@@ -175,7 +176,8 @@ class Mixing:
         stride = list(matrix.view(-1, rows.size, columns.size, *region).stride())
         stride[1] += rows.step * stride[3]
         stride[2] += columns.step * stride[4]
-        return matrix.as_strided((matrix.shape[0], rows.size, columns.size, *self.kernel), stride).flatten(3).flatten(1, 2)
+        taps = matrix.as_strided((matrix.shape[0], rows.size, columns.size, *self.kernel), stride)
+        return taps.flatten(3).flatten(1, 2)
 
     def region(self, tile: Tile) -> Tensor:
         """Values (BG, R, C) of a tile's region."""

@@ -56,7 +56,7 @@ def _build(*, name: str, device: Any = None, dtype: torch.dtype | None = None, *
 
 
 class FeatureGetter(FeatureGetterNet):
-    """timm's wrapper of ``features_only`` models, with the switch for gradient checkpointing that dense training needs."""
+    """timm's wrapper of ``features_only`` models, with the switch for gradient checkpointing of dense training."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.model.set_grad_checkpointing(enable)
