@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,10 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    # Names of classes and files are printed as they are, not read as markup.
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     parser, subparsers = make_parser()
     try:
         options = parser.parse_args(arguments)
-        COMMANDS[options.subcommand].run(options[options.subcommand], Console(soft_wrap=True, highlight=False))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' notes to programmers
+            COMMANDS[options.subcommand].run(options[options.subcommand], console)
     except ArgumentError as error:
         sentence = _explain(error, arguments, subparsers)
     except ValueError as error:

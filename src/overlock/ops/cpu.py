@@ -45,7 +45,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
-    """See :func:`overlock.ops.reference.contmix`. Any strides in; (B, G, C, H, W) in the layout of ``value`` out."""
+    """See :func:`overlock.ops.reference.contmix`. Any strides in; (B, G, C, H, W) out, in the layout of ``value`` if it can."""
     from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
 
     batch, groups, channels, height, width = value.shape
@@ -58,6 +58,8 @@ def forward(
         packed[:, :, block, :, : part.shape[3]] = part
         packed[:, :, block, :, part.shape[3] :] = 0
     out = torch.empty_like(value)
+    if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
+        out = torch.empty(value.shape)
     arrays = [query.flatten(3), packed.flatten(3), key.transpose(2, 3).contiguous()]
     arrays += [x.contiguous() for x in (weight, bias, rpb.flatten(1))] + [out.flatten(3)]
     arguments = [x.detach().numpy() for x in arrays] + [height, width, kernel_height, kernel_width]
