@@ -1,0 +1,288 @@
+"""The command: what it prints, and one sentence for every fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import images, randomise
+from pictures import COLOURS, make_classes, make_image
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_classifier
+from overlock.cli import main
+from overlock.weights import to_official
+
+PREPROCESSING = dict(
+    input_size=(3, 32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), interpolation="bicubic", crop_pct=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """The folder of a run, as if trained, and an image."""
+    folder = tmp_path_factory.mktemp("run")
+    network = randomise(timm.create_model("overlock_atto", num_classes=3))
+    record = Record(
+        model="overlock_atto", model_args={"num_classes": 3}, classes=tuple(COLOURS), preprocessing=PREPROCESSING
+    )
+    save_classifier(folder / MODEL_FILE, network.state_dict(), record)
+    make_image("red", 0).save(folder / "image.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def official_file(tmp_path_factory):
+    """A file as the authors release it, of the smallest size."""
+    network = randomise(timm.create_model("overlock_atto", num_classes=5, aux_head=True), seed=3)
+    path = tmp_path_factory.mktemp("official") / "atto.pth"
+    torch.save({"state_dict_ema": to_official(network.state_dict())}, path)
+    return path, network
+
+
+def fails(capsys, *arguments: object) -> str:
+    """The sentence that a command line with a fault gets."""
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def succeeds(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_train_then_predict(tmp_path, capsys):
+    root = make_classes(tmp_path / "data", 5)
+    out = succeeds(
+        capsys, "train", "--data", root, "--output", tmp_path / "run", "--model", "overlock_atto", "--image-size", 32,
+        "--epochs", 1, "--batch_size", 4, "--workers", 0,
+    )  # fmt: skip
+    assert "12 images to train on, 3 held out, 3 classes" in out
+    assert "epoch   1/1  loss " in out
+    assert "test accuracy" in out
+    assert "\x1b" not in out  # no colours where there is no terminal
+    out = succeeds(capsys, "predict", root / "red", "--checkpoint", tmp_path / "run", "--json", "--top", 2)
+    predictions = json.loads(out)
+    assert [p["source"] for p in predictions] == [str(root / "red" / f"{i}.png") for i in range(5)]
+    assert all(len(p["labels"]) == len(p["probabilities"]) == 2 for p in predictions)
+
+
+def test_settings_of_a_run_can_be_given_again(tmp_path, capsys):
+    settings = dict(data=str(make_classes(tmp_path / "data", 3)), output=str(tmp_path / "a"), model="overlock_atto")
+    settings |= dict(image_size=32, epochs=1, workers=0, augmentation="none", mirror=False)
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    succeeds(capsys, "train", "--config", tmp_path / "train.yaml")
+    saved = yaml.safe_load((tmp_path / "a" / "train.yaml").read_text())
+    assert saved | settings == saved
+    assert "pass --overwrite" in fails(capsys, "train", "--config", tmp_path / "train.yaml")
+    succeeds(capsys, "train", "--config", tmp_path / "a" / "train.yaml", "--seed", 5, "--overwrite")
+    assert yaml.safe_load((tmp_path / "a" / "train.yaml").read_text()) == saved | {"seed": 5}
+
+
+def test_predict_prints_a_table_and_saves_a_picture(run_folder, tmp_path, capsys):
+    image = run_folder / "image.png"
+    out = succeeds(capsys, "predict", image, image, "--checkpoint", run_folder, "--save", tmp_path / "p.png")
+    assert out.count("image.png") == 2
+    assert all(colour in out for colour in COLOURS)
+    assert Image.open(tmp_path / "p.png").format == "PNG"
+    by_file = succeeds(capsys, "predict", image, "--checkpoint", run_folder / MODEL_FILE, "--json")
+    by_folder = succeeds(capsys, "predict", image, "--checkpoint", run_folder, "--json")
+    assert by_file == by_folder
+
+
+def test_brackets_in_class_names_are_printed(run_folder, tmp_path, capsys):
+    network, record = load_classifier(run_folder)
+    odd = Record(
+        model=record.model, model_args=record.model_args, classes=("[red]", "[/x]", "é"), preprocessing=PREPROCESSING
+    )
+    save_classifier(tmp_path / "m.safetensors", network.state_dict(), odd)
+    out = succeeds(capsys, "predict", run_folder / "image.png", "--checkpoint", tmp_path / "m.safetensors")
+    assert all(name in out for name in odd.classes)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "numbers"),
+    [("overlock_xt", (), ("16.454", "2.6", "0.030")), ("overlock_atto", ("--image-size", "64", "96"), ("64 x 96",))],
+)
+def test_summary(capsys, model, size, numbers):
+    out = succeeds(capsys, "summary", model, *size)
+    for part in ("base_net", "overview_net", "focus_net", "head", "total", *numbers):
+        assert part in out
+    assert ("paper, Table 2" in out) == (model == "overlock_xt")
+
+
+def test_convert_gives_the_same_network(official_file, tmp_path, capsys):
+    path, network = official_file
+    out = succeeds(capsys, "convert", path, tmp_path / "a.safetensors")
+    assert "overlock_atto, 5 classes" in out
+    converted, record = load_classifier(tmp_path / "a.safetensors")
+    assert record.model_args["aux_head"]
+    with torch.no_grad():
+        x = images(2, 3, 32, 32)
+        torch.testing.assert_close(converted(x), network(x))
+    assert "pass --force" in fails(capsys, "convert", path, tmp_path / "a.safetensors")
+    succeeds(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--model", "overlock_atto")
+    first, second = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    succeeds(capsys, "convert", path, tmp_path / "a.safetensors", "--force")
+
+
+def test_convert_the_merged_form(tmp_path, capsys):
+    network = randomise(timm.create_model("overlock_atto", num_classes=4, in_chans=1, deploy=True))
+    torch.save(to_official(network.state_dict()), tmp_path / "deploy.pth")
+    succeeds(capsys, "convert", tmp_path / "deploy.pth", tmp_path / "a.safetensors")
+    converted, record = load_classifier(tmp_path / "a.safetensors")
+    assert record.model_args == dict(in_chans=1, num_classes=4, deploy=True, aux_head=False)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(images(1, 1, 40, 40)), network(images(1, 1, 40, 40)))
+
+
+def test_predict_with_the_authors_file(official_file, run_folder, capsys):
+    path, _ = official_file
+    image = run_folder / "image.png"
+    told = succeeds(capsys, "predict", image, "--checkpoint", path, "--model", "overlock_atto", "--json")
+    assert told == succeeds(capsys, "predict", image, "--checkpoint", path, "--json")
+    assert len(json.loads(told)[0]["labels"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "no command given; the commands are train, predict, summary, convert"),
+        (("trian",), "unknown command 'trian'; did you mean 'train'?"),
+        (("train", "--data", "digits", "--epoch", "3"), "unknown option --epoch; did you mean --epochs?"),
+        (("train", "--data", "digits", "--epochs=many"), "epochs"),
+        (("train",), "required: data"),
+        (("train", "--data", "digits", "--epochs", "0"), "epochs must be at least 1, got 0"),
+        (("train", "--data", "digits", "--augmentation", "some"), "augmentation"),
+        (("train", "--data", "digits", "--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("train", "--data", "nowhere"), "nowhere: no such folder"),
+        (("train", "--data", "digits", "--model", "resnet81"), "unknown model 'resnet81'; did you mean 'resnet"),
+        (("summary", "overlock_x"), "unknown model 'overlock_x'; did you mean 'overlock_xt'?"),
+        (("summary", "resnet18"), "unknown model 'resnet18'; the models are overlock_atto"),
+        (("summary", "overlock_t", "--image-size", "8", "8"), "at least 32 x 32 pixels, got 8 x 8"),
+        (("convert", "nowhere.pth", "out.safetensors"), "nowhere.pth: no such file"),
+        (("convert", "nowhere.pth", "out.pth"), "out.pth: the name of the converted file must end in .safetensors"),
+        (("predict", "--checkpoint", "x"), "required: images"),
+    ],
+)
+def test_faults_of_the_command_line(capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in fails(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch evil",))
+
+
+def test_foreign_and_damaged_checkpoints(run_folder, official_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    image = run_folder / "image.png"
+
+    def refuse(name: str) -> str:
+        message = fails(capsys, "predict", image, "--checkpoint", name)
+        assert name in message
+        assert fails(capsys, "convert", name, "out.safetensors") == message
+        assert not (tmp_path / "out.safetensors").exists()
+        return message
+
+    (tmp_path / "short.safetensors").write_bytes((run_folder / MODEL_FILE).read_bytes()[:5000])
+    assert "cut short" in refuse("short.safetensors")
+    (tmp_path / "short.pth").write_bytes(official_file[0].read_bytes()[:5000])
+    assert "cut short" in refuse("short.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    refuse("text.pth")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    refuse("evil.pth")
+    assert not (tmp_path / "evil").exists()
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
+    assert "not the weights of an OverLoCK classifier" in refuse("other.pth")
+    broken = {k: v for k, v in to_official(official_file[1].state_dict()).items() if k != "blocks1.0.dwconv.weight"}
+    torch.save(broken, tmp_path / "part.pth")
+    assert "fit none of overlock_atto" in refuse("part.pth")
+    assert "1 missing" in fails(capsys, "convert", "part.pth", "out.safetensors", "--model", "overlock_atto")
+    (tmp_path / "empty").mkdir()
+    assert "empty: no model.safetensors in this folder" in refuse("empty")
+    refuse("nowhere.pth")
+
+
+def test_wrong_model_for_a_checkpoint(run_folder, capsys):
+    arguments = ("predict", run_folder / "image.png", "--checkpoint", run_folder, "--model", "overlock_t")
+    assert "a checkpoint of overlock_atto, not of overlock_t" in fails(capsys, *arguments)
+
+
+def test_bad_images(run_folder, tmp_path, capsys):
+    (tmp_path / "a.png").write_text("not an image")
+    assert "a.png: not an image; replace" in fails(capsys, "predict", tmp_path / "a.png", "--checkpoint", run_folder)
+    (tmp_path / "none").mkdir()
+    assert "no images in this folder" in fails(capsys, "predict", tmp_path / "none", "--checkpoint", run_folder)
+    image = run_folder / "image.png"
+    assert "top" in fails(capsys, "predict", image, "--checkpoint", run_folder, "--top", 0)
+
+
+def test_output_that_cannot_be_written(run_folder, official_file, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "out.safetensors"
+    assert "cannot write here" in fails(capsys, "convert", official_file[0], target)
+    assert (
+        main(["predict", str(run_folder / "image.png"), "--checkpoint", str(run_folder), "--save", f"{target}.png"])
+        == 2
+    )
+    assert "cannot write here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "overlock.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **kwargs)
+
+
+def test_as_a_process(tmp_path):
+    done = run("train", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    help_text = run("--help")
+    assert help_text.returncode == 0
+    assert all(name in help_text.stdout for name in ("train", "predict", "summary", "convert"))
+
+
+def test_ctrl_c_ends_cleanly(tmp_path):
+    root = make_classes(tmp_path / "data", 40)
+    command = [
+        sys.executable, "-m", "overlock.cli", "train", "--data", str(root), "--output", str(tmp_path / "run"),
+        "--model", "overlock_atto", "--image_size", "32", "--epochs", "1000", "--workers", "0",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted\n"
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,71 @@
+"""What the README says is so."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import randomise
+from pictures import make_image
+
+from overlock import VARIANTS
+from overlock.analysis import count_cost
+from overlock.checkpoint import MODEL_FILE, Record, save_classifier
+from overlock.cli import make_parser
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preprocessing = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    network = randomise(timm.create_model("overlock_atto", num_classes=2))
+    record = Record(
+        model="overlock_atto", model_args={"num_classes": 2}, classes=("3", "7"), preprocessing=preprocessing
+    )
+    save_classifier(tmp_path / "runs" / "quickstart" / MODEL_FILE, network.state_dict(), record)
+    (tmp_path / "runs" / "quickstart" / "examples").mkdir()
+    make_image("red", 0).save(tmp_path / "runs" / "quickstart" / "examples" / "7.png")
+    names: dict[str, object] = {}
+    with torch.no_grad():
+        for block in blocks("python"):
+            exec(block, names)
+        assert names["logits"].shape == (2, 10)
+        assert [f.shape[-1] for f in names["features"]] == [56, 28, 14, 7]
+        model = names["model"].eval()
+        x = torch.randn(1, 3, 64, 64)
+        torch.testing.assert_close(names["fast"](x), model(x), atol=1e-4, rtol=1e-3)
+        assert names["y"].shape == (1, 64, 28, 40)
+        assert [tuple(m.shape[-2:]) for m in names["maps"]] == [(64, 80), (32, 40), (16, 20), (8, 10)]
+        assert names["result"].labels[0] in ("3", "7")
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("overlock ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line):
+    parser, _ = make_parser()
+    parser.parse_args(shlex.split(line)[1:])
+
+
+def test_table_of_sizes():
+    rows = re.findall(r"\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|", README)
+    assert [row[0] for row in rows] == list(VARIANTS)
+    for name, params, macs, top1 in rows:
+        paper = VARIANTS[name].paper
+        if paper:
+            assert (float(params), float(macs), float(top1)) == (paper.params, paper.macs, paper.top1)
+        else:
+            total = count_cost(name)[-1]
+            assert float(params) == round(total.params / 1e6, 1)
+            assert float(macs) == round(total.macs / 1e9, 2)
+            assert top1 == ""
