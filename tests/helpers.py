@@ -62,7 +62,7 @@ def meta(name: str, **kwargs) -> nn.Module:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Largest difference over the deviation of what is expected."""
-    return float((actual.detach() - expected).abs().max() / expected.std().clamp_min(1e-30))
+    return float((actual - expected).detach().abs().max() / expected.detach().std().clamp_min(1e-30))
 
 
 def as_double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
