@@ -189,6 +189,13 @@ def test_autocast(dtype):
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in inputs.values())
 
 
+def test_the_thread_count_stays():
+    """A call leaves PyTorch's own setting alone."""
+    before = torch.get_num_threads()
+    contmix(**make_inputs(dtype=torch.float32), kernel_size=3)
+    assert torch.get_num_threads() == before
+
+
 def test_empty_batch():
     """No tokens, no output, zero gradients."""
     inputs = make_inputs(batch=0, requires_grad=True)
