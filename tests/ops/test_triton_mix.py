@@ -68,7 +68,7 @@ LARGE = {
     "many regions": Call((20, 30), (7, 7), 32, 64, grid=16, groups=2),
 }
 # Values and gradients in float32 everywhere; the 16-bit types, whose kernels differ only in the products, on some.
-HALF = ("rectangular map", "odd widths, a batch", "wide heads", "weights in float32", "one row")
+HALF = ("rectangular map", "wide heads", "wide values", "weights in float32", "one row")
 GRID = [(name, "float32") for name in SMALL if name != "logits of 1e4"]
 GRID += [(name, dtype) for dtype in ("bfloat16", "float16") for name in HALF]
 GRID += [("logits of 1e4", "float16")]

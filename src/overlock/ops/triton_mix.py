@@ -118,12 +118,14 @@ class Mixing:
             **self.sizes, tokens=tokens, chunk=chunk, keep_lse=lse is not None, num_warps=warps, num_stages=2,
         )  # fmt: skip
 
+    def sums(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.value.device)
+
     def start_backward(self, grad: Tensor) -> None:
         """Compute the result and each token's log-sum-exp again, and set up what the gradient kernels share."""
-        self.float32 = {"dtype": torch.float32, "device": grad.device}
         self.grad = channels_together(grad.to(self.dtype))
-        self.mixed = torch.empty(self.batch, self.groups, self.tokens, self.channels, **self.float32)
-        self.lse = torch.empty(self.pairs, self.tokens, **self.float32)
+        self.mixed = self.sums(self.batch, self.groups, self.tokens, self.channels)
+        self.lse = self.sums(self.pairs, self.tokens)
         self.delta = torch.empty_like(self.lse)
         self.forward(self.mixed, self.lse)
         self.strides = (*self.grad.stride()[:3], *self.query.stride()[:3])
@@ -135,7 +137,7 @@ class Mixing:
         splits = min(triton.cdiv(self.tokens, tokens), triton.cdiv(4 * PROGRAMS, self.pairs))
         grad_query = torch.empty_like(like)
         target = by_token(grad_query)
-        parts = torch.empty(self.batch, self.groups, splits, self.depth, self.regions, **self.float32)
+        parts = self.sums(self.batch, self.groups, splits, self.depth, self.regions)
         kernels.query_kernel[(self.pairs * splits,)](
             self.grad, self.mixed, self.query, self.key, self.value, *self.biases, self.lse, self.delta, target, parts,
             *self.strides, *self.value.stride()[:3], *target.stride(), self.groups, self.height, self.width, splits,
@@ -155,8 +157,8 @@ class Mixing:
         )  # fmt: skip
         return settle(grad_value, target)
 
-    def weight_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of weight, bias and rpb, the latter two without meaning where those are absent."""
+    def weight_gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients of weight, bias and rpb."""
         (kernel_height, kernel_width), taps = self.kernel, self.kernel[0] * self.kernel[1]
         tokens, chunk, warps = self.tile
         tokens = min(tokens, padded(self.width, 16))  # a slot at the border has one row
@@ -165,16 +167,20 @@ class Mixing:
         pieces = min(inner, max(1, wanted - kernel_height + 1))
         slots = kernel_height - 1 + pieces
         splits = min(self.batch, triton.cdiv(wanted, slots))
-        grad_weight = torch.empty(self.groups, splits, slots, taps, self.regions, **self.float32)
-        grad_bias = torch.empty(self.groups, splits, slots, taps, **self.float32)
-        grad_shift = torch.empty(self.groups, splits, slots, kernel_width, *self.kernel, **self.float32)
+        grad_weight = self.sums(self.groups, splits, slots, taps, self.regions)
+        grad_bias = self.sums(self.groups, splits, slots, taps)
+        grad_shift = self.sums(self.groups, splits, slots, kernel_width, *self.kernel)
         kernels.weight_kernel[(self.groups * splits * slots * chunks,)](
             self.grad, self.query, self.key, self.value, *self.biases, self.lse, self.delta,
             grad_weight, grad_bias, grad_shift, *self.strides, *self.value.stride()[:3],
             self.batch, self.groups, self.height, self.width, splits, slots, pieces,
             **self.sizes, shifts_p=padded(kernel_width, 16), tokens=tokens, chunk=chunk, num_warps=warps, num_stages=1,
         )  # fmt: skip
-        return grad_weight.sum((0, 1, 2)), grad_bias.sum((0, 1, 2)), sum_shifts(grad_shift.sum(1), pieces)
+        return (
+            grad_weight.sum((0, 1, 2)),
+            grad_bias.sum((0, 1, 2)) if self.sizes["has_bias"] else None,
+            sum_shifts(grad_shift.sum(1), pieces) if self.sizes["has_rpb"] else None,
+        )
 
 
 def settle(out: Tensor, by_tokens: Tensor) -> Tensor:
@@ -232,8 +238,8 @@ def backward(
         grad_key.to(key.dtype),
         grad_value,
         grad_weight.to(weight.dtype),
-        None if bias is None else grad_bias.to(bias.dtype),
-        None if rpb is None else grad_rpb.to(rpb.dtype),
+        None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
+        None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype),
     )
 
 
