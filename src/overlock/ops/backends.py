@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +58,28 @@ def _always(*_: object) -> None:
     return None
 
 
+def _triton(name: str) -> Callable[..., Any]:
+    """A function of the Triton backend, whose module imports triton and is therefore imported on use."""
+
+    def call(*arguments: Any) -> Any:
+        from overlock.ops import triton_mix  # noqa: PLC0415
+
+        return getattr(triton_mix, name)(*arguments)
+
+    return call
+
+
+def _triton_why_not(*call: Any) -> str | None:
+    device = call[2].device.type
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it needs tensors on a CUDA device, not on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return _triton("why_not")(*call)
+
+
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(forward=_triton("forward"), backward=_triton("backward"), why_not=_triton_why_not),
     "cpu": Backend(forward=cpu.forward, backward=portable.backward, why_not=cpu.why_not),
     "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
     "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),
