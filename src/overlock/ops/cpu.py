@@ -45,7 +45,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
-    """See :func:`overlock.ops.reference.contmix`. Any strides in; (B, G, C, H, W) out, in the layout of ``value`` if it can."""
+    """See :func:`overlock.ops.reference.contmix`; (B, G, C, H, W) in the layout of ``value``, if that has flat rows."""
     from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
 
     batch, groups, channels, height, width = value.shape
