@@ -74,7 +74,7 @@ class OverLoCK(nn.Module):
             self.num_features, variant.head_width, num_classes, global_pool=global_pool, drop_rate=drop_rate
         )
         self.head_hidden_size = variant.head_width
-        self.aux_head = AuxiliaryHead(variant.dims[3], num_classes) if aux_head else None
+        self.aux_head = AuxiliaryHead(variant.dims[3], num_classes) if aux_head and num_classes else None
 
         widths = [*variant.dims[:2], variant.dims[2] + variant.context_dim, self.num_features]
         modules = ["base_net.stages.0", "base_net.stages.1", "focus_net.stage3", "focus_net.stage4"]
@@ -209,7 +209,7 @@ class OverLoCK(nn.Module):
 
 def _init_weights(module: nn.Module) -> None:
     """Truncated normal of deviation 0.02, zero biases, as the authors initialise."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -37,6 +37,8 @@ def contmix(
     the map, so that ``kernel_height <= H`` and ``kernel_width <= W``. Every operation is differentiable, so autograd
     gives the reference gradients, and works with symbolic sizes.
     """
+    dtype, exact = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    query, key, value, weight = (x.to(exact) for x in (query, key, value, weight))
     height, width = value.shape[-2:]
     rows = window_starts(height, kernel_height, value.device)[:, None] + torch.arange(
         kernel_height, device=value.device
@@ -57,4 +59,4 @@ def contmix(
     kernels = logits.softmax(dim=-1)
 
     windows = value[..., rows[:, None, :, None], columns[None, :, None, :]]  # B, G, C, H, W, Kh, Kw
-    return torch.einsum("bghwn,bgchwn->bgchw", kernels, windows.flatten(5))
+    return torch.einsum("bghwn,bgchwn->bgchw", kernels, windows.flatten(5)).to(dtype)
