@@ -38,6 +38,20 @@ def _depthwise(channels: int, kernel_size: int, dilation: int = 1, bias: bool = 
     )  # fmt: skip
 
 
+@torch.fx.wrap
+def away_from_channels_last(x: Tensor) -> Tensor:
+    """Contiguous images where a bfloat16 weight gradient is to be computed on CPU; others pass.
+
+    oneDNN's bfloat16 weight gradient of a dilated depthwise convolution reads memory that it has not written, where the
+    images are channels_last and the channels no multiple of 16: now and then a NaN (seen with PyTorch 2.15.0).
+    """
+    if not torch.jit.is_scripting():
+        low = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if low and x.device.type == "cpu" and torch.is_grad_enabled():
+            return x.contiguous()
+    return x
+
+
 class DilatedRepConv(nn.Module):
     """Depthwise K x K convolution; in training a sum of a K x K one and dilated smaller ones, each batch-normed.
 
@@ -66,6 +80,8 @@ class DilatedRepConv(nn.Module):
                 self.branches[f"k{k}_r{r}"] = ConvNorm(_depthwise(channels, k, dilation=r), channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.branches) > 0:
+            x = away_from_channels_last(x)
         y = self.norm(self.large(x))
         for branch in self.branches.values():
             y = y + branch(x)
