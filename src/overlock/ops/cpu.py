@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def why_not(
@@ -47,40 +44,23 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """See :func:`overlock.ops.reference.contmix`; (B, G, C, H, W) in the layout of ``value``, if that has flat rows."""
     from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
+    from overlock.ops.threads import run  # noqa: PLC0415
 
     batch, groups, channels, height, width = value.shape
-    bias = torch.zeros(weight.shape[0]) if bias is None else bias
+    taps = weight.shape[0]
+    bias = torch.zeros(taps) if bias is None else bias.contiguous()
     if rpb is None:
         rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
-    blocks = -(-channels // BLOCK)
-    packed = torch.empty(batch, groups, blocks, height * width, BLOCK)
-    for block, part in enumerate(value.flatten(3).transpose(2, 3).split(BLOCK, dim=3)):
-        packed[:, :, block, :, : part.shape[3]] = part
-        packed[:, :, block, :, part.shape[3] :] = 0
+    # weight @ (key^T query) = (weight @ key^T) query: D numbers a tap instead of S^2.
+    rows = torch.matmul(key, F.pad(weight, (0, 0, 0, -taps % BLOCK)).t())
+    packed = F.pad(value, (0, 0, 0, 0, 0, -channels % BLOCK)) if channels % BLOCK else value
+    packed = packed.unflatten(2, (-1, BLOCK)).permute(0, 1, 2, 4, 5, 3).contiguous()
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = torch.empty(value.shape)
-    arrays = [query.flatten(3), packed.flatten(3), key.transpose(2, 3).contiguous()]
-    arrays += [x.contiguous() for x in (weight, bias, rpb.flatten(1))] + [out.flatten(3)]
-    arguments = [x.detach().numpy() for x in arrays] + [height, width, kernel_height, kernel_width]
-    _run(mix, arguments, batch * groups * -(-height * width // TOKENS))
+    flat = query.flatten(3)
+    jobs = batch * groups * -(-height * width // TOKENS)
+    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
+    strides = (*flat.stride(), *out.flatten(3).stride())
+    run(mix, jobs, flat, rows, packed, bias, rpb.contiguous(), out, *sizes, *strides)
     return out
-
-
-def _run(kernel: Callable[..., None], arguments: list, jobs: int) -> None:
-    """Share jobs evenly among as many threads as PyTorch uses; the kernel releases the interpreter's lock.
-
-    Plain threads that sleep between calls: a second OpenMP pool beside PyTorch's would spin for the same cores.
-    """
-    threads = min(torch.get_num_threads(), jobs)
-    cuts = [jobs * i // threads for i in range(threads + 1)]
-    others = [_pool(os.getpid()).submit(kernel, *arguments, a, b) for a, b in pairwise(cuts[1:])]
-    kernel(*arguments, cuts[0], cuts[1])
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process; a forked one has none of its parent's."""
-    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix=f"overlock-{process}")
