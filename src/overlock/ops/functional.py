@@ -1,12 +1,11 @@
 """The public operations: checked, registered with PyTorch, and handed to a backend.
 
-Each is one operator to ``torch.compile``, ``torch.export``, autocast and the profiler; what runs inside is chosen at
-the call (backends.py). Letters as in reference.py.
+Each is one operator to ``torch.compile``, ``torch.export``, autocast, vmap and the profiler (register.py); what runs
+inside is chosen at the call (backends.py). Letters as in reference.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.backends import choose
+from overlock.ops.register import register
 
 
 def contmix(
@@ -53,10 +53,6 @@ def contmix(
     """
     if not torch.jit.is_scripting():
         _check(query, key, value, weight, bias, rpb, kernel_size)
-        device = value.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size, min_side)
 
 
@@ -213,43 +209,13 @@ def _centres_backward(grad: Tensor, context: Tensor, _region_grid: int, min_side
     return torch.empty_like(context).copy_(grad)
 
 
-def _register(
-    name: str, arguments: str, forward: Callable, backward: Callable, fake: Callable, gradients: int
-) -> None:  # fmt: skip
-    """One operator and its backward operator; ``gradients`` tensors come first in ``arguments``."""
-    operator, reverse = f"overlock::{name}", f"overlock::{name}_backward"
-    returned = ", ".join(["Tensor"] * gradients)
-    torch.library.define(operator, f"({arguments}) -> Tensor")
-    torch.library.define(reverse, f"(Tensor grad, {arguments}) -> ({returned})")
-    torch.library.impl(operator, ("cpu", "cuda"), forward)
-    torch.library.impl(reverse, ("cpu", "cuda"), backward)
-    torch.library.register_fake(operator, fake)
-
-    def fake_backward(_: Tensor, *inputs: Any) -> Any:
-        like = tuple(inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs[:gradients])
-        return like if gradients > 1 else like[0]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-        ctx.save_for_backward(*inputs[:gradients])
-        ctx.numbers = inputs[gradients:]
-
-    def run_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        computed = getattr(torch.ops.overlock, f"{name}_backward")(grad, *tensors, *ctx.numbers)
-        computed = computed if gradients > 1 else (computed,)
-        wanted = (g if x is not None else None for g, x in zip(computed, tensors, strict=True))
-        return *wanted, *(None for _ in ctx.numbers)
-
-    torch.library.register_fake(reverse, fake_backward)
-    torch.library.register_autograd(operator, run_backward, setup_context=setup_context)
-
-
-_register(
+register(
     "contmix",
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0",
-    _forward, _backward, lambda _query, _key, value, *_: torch.empty_like(value), gradients=6,
+    _forward, _backward, lambda _query, _key, value, *_: torch.empty_like(value), tensors=6, batched=3, cast=3,
 )  # fmt: skip
-_register(
+register(
     "region_centres", "Tensor context, int region_grid, int min_side=0", _centres_forward, _centres_backward,
-    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), gradients=1,
+    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid),
+    tensors=1, batched=1, cast=0,
 )  # fmt: skip
