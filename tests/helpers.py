@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from unittest.mock import patch
 
@@ -73,3 +76,11 @@ def as_double(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Reproducible noise."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def run_interpreted(*arguments: str) -> None:
+    """Run tests with Triton's interpreter, in a process of its own, since it is chosen when Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout

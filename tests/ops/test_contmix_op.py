@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import oracle
 import pytest
 import torch
+from calls import LAYOUTS, NAMES, make_inputs, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from overlock.ops import backend, contmix, portable, region_centres
+from overlock.ops import BACKENDS, backend, contmix, portable, region_centres
 
-NAMES = ("query", "key", "value", "weight", "bias", "rpb")
-BACKENDS = ("torch", "reference")
-
-
-def make_inputs(
-    *, batch=1, groups=2, depth=3, channels=2, height=6, width=7, kernel_size=3, grid=2, bias=True, rpb=True, seed=0,
-    layout="contiguous", dtype=torch.float64, requires_grad=False,
-) -> dict[str, Tensor | None]:  # fmt: skip
-    """Random inputs of one call, maps in one of the memory layouts that networks bring."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    def draw_map(part: int) -> Tensor:
-        if layout == "channels_last":
-            return draw(batch, groups, height, width, part).permute(0, 1, 4, 2, 3)
-        if layout == "part_of_channels":
-            return draw(batch, 2 * groups * part, height, width)[:, groups * part :].unflatten(1, (groups, part))
-        if layout == "every_second":
-            return draw(batch, groups, part, 2 * height, 2 * width)[..., ::2, 1::2]
-        if layout == "transposed":
-            return draw(batch, groups, part, width, height).transpose(3, 4)
-        return draw(batch, groups, part, height, width)
-
-    taps, side = kernel_size**2, 2 * kernel_size - 1
-    inputs = {
-        "query": draw_map(depth),
-        "key": draw(batch, groups, depth, grid**2),
-        "value": draw_map(channels),
-        "weight": draw(taps, grid**2),
-        "bias": draw(taps) if bias else None,
-        "rpb": draw(groups, side, side) if rpb else None,
-    }
-    return {name: x if x is None else x.requires_grad_(requires_grad) for name, x in inputs.items()}
+PORTABLE = ("torch", "reference")
 
 
 @st.composite
@@ -66,24 +34,12 @@ def calls(draw):
         "grid": draw(st.integers(1, 4)),
         "bias": draw(st.booleans()),
         "rpb": draw(st.booleans()),
-        "layout": draw(
-            st.sampled_from(["contiguous", "channels_last", "part_of_channels", "every_second", "transposed"])
-        ),
+        "layout": draw(st.sampled_from(LAYOUTS)),
         "seed": draw(st.integers(0, 1000)),
     }
 
 
-def with_gradients(function, inputs, cotangent=None):
-    """Output and gradients of a call, the cotangent drawn after the output's shape."""
-    output = function(**inputs)
-    if cotangent is None:
-        generator = torch.Generator().manual_seed(7)
-        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    tensors = [x for x in inputs.values() if x is not None]
-    return output.detach(), torch.autograd.grad(output, tensors, cotangent, materialize_grads=True)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PORTABLE)
 @settings(max_examples=60)
 @given(call=calls(), band=st.sampled_from([1, 2000, portable.BAND_NUMBERS]))
 def test_values_and_gradients_equal_the_loops(name, call, band):
@@ -98,7 +54,7 @@ def test_values_and_gradients_equal_the_loops(name, call, band):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PORTABLE)
 @given(call=calls(), min_side=st.integers(1, 9))
 def test_enlarged_maps_equal_the_loops(name, call, min_side):
     """Maps with a side below ``min_side`` are enlarged for the mixing and averaged back."""
@@ -134,7 +90,7 @@ def test_region_centres_equal_the_means(size, grid, min_side, channels_last):
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", PORTABLE)
 @pytest.mark.parametrize(("kernel_size", "height", "width"), [(3, 5, 4), (4, 6, 5), (5, 3, 7), (5, 4, 4)])
 def test_gradcheck(name, kernel_size, height, width):
     """Gradients against finite differences: odd, even, and kernels that reach over the map."""
@@ -158,35 +114,89 @@ def test_inputs_without_gradient(frozen):
         assert x.grad is None if name == frozen else torch.equal(x.grad, expected[name])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
-@settings(max_examples=15)
-@given(call=calls())
-def test_lower_precision(dtype, tolerance, call):
-    """float32, bfloat16 and float16 stay near the loops in float64 on the same rounded inputs."""
-    inputs = make_inputs(**call, dtype=dtype)
-    exact = {name: x if x is None else x.double() for name, x in inputs.items()}
-    actual = contmix(**inputs, kernel_size=call["kernel_size"])
-    assert actual.dtype == dtype
-    expected = oracle.contmix(**exact, kernel_size=call["kernel_size"])
-    assert (actual.double() - expected).abs().max() <= tolerance * inputs["value"].abs().max()
+def in_the_open(inputs):
+    return contmix(**inputs, kernel_size=3)
 
 
-def test_logits_beyond_float16():
-    """Affinities in the ten thousands, which float16 sums cannot hold, mix to finite values."""
-    inputs = make_inputs(depth=64, dtype=torch.float16, seed=3)
-    inputs["query"], inputs["key"] = inputs["query"] * 40, inputs["key"] * 40
-    assert contmix(**inputs, kernel_size=3).isfinite().all()
+def compiled(inputs):
+    return torch.compile(in_the_open, fullgraph=True, backend="aot_eager")(inputs)
 
 
+def scripted(inputs):
+    @torch.jit.script
+    def mix(query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor):
+        return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, 3, 0)
+
+    return mix(**inputs)
+
+
+@pytest.mark.parametrize("call", [in_the_open, compiled, scripted])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    """Under autocast the output is of its type and the gradients of the inputs' types."""
+def test_autocast(dtype, call):
+    """Under autocast the output is of its type and the gradients of the inputs' types, the values those of a cast."""
     inputs = make_inputs(dtype=torch.float32, requires_grad=True)
     with torch.autocast("cpu", dtype):
-        mixed = contmix(**inputs, kernel_size=3)
+        mixed = call(inputs)
     assert mixed.dtype == dtype
+    assert torch.equal(mixed, in_the_open({n: x.to(dtype) if n in NAMES[:3] else x for n, x in inputs.items()}))
     mixed.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in inputs.values())
+
+
+def test_autocast_leaves_float64():
+    """As PyTorch's own operations do."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert in_the_open(make_inputs()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "in_dims",
+    [dict(query=0, key=0, value=0), dict(value=3), dict(query=5, key=1), dict(query=0, weight=0), dict(bias=1, rpb=1)],
+    ids=str,
+)
+def test_vmap_equals_a_loop(in_dims):
+    """Over any inputs and dimensions, in values and gradients."""
+    inputs = make_inputs(batch=2, kernel_size=5, rpb="rpb" in in_dims)
+    for name, dim in in_dims.items():
+        inputs[name] = torch.stack([inputs[name], inputs[name].flip(-1), -inputs[name]], dim)
+    inputs = {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}
+    dims = [in_dims.get(name) for name in NAMES]
+
+    def mix(*tensors):
+        return contmix(*tensors, kernel_size=5, min_side=7)
+
+    def looped(**x):
+        return torch.stack(
+            [
+                mix(*(t if d is None else t.select(d, i) for t, d in zip(x.values(), dims, strict=True)))
+                for i in range(3)
+            ]
+        )
+
+    actual, gradients = with_gradients(lambda **x: torch.func.vmap(mix, tuple(dims))(*x.values()), inputs)
+    expected, expected_gradients = with_gradients(looped, inputs)
+    torch.testing.assert_close(actual, expected)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_vmap_folds_images_into_one_call():
+    """Not a call for each."""
+    sizes = []
+    inputs = make_inputs(batch=2)
+    maps = {name: torch.stack([inputs[name]] * 3) for name in NAMES[:3]}
+    rest = {name: inputs[name] for name in NAMES[3:]}
+    counting = replace(BACKENDS["torch"], forward=lambda *x: sizes.append(len(x[0])) or portable.forward(*x))
+    with patch.dict(BACKENDS, torch=counting), backend("torch"):
+        torch.func.vmap(lambda maps: contmix(**maps, **rest, kernel_size=3))(maps)
+    assert sizes == [6]
+
+
+def test_vmap_of_region_centres():
+    """The second operator likewise."""
+    context = torch.randn(4, 2, 3, 6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    centres = torch.func.vmap(lambda x: region_centres(x, 3, 7))(context)
+    torch.testing.assert_close(centres, torch.stack([region_centres(x, 3, 7) for x in context]))
 
 
 def test_the_thread_count_stays():

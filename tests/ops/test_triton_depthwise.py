@@ -1,7 +1,7 @@
 """The large-kernel depthwise convolution against PyTorch's in float64.
 
 On the CPU the kernels run in Triton's interpreter, in a process of its own: this file as a script (see
-test_triton_mix.py). With a GPU (-m gpu) they run compiled.
+test_backends.py). With a GPU (-m gpu) they run compiled.
 """
 
 from __future__ import annotations
