@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
 from overlock.layers import ConvNorm
+from overlock.layers.inference import join_gelu
 from overlock.network.variants import Variant
 
 STEM_STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}
@@ -31,6 +32,10 @@ class Stem(nn.Sequential):
         for i, step in enumerate(STEM_STRIDES[stride]):
             layers += [make_embedding(widths[i], widths[i + 1], step), nn.GELU()]
         super().__init__(*layers[:-1])
+
+    def for_cpu(self) -> Stem:
+        join_gelu(self)
+        return self
 
 
 class BlockStack(nn.Module):

@@ -28,13 +28,14 @@ def why_not(
         return f"it runs on CPU, not on {value.device.type}"
     if any(x.dtype != torch.float32 for x in tensors):
         return "it computes in float32 only"
-    if not _numba_installed():
+    if not numba_installed():
         return "numba is not installed; pip install numba"
     return None
 
 
 @functools.lru_cache(maxsize=1)
-def _numba_installed() -> bool:
+def numba_installed() -> bool:
+    """Whether the kernels written for numba can be compiled."""
     return importlib.util.find_spec("numba") is not None
 
 
@@ -43,24 +44,23 @@ def forward(
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
     """See :func:`overlock.ops.reference.contmix`; (B, G, C, H, W) in the layout of ``value``, if that has flat rows."""
-    from overlock.ops.cpu_kernels import BLOCK, TOKENS, mix  # noqa: PLC0415
+    from overlock.ops.cpu_kernels import PAIR, mix  # noqa: PLC0415
     from overlock.ops.threads import run  # noqa: PLC0415
 
     batch, groups, channels, height, width = value.shape
-    taps = weight.shape[0]
+    taps, regions = weight.shape
+    weights = F.pad(weight.t(), (0, -taps % PAIR))
     bias = torch.zeros(taps) if bias is None else bias.contiguous()
     if rpb is None:
         rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
-    # weight @ (key^T query) = (weight @ key^T) query: D numbers a tap instead of S^2.
-    rows = torch.matmul(key, F.pad(weight, (0, 0, 0, -taps % BLOCK)).t())
-    packed = F.pad(value, (0, 0, 0, 0, 0, -channels % BLOCK)) if channels % BLOCK else value
-    packed = packed.unflatten(2, (-1, BLOCK)).permute(0, 1, 2, 4, 5, 3).contiguous()
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = torch.empty(value.shape)
-    flat = query.flatten(3)
-    jobs = batch * groups * -(-height * width // TOKENS)
-    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
-    strides = (*flat.stride(), *out.flatten(3).stride())
-    run(mix, jobs, flat, rows, packed, bias, rpb.contiguous(), out, *sizes, *strides)
+    queries, values = query.flatten(3), value.flatten(3)
+    # A map is cut only where there are too few for the threads: each piece folds the key and packs values anew.
+    pieces = max(1, min(2 * torch.get_num_threads() // (batch * groups), height * width // 64))
+    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width, regions, pieces)
+    strides = (*queries.stride(), *values.stride(), *out.flatten(3).stride())
+    tensors = (queries, key.contiguous(), values, weights, bias, rpb.contiguous(), out)
+    run(mix, batch * groups * pieces, *tensors, *sizes, *strides)
     return out

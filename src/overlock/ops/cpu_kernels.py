@@ -1,182 +1,249 @@
-"""The numba code of cpu.py; imports numba and compiles, so it is imported on use.
-
-Loop bounds that must be constants to become whole vector registers are module constants or frozen by a factory whose
-functions are compiled into ``mix`` and not cached by themselves.
-"""
+"""The numba code of cpu.py: ContMix's dynamic convolution; imports numba and compiles, so it is imported on use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
+from overlock.ops.vectors import LANES, at_least, exp2, largest, load, load_part, spread, store, store_part, total
 
-TOKENS = 32  # a job's; its taps, N x D float32, and its windows stay in a core's caches
-BLOCK = 16  # value channels, or taps, side by side in memory: one AVX-512 register; padded
+PAIR = 2 * LANES  # taps are padded to whole pairs of vectors
 LOG2_E = np.float32(1.4426950408889634)
-LOWEST = np.float32(-100)  # 2^-100 is nothing beside the largest tap's 1
 
 
 @njit(**OPTIONS)
-def add_products(weights, rows, sums):
-    """sums (N) += weights (D) @ rows (D, N), eight terms a pass."""
-    depth, count = rows.shape
-    eights = depth - depth % 8
-    for d in range(0, eights, 8):
-        w0, w1, w2, w3 = weights[d], weights[d + 1], weights[d + 2], weights[d + 3]
-        w4, w5, w6, w7 = weights[d + 4], weights[d + 5], weights[d + 6], weights[d + 7]
-        a0, a1, a2, a3, a4, a5 = rows[d], rows[d + 1], rows[d + 2], rows[d + 3], rows[d + 4], rows[d + 5]
-        a6, a7 = rows[d + 6], rows[d + 7]
-        for n in range(count):
-            first = w0 * a0[n] + w1 * a1[n] + w2 * a2[n] + w3 * a3[n]
-            sums[n] += first + (w4 * a4[n] + w5 * a5[n] + w6 * a6[n] + w7 * a7[n])
-    for d in range(eights, depth):
-        w0, a0 = weights[d], rows[d]
-        for n in range(count):
-            sums[n] += w0 * a0[n]
-
-
-@intrinsic
-def power_of_two(_typing_context, exponent):  # noqa: ARG001
-    """2 to an int32, made from the bits of a float32; numba's own integers would widen to 64 bits on the way."""
-
-    def generate(context, builder, signature, arguments):
-        integer = arguments[0].type
-        biased = builder.add(arguments[0], integer(127))
-        return builder.bitcast(builder.shl(biased, integer(23)), context.get_value_type(signature.return_type))
-
-    return types.float32(types.int32), generate
-
-
-@intrinsic
-def larger(_typing_context, a, b):  # noqa: ARG001
-    """The larger of two float32, any where one is NaN: flags that numba's max lacks, so that a loop vectorises."""
-
-    def generate(_context, builder, _signature, arguments):
-        flags = ("nnan", "nsz")
-        return builder.select(builder.fcmp_ordered(">", *arguments, flags=flags), *arguments, flags=flags)
-
-    return types.float32(types.float32, types.float32), generate
+def fold_key(keys, weights, depth, regions, taps, rows):
+    """rows (D, N) = key (D, S2) @ weights (S2, N): weight @ (key^T query) = rows^T query, D numbers a tap, not S2."""
+    for d in range(depth):
+        for n in range(0, taps, PAIR):
+            a = b = spread(np.float32(0))
+            for s in range(regions):
+                x = spread(keys[d * regions + s])
+                a, b = a + x * load(weights, s * taps + n), b + x * load(weights, s * taps + n + LANES)
+            store(rows, d * taps + n, a)
+            store(rows, d * taps + n + LANES, b)
 
 
 @njit(**OPTIONS)
-def softmax(logits):
-    """2 to the logits (N) less their largest, in place; returns their sum.
+def tap_biases(bias, table, row, column, kernel_height, kernel_width, taps, out):
+    """out (N) = bias plus the part of the relative position bias that begins at a row and column.
 
-    2^x = 2^k 2^f: the integer part goes into the exponent bits of a float, the fraction into a polynomial (relative
-    error 1.6e-7), which vectorises where a call of the library's exp does not.
+    Whole vectors are written, the next row over what is too much of the last; ``out`` has room for one more.
     """
-    largest, total = logits[0], np.float32(0)
-    for n in range(logits.size):
-        largest = larger(largest, logits[n])
-    for n in range(logits.size):
-        x = logits[n] - largest
-        x = LOWEST if x < LOWEST else x  # not larger(), which may drop a NaN
-        whole = np.int32(x - np.float32(0.5))  # x <= 0: rounds to the nearest integer
-        f = x - np.float32(whole)
-        p = np.float32(1.3264727e-3) * f + np.float32(9.671513e-3)
-        p = p * f + np.float32(5.5507336e-2)
-        p = p * f + np.float32(2.4022242e-1)
-        p = p * f + np.float32(6.93147e-1)
-        p = (p * f + np.float32(1)) * power_of_two(whole)
-        logits[n] = p
-        total += p
-    return total
-
-
-@njit(**OPTIONS)
-def tap_biases(bias, table, row, column, kernel_height, kernel_width, taps):
-    """taps (N) = bias plus the part of the relative position bias that begins at a row and column, in powers of 2."""
+    side = 2 * kernel_width - 1
     for k in range(kernel_height):
-        part, source = taps[k * kernel_width : (k + 1) * kernel_width], table[row + k, column : column + kernel_width]
-        for j in range(kernel_width):
-            part[j] = (bias[k * kernel_width + j] + source[j]) * LOG2_E
-
-
-def make_weigh(constant_width: int) -> Callable[..., None]:
-    """The weighted sum for one kernel width, 0 for any: the compiler unrolls a constant row of taps."""
-
-    @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # the order of sums as written
-    def weigh(value, taps, window, width, kernel_height, kernel_width, mixed):
-        """mixed (C) = taps (N) times the values (H W C) under a window."""
-        columns = constant_width if constant_width else kernel_width
-        mixed[:] = 0
-        for k in range(kernel_height):
-            first = (window + k * width) * BLOCK
-            row = value[first : first + columns * BLOCK]
-            part = taps[k * columns : (k + 1) * columns]
-            for c in range(BLOCK):
-                total = np.float32(0)  # of its own, so that the next row need not wait for this one
-                for j in range(columns):
-                    total += part[j] * row[c + j * BLOCK]
-                mixed[c] += total
-
-    return weigh
-
-
-weigh_5, weigh_7, weigh_9, weigh_13, weigh_any = (make_weigh(k) for k in (5, 7, 9, 13, 0))
+        first, source = k * kernel_width, (row + k) * side + column
+        for j in range(0, kernel_width, LANES):
+            store(out, first + j, load(bias, first + j) + load(table, source + j))
+    for n in range(kernel_height * kernel_width, taps):
+        out[n] = -np.inf
 
 
 @njit(**OPTIONS)
-def weigh(value, taps, window, width, kernel_height, kernel_width, mixed):
-    if kernel_width == 5:
-        weigh_5(value, taps, window, width, kernel_height, kernel_width, mixed)
-    elif kernel_width == 7:
-        weigh_7(value, taps, window, width, kernel_height, kernel_width, mixed)
-    elif kernel_width == 9:
-        weigh_9(value, taps, window, width, kernel_height, kernel_width, mixed)
-    elif kernel_width == 13:
-        weigh_13(value, taps, window, width, kernel_height, kernel_width, mixed)
+def four_logits(query, depth, rows, taps, biases, out):
+    """out (4, N) = biases (4, N + LANES) + query (4, D) @ rows (D, N)."""
+    step = taps + LANES
+    for n in range(0, taps, PAIR):
+        a0, a1 = load(biases, n), load(biases, n + LANES)
+        b0, b1 = load(biases, n + step), load(biases, n + step + LANES)
+        c0, c1 = load(biases, n + 2 * step), load(biases, n + 2 * step + LANES)
+        d0, d1 = load(biases, n + 3 * step), load(biases, n + 3 * step + LANES)
+        for i in range(depth):
+            first, second = load(rows, i * taps + n), load(rows, i * taps + n + LANES)
+            q = spread(query[i])
+            a0, a1 = a0 + q * first, a1 + q * second
+            q = spread(query[i + depth])
+            b0, b1 = b0 + q * first, b1 + q * second
+            q = spread(query[i + 2 * depth])
+            c0, c1 = c0 + q * first, c1 + q * second
+            q = spread(query[i + 3 * depth])
+            d0, d1 = d0 + q * first, d1 + q * second
+        store(out, n, a0)
+        store(out, n + LANES, a1)
+        store(out, n + taps, b0)
+        store(out, n + taps + LANES, b1)
+        store(out, n + 2 * taps, c0)
+        store(out, n + 2 * taps + LANES, c1)
+        store(out, n + 3 * taps, d0)
+        store(out, n + 3 * taps + LANES, d1)
+
+
+@njit(**OPTIONS)
+def softmax(logits, first, taps):
+    """2 to the logits from ``first`` on less their largest, in place; returns one over their sum."""
+    top = load(logits, first)
+    for n in range(first + LANES, first + taps, LANES):
+        top = at_least(load(logits, n), top)
+    top = spread(largest(top))
+    both = spread(np.float32(0))
+    for n in range(first, first + taps, LANES):
+        power = exp2(load(logits, n) - top)
+        both = both + power
+        store(logits, n, power)
+    return np.float32(1) / total(both)
+
+
+@njit(**OPTIONS)
+def weigh_one(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
+    """mixed (LANES) = kernel (N from ``taps`` on) times the values (H W, LANES) under a window."""
+    even = odd = spread(np.float32(0))
+    for k in range(kernel_height):
+        place, n = (window + k * width) * LANES, taps + k * kernel_width
+        for j in range(0, kernel_width - 1, 2):
+            even = even + spread(kernel[n + j]) * load(values, place + j * LANES)
+            odd = odd + spread(kernel[n + j + 1]) * load(values, place + (j + 1) * LANES)
+        if kernel_width % 2:
+            even = even + spread(kernel[n + kernel_width - 1]) * load(values, place + (kernel_width - 1) * LANES)
+    store(mixed, 0, even + odd)
+
+
+@njit(**OPTIONS)
+def weigh_four_at_one_place(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
+    """mixed (4, LANES) of four tokens with the same window, as they are at borders: each value is read once."""
+    a = b = c = d = spread(np.float32(0))
+    for k in range(kernel_height):
+        place, n = (window + k * width) * LANES, k * kernel_width
+        for j in range(kernel_width):
+            x = load(values, place + j * LANES)
+            a, b = a + spread(kernel[n + j]) * x, b + spread(kernel[n + j + taps]) * x
+            c, d = c + spread(kernel[n + j + 2 * taps]) * x, d + spread(kernel[n + j + 3 * taps]) * x
+    store(mixed, 0, a)
+    store(mixed, LANES, b)
+    store(mixed, 2 * LANES, c)
+    store(mixed, 3 * LANES, d)
+
+
+@njit(**OPTIONS)
+def weigh_four_in_a_row(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
+    """mixed (4, LANES) of four tokens whose windows move with them, K >= 3: each value is read once."""
+    a = b = c = d = spread(np.float32(0))
+    last = kernel_width - 1
+    for k in range(kernel_height):
+        place, n = (window + k * width) * LANES, k * kernel_width
+        x = load(values, place)
+        a = a + spread(kernel[n]) * x
+        x = load(values, place + LANES)
+        a, b = a + spread(kernel[n + 1]) * x, b + spread(kernel[n + taps]) * x
+        x = load(values, place + 2 * LANES)
+        a, b = a + spread(kernel[n + 2]) * x, b + spread(kernel[n + taps + 1]) * x
+        c = c + spread(kernel[n + 2 * taps]) * x
+        for j in range(3, kernel_width):
+            x = load(values, place + j * LANES)
+            a, b = a + spread(kernel[n + j]) * x, b + spread(kernel[n + taps + j - 1]) * x
+            c, d = c + spread(kernel[n + 2 * taps + j - 2]) * x, d + spread(kernel[n + 3 * taps + j - 3]) * x
+        x = load(values, place + kernel_width * LANES)
+        b, c = b + spread(kernel[n + taps + last]) * x, c + spread(kernel[n + 2 * taps + last - 1]) * x
+        d = d + spread(kernel[n + 3 * taps + last - 2]) * x
+        x = load(values, place + (kernel_width + 1) * LANES)
+        c, d = c + spread(kernel[n + 2 * taps + last]) * x, d + spread(kernel[n + 3 * taps + last - 1]) * x
+        d = d + spread(kernel[n + 3 * taps + last]) * load(values, place + (kernel_width + 2) * LANES)
+    store(mixed, 0, a)
+    store(mixed, LANES, b)
+    store(mixed, 2 * LANES, c)
+    store(mixed, 3 * LANES, d)
+
+
+@njit(**OPTIONS)
+def weigh(values, kernel, taps, window, count, column, width, kernel_height, kernel_width, mixed):
+    """mixed (count, LANES) of up to four tokens from a column on, in the way that their windows allow."""
+    first = window[0]
+    if count == 4 and window[1] == first and window[2] == first and window[3] == first:
+        weigh_four_at_one_place(values, kernel, taps, first, width, kernel_height, kernel_width, mixed)
+    elif count == 4 and kernel_width >= 3 and column + 3 < width and window[1] == first + 1 and window[3] == first + 3:
+        weigh_four_in_a_row(values, kernel, taps, first, width, kernel_height, kernel_width, mixed)
     else:
-        weigh_any(value, taps, window, width, kernel_height, kernel_width, mixed)
+        for i in range(count):
+            weigh_one(values, kernel, i * taps, window[i], width, kernel_height, kernel_width, mixed[i * LANES :])
+
+
+@njit(**OPTIONS)
+def pack(values, first, by_channel, by_token, channels, tokens, packed):
+    """packed (blocks, tokens, LANES) of values (C, tokens) of any strides, channels side by side, zeros beyond C."""
+    for block in range((channels + LANES - 1) // LANES):
+        width, place = min(LANES, channels - block * LANES), block * tokens * LANES
+        start = first + block * LANES * by_channel
+        for t in range(tokens):
+            if by_channel == 1:
+                store(packed, place + t * LANES, load_part(values, start + t * by_token, width))
+            else:
+                for c in range(width):
+                    packed[place + t * LANES + c] = values[start + c * by_channel + t * by_token]
+                for c in range(width, LANES):
+                    packed[place + t * LANES + c] = 0
+
+
+@njit(**OPTIONS)
+def unpack(mixed, place, scale, out, first, by_channel, width):
+    """One token's channels of a block, scaled, to their place in ``out``."""
+    if by_channel == 1:
+        store_part(out, first, load(mixed, place) * spread(scale), width)
+    else:
+        for c in range(width):
+            out[first + c * by_channel] = mixed[place + c] * scale
 
 
 @kernel
 def mix(call, thread, threads):
-    """Fill out (B, G, C, H W) from queries (B, G, D, H W), both of any strides.
+    """Fill out (B, G, C, H W) from queries (B, G, D, H W) and values (B, G, C, H W), all of any strides.
 
-    ``call`` holds: the addresses of queries, logit rows (B, G, D, N padded), values in blocks of channels
-    (B, G, blocks, H W, 16), bias (N), rpb (G, 2 Kh - 1, 2 Kw - 1) and out; B, G, D, C, H, W, Kh, Kw; strides of queries
-    and of out.
+    ``call`` holds from index 2 on: the addresses of queries, keys (B, G, D, S2), values, weights (S2, N padded with
+    zeros), bias (N), rpb (G, 2 Kh - 1, 2 Kw - 1) and out; B, G, D, C, H, W, Kh, Kw, S2 and the pieces that a map is cut
+    into; strides of queries, values and out.
     """
-    p = carray(call, 24)
-    batch, groups, depth, channels = p[8], p[9], p[10], p[11]
-    height, width, kernel_height, kernel_width = p[12], p[13], p[14], p[15]
-    size, blocks, taps = height * width, (channels + BLOCK - 1) // BLOCK, kernel_height * kernel_width
-    padded = (taps + BLOCK - 1) // BLOCK * BLOCK
-    queries, out = floats(p[2], (1 << 62,)), floats(p[7], (1 << 62,))
-    rows, values = floats(p[3], (batch * groups, depth, padded)), floats(p[4], (batch * groups, blocks, size * BLOCK))
-    bias = floats(p[5], (taps,))
-    rpb = floats(p[6], (groups, 2 * kernel_height - 1, 2 * kernel_width - 1))
+    p = carray(call, 32)
+    batch, groups, depth, channels = p[9], p[10], p[11], p[12]
+    height, width, kernel_height, kernel_width, regions, pieces = p[13], p[14], p[15], p[16], p[17], p[18]
+    everything = (1 << 60,)
+    queries, values, out = floats(p[2], everything), floats(p[4], everything), floats(p[8], everything)
+    size, blocks, used = height * width, (channels + LANES - 1) // LANES, kernel_height * kernel_width
+    taps, side = (used + PAIR - 1) // PAIR * PAIR, (2 * kernel_height - 1) * (2 * kernel_width - 1)
+    keys, weights = floats(p[3], (batch * groups, depth * regions)), floats(p[5], (regions * taps,))
+    biases, tables = floats(p[6], (used,)), floats(p[7], (groups, side))
 
-    pieces = (size + TOKENS - 1) // TOKENS
-    query, mixed, logits = np.empty(depth, np.float32), np.empty(BLOCK, np.float32), np.empty(padded, np.float32)
-    biases = np.empty(padded, np.float32)
-    biases[taps:] = -np.inf
+    rows, packed = np.empty(depth * taps, np.float32), np.empty(blocks * size * LANES, np.float32)
+    bias, table = np.zeros(used + LANES, np.float32), np.zeros(side + LANES, np.float32)
+    for n in range(used):
+        bias[n] = biases[n] * LOG2_E
+    query, logits = np.zeros(4 * depth, np.float32), np.empty(4 * taps, np.float32)
+    start, mixed = np.zeros((4, taps + LANES), np.float32), np.empty(4 * LANES, np.float32)
+    window, scale, held = np.zeros(4, np.int64), np.zeros(4, np.float32), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
-        b, g = job // (groups * pieces), (job // pieces) % groups
-        bg = b * groups + g
-        last_row = last_column = -1
-        for t in range((job % pieces) * TOKENS, min((job % pieces + 1) * TOKENS, size)):
-            y, x = t // width, t % width
-            top = min(max(y - kernel_height // 2, 0), height - kernel_height)
-            left = min(max(x - kernel_width // 2, 0), width - kernel_width)
-            row, column = top - y + kernel_height - 1, left - x + kernel_width - 1
-            if row != last_row or column != last_column:  # seldom inside the map
-                tap_biases(bias, rpb[g], row, column, kernel_height, kernel_width, biases)
-                last_row, last_column = row, column
-            first = b * p[16] + g * p[17] + t * p[19]
-            for d in range(depth):
-                query[d] = queries[first + d * p[18]] * LOG2_E
-            logits[:] = biases
-            add_products(query, rows[bg], logits)
-            share_of_one = np.float32(1) / softmax(logits)
-            first = b * p[20] + g * p[21] + t * p[23]
+        bg, piece = job // pieces, job % pieces
+        b, g = bg // groups, bg % groups
+        first, last = size * piece // pieces, size * (piece + 1) // pieces
+        fold_key(keys[bg], weights, depth, regions, taps, rows)
+        held[:] = -1
+        for i in range(side):
+            table[i] = tables[g, i] * LOG2_E
+        base = min(max(first // width - kernel_height // 2, 0), height - kernel_height)  # first row of any window
+        bottom = min(max((last - 1) // width - kernel_height // 2, 0), height - kernel_height) + kernel_height
+        rows_here = (bottom - base) * width
+        pack(values, b * p[23] + g * p[24] + base * width * p[26], p[25], p[26], channels, rows_here, packed)
+        for t in range(first, last, 4):
+            count = min(4, last - t)
+            for i in range(count):
+                y, x = (t + i) // width, (t + i) % width
+                top = min(max(y - kernel_height // 2, 0), height - kernel_height)
+                left = min(max(x - kernel_width // 2, 0), width - kernel_width)
+                window[i] = (top - base) * width + left
+                row, column = top - y + kernel_height - 1, left - x + kernel_width - 1
+                if row != held[i, 0] or column != held[i, 1]:  # seldom, inside the map
+                    tap_biases(bias, table, row, column, kernel_height, kernel_width, taps, start[i])
+                    held[i, 0], held[i, 1] = row, column
+                place = b * p[19] + g * p[20] + (t + i) * p[22]
+                for d in range(depth):
+                    query[i * depth + d] = queries[place + d * p[21]] * LOG2_E
+            four_logits(query, depth, rows, taps, start.ravel(), logits)
+            for i in range(count):
+                scale[i] = softmax(logits, i * taps, taps)
+            still = count == 4 and window[0] == window[1] == window[2] == window[3]
+            moving = count == 4 and kernel_width >= 3 and t % width + 3 < width and not still
+            moving = moving and window[3] == window[2] + 1 == window[1] + 2 == window[0] + 3
             for block in range(blocks):
-                weigh(values[bg, block], logits, top * width + left, width, kernel_height, kernel_width, mixed)
-                for c in range(min(BLOCK, channels - block * BLOCK)):
-                    out[first + (block * BLOCK + c) * p[22]] = mixed[c] * share_of_one
+                part = packed[block * rows_here * LANES :]
+                weigh(part, logits, taps, window, count, t % width, width, kernel_height, kernel_width, mixed)
+                for i in range(count):
+                    place = b * p[27] + g * p[28] + block * LANES * p[29] + (t + i) * p[30]
+                    unpack(mixed, i * LANES, scale[i], out, place, p[29], min(LANES, channels - block * LANES))

@@ -1,0 +1,128 @@
+"""The layers of the fused network on CPU: the same arithmetic in fewer passes, over channels_last maps.
+
+All take and give images (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from timm.layers import SqueezeExcite
+from torch import Tensor, nn
+
+from overlock.ops import inference as ops
+
+
+def cpu_form(module: nn.Module) -> nn.Module:
+    """The layer below that does a module's work, or the module itself where there is none."""
+    if isinstance(module, SqueezeExcite):
+        return ChannelAttention(module)
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or module.dilation != (1, 1):
+        return module
+    size, stride = module.kernel_size[0], module.stride[0]
+    square = module.kernel_size == (size, size) and module.stride == (stride, stride) and size % 2 == 1
+    if not square or module.padding != (size // 2, size // 2):
+        return module
+    if module.groups == 1:
+        return Pointwise(module) if size == stride == 1 else Conv(module)
+    one_by_one = module.groups == module.in_channels == module.out_channels
+    return Depthwise(module) if one_by_one and stride == 1 else module
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+
+
+class Pointwise(nn.Module):
+    """1x1 convolution as a matrix product, weight (Cout, Cin)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = _frozen(conv.weight.flatten(1))
+        self.bias = None if conv.bias is None else _frozen(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.to_images(ops.linear(x.permute(0, 2, 3, 1), self.weight, self.bias))
+
+
+class Depthwise(nn.Module):
+    """Depthwise convolution, weight (K, K, C), and GELU after it where ``gelu`` is set."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = _frozen(conv.weight[:, 0].permute(1, 2, 0))
+        self.bias = _frozen(conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias)
+        self.gelu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.depthwise(x, self.weight, self.bias, self.gelu)
+
+
+class Conv(nn.Module):
+    """Convolution of all channels, and GELU after it where ``gelu`` is set."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = _frozen(conv.weight)
+        self.bias = None if conv.bias is None else _frozen(conv.bias)
+        self.stride = conv.stride[0]
+        self.gelu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv(x, self.weight, self.bias, self.stride, self.gelu)
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-excite of x (+ other), times SiLU(gate): what stands around it in GDSA, in the same two passes."""
+
+    def __init__(self, module: SqueezeExcite):
+        super().__init__()
+        self.reduce, self.expand = Pointwise(module.fc1), Pointwise(module.fc2)
+
+    def forward(self, x: Tensor, other: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        reduce, expand = self.reduce, self.expand
+        return ops.squeeze_excite(x, other, gate, reduce.weight, reduce.bias, expand.weight, expand.bias)
+
+
+class ResponseNorm(nn.Module):
+    """Global response norm."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float):
+        super().__init__()
+        self.weight, self.bias, self.eps = _frozen(weight), _frozen(bias), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.response_norm(x, self.weight, self.bias, self.eps)
+
+
+class FusedConvFFN(nn.Module):
+    """A folded ConvFFN in one operation."""
+
+    def __init__(self, expand: Pointwise, local: Depthwise, norm: ResponseNorm, project: Pointwise):
+        super().__init__()
+        self.expand, self.local, self.norm, self.project = expand, local, norm, project
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.conv_ffn(
+            x, self.expand.weight, self.expand.bias, self.local.weight, self.local.bias, self.norm.weight,
+            self.project.weight, self.project.bias, self.norm.eps,
+        )  # fmt: skip
+
+
+class FusedAggregator(nn.Module):
+    """GDSA's dynamic and static convolution, channel attention and gate."""
+
+    def __init__(
+        self, mixer: nn.Module, large_kernel: nn.Module, se: ChannelAttention, gate: nn.Module, proj: nn.Module
+    ):
+        super().__init__()
+        self.mixer, self.large_kernel, self.se, self.gate, self.proj = mixer, large_kernel, se, gate, proj
+
+    def forward(self, features: Tensor, query: Tensor, context: Tensor) -> Tensor:
+        mixed = self.mixer(features, query, context)
+        return self.proj(self.se(mixed, self.large_kernel(features), self.gate(features)))
+
+
+def join_gelu(layers: nn.Sequential) -> None:
+    """Let each convolution do the GELU after it."""
+    for i in range(len(layers) - 1):
+        if isinstance(layers[i], (Conv, Depthwise)) and isinstance(layers[i + 1], nn.GELU):
+            layers[i].gelu, layers[i + 1] = True, nn.Identity()

@@ -1,0 +1,273 @@
+"""Vectors of float32 as numba values, so that a kernel says itself what stays in registers.
+
+A loop that a compiler may or may not turn into vector instructions is fast by luck; ``a = a + load(x, i) * w`` on
+vectors is the same few instructions everywhere. LLVM splits a vector over several registers where the machine's are
+shorter. Products and sums contract to fused ones.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
+INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+
+
+class VectorType(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name=f"float32x{LANES}")
+
+
+vector = VectorType()
+
+
+@register_model(VectorType)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Any):
+        super().__init__(manager, kind, VECTOR)
+
+
+def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
+
+
+@intrinsic
+def load(_typing_context, array, index):  # noqa: ARG001
+    """The vector that begins at an index of a flat array."""
+
+    def generate(context, builder, signature, arguments):
+        loaded = builder.load(_place(context, builder, signature.args[0], *arguments))
+        loaded.align = 4
+        return loaded
+
+    return vector(array, types.int64), generate
+
+
+@intrinsic
+def store(_typing_context, array, index, value):  # noqa: ARG001
+    """Write a vector to a flat array from an index on."""
+
+    def generate(context, builder, signature, arguments):
+        stored = builder.store(arguments[2], _place(context, builder, signature.args[0], *arguments[:2]))
+        stored.align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), generate
+
+
+def _mask(builder: Any, lanes: Any) -> Any:
+    """True in the first lanes."""
+    count = _spread(builder, builder.trunc(lanes, ir.IntType(32)), INTEGERS)
+    return builder.icmp_signed("<", ir.Constant(INTEGERS, list(range(LANES))), count)
+
+
+def _spread(builder: Any, number: Any, kind: Any) -> Any:
+    nothing = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(INTEGERS, [0] * LANES))
+
+
+def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [x.type for x in arguments])
+    name = f"llvm.masked.{name}.v{LANES}f32.p0v{LANES}f32"
+    known = builder.module.globals.get(name)
+    return builder.call(known or ir.Function(builder.module, kind, name), arguments)
+
+
+@intrinsic
+def load_part(_typing_context, array, index, lanes):  # noqa: ARG001
+    """A vector of which the first lanes are read; zeros in the others."""
+
+    def generate(context, builder, signature, arguments):
+        place = _place(context, builder, signature.args[0], *arguments[:2])
+        zeros, align = ir.Constant(VECTOR, [0.0] * LANES), ir.Constant(ir.IntType(32), 4)
+        return _masked(builder, "load", VECTOR, [place, align, _mask(builder, arguments[2]), zeros])
+
+    return vector(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_part(_typing_context, array, index, value, lanes):  # noqa: ARG001
+    """Write the first lanes of a vector."""
+
+    def generate(context, builder, signature, arguments):
+        place = _place(context, builder, signature.args[0], *arguments[:2])
+        align, mask = ir.Constant(ir.IntType(32), 4), _mask(builder, arguments[3])
+        _masked(builder, "store", ir.VoidType(), [arguments[2], place, align, mask])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector, types.int64), generate
+
+
+@intrinsic
+def spread(_typing_context, number):  # noqa: ARG001
+    """One number in all lanes."""
+
+    def generate(_context, builder, _signature, arguments):
+        return _spread(builder, arguments[0], VECTOR)
+
+    return vector(types.float32), generate
+
+
+@intrinsic
+def at_least(_typing_context, value, low):  # noqa: ARG001
+    """The larger of two in each lane; a NaN in the first stays."""
+
+    def generate(_context, builder, _signature, arguments):
+        value, low = arguments
+        return builder.select(builder.fcmp_ordered("<", value, low), low, value)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def at_most(_typing_context, value, high):  # noqa: ARG001
+    """The smaller of two in each lane; a NaN in the first stays."""
+
+    def generate(_context, builder, _signature, arguments):
+        value, high = arguments
+        return builder.select(builder.fcmp_ordered(">", value, high), high, value)
+
+    return vector(vector, vector), generate
+
+
+@intrinsic
+def where_negative(_typing_context, value, then, otherwise):  # noqa: ARG001
+    """A choice in each lane."""
+
+    def generate(_context, builder, _signature, arguments):
+        zeros = ir.Constant(VECTOR, [0.0] * LANES)
+        return builder.select(builder.fcmp_ordered("<", arguments[0], zeros), *arguments[1:])
+
+    return vector(vector, vector, vector), generate
+
+
+@intrinsic
+def truncated(_typing_context, value):  # noqa: ARG001
+    """The integer part."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.sitofp(builder.fptosi(arguments[0], INTEGERS), VECTOR)
+
+    return vector(vector), generate
+
+
+@intrinsic
+def power_of_two(_typing_context, exponent):  # noqa: ARG001
+    """2 to whole numbers from -126 to 127, made from the bits of a float32."""
+
+    def generate(_context, builder, _signature, arguments):
+        biased = builder.add(builder.fptosi(arguments[0], INTEGERS), ir.Constant(INTEGERS, [127] * LANES))
+        return builder.bitcast(builder.shl(biased, ir.Constant(INTEGERS, [23] * LANES)), VECTOR)
+
+    return vector(vector), generate
+
+
+def _arithmetic(name: str) -> Any:
+    @intrinsic
+    def compute(_typing_context, a, b):  # noqa: ARG001
+        def generate(_context, builder, _signature, arguments):
+            return getattr(builder, name)(*arguments, flags=("contract", "nsz"))
+
+        return vector(vector, vector), generate
+
+    return compute
+
+
+def _define(symbol: Any, name: str) -> None:
+    compute = _arithmetic(name)
+
+    @overload(symbol)
+    def define(a, b):
+        if isinstance(a, VectorType) and isinstance(b, VectorType):
+
+            def of_vectors(a, b):
+                return compute(a, b)
+
+            return of_vectors
+        return None
+
+
+for _symbol, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    _define(_symbol, _name)
+
+
+def _across(name: str) -> Any:
+    """Combine the lanes of a vector by halves."""
+
+    @intrinsic
+    def combine(_typing_context, value):  # noqa: ARG001
+        def generate(_context, builder, _signature, arguments):
+            value, size = arguments[0], LANES
+            while size > 1:
+                size //= 2
+                order = ir.Constant(INTEGERS, [i + size if i < size else i for i in range(LANES)])
+                other = builder.shuffle_vector(value, value, order)
+                if name == "sum":
+                    value = builder.fadd(value, other)
+                else:
+                    value = builder.select(builder.fcmp_ordered(">", value, other), value, other)
+            return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+        return types.float32(vector), generate
+
+    return combine
+
+
+total, largest = _across("sum"), _across("largest")
+
+LOWEST = np.float32(-100)  # 2^-100 is nothing beside the largest term of a softmax, 1
+
+
+@njit(error_model="numpy", nogil=True)
+def exp2(x):
+    """2^x for x <= 0 (2^-100 below -100): 2^whole from a float's bits times a polynomial, relative error 1.6e-7."""
+    x = at_least(x, spread(LOWEST))
+    whole = truncated(x - spread(np.float32(0.5)))  # the nearest integer
+    f = x - whole
+    p = spread(np.float32(1.3264727e-3)) * f + spread(np.float32(9.671513e-3))
+    p = p * f + spread(np.float32(5.5507336e-2))
+    p = p * f + spread(np.float32(2.4022242e-1))
+    p = p * f + spread(np.float32(6.93147e-1))
+    return (p * f + spread(np.float32(1))) * power_of_two(whole)
+
+
+@njit(error_model="numpy", nogil=True)
+def silu(x):
+    """x / (1 + e^-x)."""
+    below = exp2(where_negative(x, x, spread(np.float32(0)) - x) * spread(np.float32(1.4426950408889634)))
+    one = spread(np.float32(1))
+    return x * where_negative(x, below, one) / (one + below)
+
+
+@njit(error_model="numpy", nogil=True)
+def gelu(x):
+    """x / 2 (1 + erf(x / sqrt(2))), erf as a rational function with relative error 4e-7."""
+    z = at_most(at_least(x * spread(np.float32(0.70710678)), spread(np.float32(-3.9))), spread(np.float32(3.9)))
+    u = z * z
+    p = spread(np.float32(2.06647087e-6)) * u + spread(np.float32(2.85063026e-4))
+    p = p * u + spread(np.float32(3.73837491e-3))
+    p = p * u + spread(np.float32(5.26681729e-2))
+    p = p * u + spread(np.float32(1.89667463e-1))
+    p = p * u + spread(np.float32(1.12837911))
+    q = spread(np.float32(3.82700382e-5)) * u + spread(np.float32(1.15738343e-3))
+    q = q * u + spread(np.float32(1.49143348e-2))
+    q = q * u + spread(np.float32(1.13819227e-1))
+    q = q * u + spread(np.float32(5.01421213e-1))
+    q = q * u + spread(np.float32(1))
+    half = x * spread(np.float32(0.5))
+    return half + half * (z * p / q)
