@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
+from overlock.ops import depthwise_conv2d
+
+torch.fx.wrap("depthwise_conv2d")
 
 # (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -31,10 +34,20 @@ def branches_of(kernel_size: int) -> tuple[tuple[int, int], ...]:
     return BRANCHES.get(kernel_size, BRANCHES[19] if kernel_size > 19 else ())
 
 
-def _depthwise(channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> nn.Conv2d:
+class LargeConv(nn.Conv2d):
+    """Depthwise K x K convolution, on CUDA by the fastest kernel for its map. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = False):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias)
+
+
+def _dilated(channels: int, kernel_size: int, dilation: int) -> nn.Conv2d:
     padding = dilation * (kernel_size - 1) // 2
     return nn.Conv2d(
-        channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+        channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=False
     )  # fmt: skip
 
 
@@ -72,12 +85,12 @@ class DilatedRepConv(nn.Module):
     def __init__(self, channels: int, kernel_size: int, *, deploy: bool = False):
         super().__init__()
         branches = branches_of(kernel_size)
-        self.large = _depthwise(channels, kernel_size, bias=deploy)
+        self.large = LargeConv(channels, kernel_size, bias=deploy)
         self.norm = nn.Identity() if deploy else BatchNorm2d(channels)
         self.branches = nn.ModuleDict()
         if not deploy:
             for k, r in branches:
-                self.branches[f"k{k}_r{r}"] = ConvNorm(_depthwise(channels, k, dilation=r), channels)
+                self.branches[f"k{k}_r{r}"] = ConvNorm(_dilated(channels, k, r), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.branches) > 0:
@@ -109,7 +122,7 @@ class DilatedRepConv(nn.Module):
         self.train(training)
 
     def fold(self) -> nn.Conv2d:
-        """The merged convolution itself."""
+        """The merged convolution itself, as fast on CUDA."""
         self.reparameterize()
         return self.large
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import importlib.util
 import logging
 import os
@@ -58,28 +59,35 @@ def _always(*_: object) -> None:
     return None
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    """A function of the Triton backend, whose module imports triton and is therefore imported on use."""
+def on_use(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of this package that imports what may be absent, such as triton; imported when called."""
 
     def call(*arguments: Any) -> Any:
-        from overlock.ops import triton_mix  # noqa: PLC0415
-
-        return getattr(triton_mix, name)(*arguments)
+        return getattr(importlib.import_module(f"overlock.ops.{module}"), name)(*arguments)
 
     return call
 
 
-def _triton_why_not(*call: Any) -> str | None:
-    device = call[2].device.type
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it needs tensors on a CUDA device, not on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return _triton("why_not")(*call)
+def triton_why_not(module: str) -> Callable[..., str | None]:
+    """Why Triton's kernels cannot run a call with a tensor first: no GPU, no triton, or what the module itself says."""
+
+    def why_not(*call: Any) -> str | None:
+        device = call[0].device.type
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it needs tensors on a CUDA device, not on {device}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        return on_use(module, "why_not")(*call)
+
+    return why_not
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(forward=_triton("forward"), backward=_triton("backward"), why_not=_triton_why_not),
+    "triton": Backend(
+        forward=on_use("triton_mix", "forward"),
+        backward=on_use("triton_mix", "backward"),
+        why_not=triton_why_not("triton_mix"),
+    ),
     "cpu": Backend(forward=cpu.forward, backward=portable.backward, why_not=cpu.why_not),
     "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
     "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.backends import choose
-from overlock.ops.register import register
+from overlock.ops.register import register, register_backward
 
 
 def contmix(
@@ -209,13 +209,18 @@ def _centres_backward(grad: Tensor, context: Tensor, _region_grid: int, min_side
     return torch.empty_like(context).copy_(grad)
 
 
+_MIX = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0"
+)
 register(
-    "contmix",
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0",
-    _forward, _backward, lambda _query, _key, value, *_: torch.empty_like(value), tensors=6, batched=3, cast=3,
+    "contmix", f"({_MIX}) -> Tensor", _forward, lambda _query, _key, value, *_: torch.empty_like(value),
+    batched=3, cast=3,
 )  # fmt: skip
+register_backward("contmix", _MIX, _backward, tensors=6)
+
+_CENTRES = "Tensor context, int region_grid, int min_side=0"
 register(
-    "region_centres", "Tensor context, int region_grid, int min_side=0", _centres_forward, _centres_backward,
-    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid),
-    tensors=1, batched=1, cast=0,
+    "region_centres", f"({_CENTRES}) -> Tensor", _centres_forward,
+    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), batched=1,
 )  # fmt: skip
+register_backward("region_centres", _CENTRES, _centres_backward, tensors=1)

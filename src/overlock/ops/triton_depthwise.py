@@ -1,4 +1,4 @@
-"""Depthwise convolution with a large kernel for CUDA, in Triton, where it is faster than cuDNN.
+"""Depthwise convolution with a large kernel for CUDA, in Triton; depthwise.py says where it takes cuDNN's place.
 
 Letters: B batch, C channels, H x W the map, K x K the kernel (odd, stride 1, zeros around: the output has the map's
 size). M = B C H W numbers.
@@ -22,15 +22,12 @@ the parts are summed at the end, in a fixed order.
 
 from __future__ import annotations
 
-import functools
-import statistics
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 SIDE, LANES = 8, 32
 PROGRAMS = 2112  # of the weight gradient, where the images have rows for it: 16 warps for each of 132 multiprocessors
@@ -120,6 +117,8 @@ def why_not(x: Tensor, weight: Tensor) -> str | None:
         reason = f"it needs tensors on a CUDA device, not on {x.device.type}"
     elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reason = f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    elif weight.dtype != x.dtype:
+        reason = f"it takes images and weights of one dtype, not {x.dtype} and {weight.dtype}"
     elif tuple(weight.shape) != (x.shape[1], 1, size, size) or size % 2 == 0 or not 7 <= size <= 31:
         reason = f"it takes weights (C, 1, K, K), K odd and 7 to 31, not {tuple(weight.shape)}"
     elif x.numel() == 0:
@@ -141,7 +140,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """The convolution, or with ``reverse`` the one with the taps reversed. Layout and dtype of ``x``."""
+    """The convolution, or with ``reverse`` the one with the taps reversed. Channels last, in the dtype of ``x``."""
     batch, channels, height, width = x.shape
     together = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(together)
@@ -156,7 +155,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: 
         )  # fmt: skip
 
     _on_device(x, launch)
-    return _like(out, x)
+    return out
 
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG001
@@ -180,138 +179,4 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         )  # fmt: skip
 
     _on_device(x, launch)
-    return _like(out.sum(0).t().reshape(weight.shape).to(weight.dtype), weight)
-
-
-# ---- cuDNN, and which of the two ------------------------------------------------------------------------------------
-
-
-def _cudnn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[1])
-
-
-def _cudnn_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: int) -> Tensor:
-    padding = [weight.shape[-1] // 2] * 2
-    mask = [wanted == 0, wanted == 1, False]
-    arguments = (grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1], mask)
-    return torch.ops.aten.convolution_backward(*arguments)[wanted]
-
-
-# Each part of the work: ours and cuDNN's, called with (x, weight, bias) or (grad, x, weight).
-PARTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "forward": (convolve, _cudnn),
-    "input": (input_gradient, functools.partial(_cudnn_backward, wanted=0)),
-    "weight": (weight_gradient, functools.partial(_cudnn_backward, wanted=1)),
-}
-_faster: dict[tuple[object, ...], bool] = {}
-
-
-def _milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median time on the device, after two calls to compile and to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        if repeat >= 2:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def choose(x: Tensor, weight: Tensor, part: str = "forward") -> bool:
-    """Whether the Triton kernel of a part is the faster one: timed on the device once for each shape, dtype and layout.
-
-    Where nothing can be timed, which is while a CUDA graph is captured, cuDNN is taken unless the answer is known.
-    Tracing and export never come here: to them the convolution is one operator.
-    """
-    if why_not(x, weight) is not None:
-        return False
-    if not x.is_cuda:
-        return True
-    key = (part, x.device, x.dtype, tuple(x.shape), x.stride(1) == 1, weight.shape[-1])
-    if key not in _faster:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        grad = torch.randn_like(x)
-        arguments = (x, weight, None) if part == "forward" else (grad, x, weight)
-        with torch.cuda.device(x.device):
-            ours, cudnn = (_milliseconds(functools.partial(run, *arguments)) for run in PARTS[part])
-        _faster[key] = ours < cudnn
-    return _faster[key]
-
-
-def _like(result: Tensor, x: Tensor) -> Tensor:
-    """``result`` in the memory layout that ``torch.empty_like(x)`` has, as the operators' fakes promise."""
-    wanted = torch.empty_like(x, device="meta").stride()
-    return result if result.stride() == wanted else torch.empty_like(x).copy_(result)
-
-
-def _run(part: str, x: Tensor, weight: Tensor, *arguments: Tensor | None) -> Tensor:
-    ours, cudnn = PARTS[part]
-    result = (ours if choose(x, weight, part) else cudnn)(*arguments)
-    return _like(result, weight if part == "weight" else x)
-
-
-# ---- operators ------------------------------------------------------------------------------------------------------
-
-_operator = torch.library.custom_op(
-    "overlock::depthwise_conv2d",
-    lambda x, weight, bias: _run("forward", x, weight, x, weight, bias),
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-)
-_operator.register_fake(lambda x, weight, bias: torch.empty_like(x))  # noqa: ARG005
-_input_gradient = torch.library.custom_op(
-    "overlock::depthwise_conv2d_input_gradient",
-    lambda grad, x, weight: _run("input", x, weight, grad, x, weight),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight) -> Tensor",
-)
-_input_gradient.register_fake(lambda grad, x, weight: torch.empty_like(x))  # noqa: ARG005
-_weight_gradient = torch.library.custom_op(
-    "overlock::depthwise_conv2d_weight_gradient",
-    lambda grad, x, weight: _run("weight", x, weight, grad, x, weight),
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight) -> Tensor",
-)
-_weight_gradient.register_fake(lambda grad, x, weight: torch.empty_like(weight))  # noqa: ARG005
-
-
-def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:2])
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    return (
-        _input_gradient(grad, x, weight) if wanted[0] else None,
-        _weight_gradient(grad, x, weight) if wanted[1] else None,
-        grad.sum((0, 2, 3)) if wanted[2] else None,
-    )
-
-
-_operator.register_autograd(_backward, setup_context=_save)
-
-
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.conv2d(x, weight, bias, padding=K // 2, groups=C)`` by the faster of Triton and cuDNN for this shape.
-
-    One operator to ``torch.compile`` and ``torch.export``; the choice is made when it runs. Under autocast it computes
-    in the autocast dtype, as convolutions do.
-
-    Args:
-        x: (B, C, H, W), any strides; channels last is the fast layout.
-        weight: (C, 1, K, K), K odd.
-        bias: (C,) or None.
-
-    Returns:
-        (B, C, H, W) in the layout of ``x``. Sums are kept in float32.
-    """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return _operator(x, weight, bias)
+    return out.sum(0).t().reshape(weight.shape).to(weight.dtype)

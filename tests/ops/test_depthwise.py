@@ -1,0 +1,266 @@
+"""The large depthwise convolution against PyTorch's in float64, and the layer that takes it.
+
+Triton's kernels run in its interpreter as in test_backends.py; there the operator takes them, elsewhere on CPU
+PyTorch's convolution. With a GPU (-m gpu) they run compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import images, randomise, run_interpreted
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from overlock import fuse
+from overlock.layers import ConvNorm, DilatedRepConv
+from overlock.ops import depthwise, depthwise_conv2d
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-2}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPERATOR = torch.ops.overlock.depthwise_conv2d
+gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]
+    size: int
+    layout: str = "contiguous"
+    bias: bool = True
+
+
+SMALL = {
+    "the kernel's size": Case((1, 3, 7, 7), 7),
+    "smaller than the kernel": Case((2, 4, 4, 6), 9, "channels last"),
+    "one row": Case((1, 2, 1, 20), 7),
+    "more than a block of channels": Case((1, 40, 4, 4), 7, "channels last", bias=False),
+    "more than a tile": Case((2, 3, 10, 9), 7, "half of channels last"),
+    "largest kernel": Case((1, 2, 2, 3), 31),
+}
+LARGE = {
+    "stage 3 at 224": Case((16, 640, 14, 14), 13, "channels last"),
+    "stage 1 at 224": Case((4, 64, 56, 56), 17, "channels last"),
+    "detection": Case((1, 128, 100, 160), 15),
+    "wide": Case((2, 33, 40, 70), 31),
+}
+HALF = ("the kernel's size", "more than a block of channels")
+GRID = [(name, "float32") for name in SMALL]
+GRID += [(name, dtype) for dtype in ("bfloat16", "float16") for name in HALF]
+ON_GPU = [pytest.param(name, dtype, marks=gpu) for name in SMALL | LARGE for dtype in TOLERANCE]
+
+
+def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    batch, channels, height, width = case.shape
+    x = draw(*case.shape)
+    if case.layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if case.layout == "half of channels last":
+        x = draw(batch, height, width, 2 * channels).permute(0, 3, 1, 2)[:, channels:]
+    return [x, draw(channels, 1, case.size, case.size) / case.size, draw(channels) if case.bias else None]
+
+
+def with_gradients(function, inputs: list[Tensor | None], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Output, and gradients of what needs one; the cotangent is rounded to a type."""
+    output = function(*inputs)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(output)
+    tensors = [x for x in inputs if x is not None and x.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, tensors, cotangent)]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[3] // 2, groups=x.shape[1])
+
+
+# ---- Triton's kernels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+def test_kernels_in_the_interpreter():
+    """The tests of this file that are for it."""
+    pytest.importorskip("triton")
+    run_interpreted(__file__, "-m", "not gpu", "-k", "triton")
+
+
+@pytest.fixture
+def triton_only(request, monkeypatch):
+    """PyTorch's convolution fails, and memory that was not written holds NaN (a GPU would be asked for more)."""
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    if not (INTERPRETED or on_gpu):
+        pytest.skip("runs in the process with the interpreter")
+    parts = {part: (triton, None) for part, (triton, _) in depthwise.PARTS.items()}
+    monkeypatch.setattr(depthwise, "PARTS", parts)
+    monkeypatch.setattr(depthwise, "choose", lambda part, x, weight: depthwise.why_not(x, weight) is None)
+    torch.use_deterministic_algorithms(not on_gpu)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("name", "dtype"), GRID + ON_GPU)
+def test_triton_values_and_gradients(name, dtype, triton_only, request):
+    """Every kind of map, in the layout of the input, twice with the same bits."""
+    device, dtype = "cuda" if request.node.get_closest_marker("gpu") else "cpu", getattr(torch, dtype)
+    inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | LARGE)[name], dtype, device)]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
+    actual = with_gradients(OPERATOR, inputs)
+    assert actual[0].stride() == torch.empty_like(inputs[0]).stride()
+    for found, expected in zip(actual, with_gradients(convolve, exact, dtype), strict=True):
+        assert (found - expected).abs().max() <= TOLERANCE[str(dtype).removeprefix("torch.")] * expected.abs().max()
+    if name in HALF:
+        assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(OPERATOR, inputs), strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_triton_in_the_layer(training, triton_only):
+    """A Dilated RepConv whose large convolution is Triton's: the same values and gradients."""
+    module = randomise(DilatedRepConv(3, 7)).train(training)
+    x = images(2, 3, 5, 6).requires_grad_()
+    tensors = [x, *module.parameters()]
+    expected = [(y := module(x)).detach(), *torch.autograd.grad(y.square().sum(), tensors)]
+    with patch("overlock.layers.dilated_repconv.depthwise_conv2d", OPERATOR):
+        actual = [(y := module(x)).detach(), *torch.autograd.grad(y.square().sum(), tensors)]
+    for found, wanted in zip(actual, expected, strict=True):
+        assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-5
+
+
+def test_triton_why_not(triton_only):
+    """Reasons in words."""
+    weight = torch.zeros(4, 1, 7, 7)
+    for words, x, w in (
+        ("not float64", torch.zeros(1, 4, 9, 9, dtype=torch.float64), weight),
+        ("K odd and 7 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
+        ("one dtype", torch.zeros(1, 4, 9, 9), weight.bfloat16()),
+        ("nothing to compute", torch.zeros(0, 4, 9, 9), weight),
+    ):
+        assert words in depthwise.why_not(x, w)
+    assert depthwise.why_not(torch.zeros(1, 4, 9, 9), weight) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("part", ["forward", "input", "weight"])
+def test_the_choice_is_timed_once(part, monkeypatch):
+    """One measurement of both a shape; the answer is the shorter time's."""
+    times = []
+    monkeypatch.setattr(depthwise, "_faster", {})
+    monkeypatch.setattr(depthwise, "_milliseconds", lambda run: (run(), times.append(2.0 - len(times)), times[-1])[-1])
+    x, weight, _ = make_inputs(SMALL["the kernel's size"], torch.float32, "cuda")
+    assert not depthwise.choose(part, x, weight)
+    assert not depthwise.choose(part, x, weight)
+    assert times == [2.0, 1.0]
+
+
+# ---- the operator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="takes PyTorch's convolution")
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "half of channels last"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_operator(layout, bias):
+    """One node in a graph, with the values, gradients and layout of the convolution."""
+    inputs = [x if x is None else x.requires_grad_() for x in make_inputs(Case((2, 6, 8, 9), 7, layout, bias))]
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    output = torch.compile(OPERATOR, backend=keep, fullgraph=True)(*inputs)
+    assert output.stride() == torch.empty_like(inputs[0]).stride()
+    assert sum("overlock" in str(node.target) for node in graphs[0].graph.nodes) == 1
+    for found, wanted in zip(with_gradients(OPERATOR, inputs), with_gradients(convolve, inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(OPERATOR, tuple(inputs))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_gradients_not_asked_for(frozen):
+    """Are not computed, and the others are as before."""
+    inputs = make_inputs(SMALL["the kernel's size"])
+    for i, x in enumerate(inputs):
+        x.requires_grad_(i != frozen)
+    part = {0: "input", 1: "weight"}.get(frozen)
+    parts = {key: (run if key != part else (None, None)) for key, run in depthwise.PARTS.items()}
+    with patch.object(depthwise, "PARTS", parts):
+        actual = with_gradients(OPERATOR, inputs)
+    for found, wanted in zip(actual, with_gradients(convolve, inputs), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast():
+    """As convolutions under autocast; gradients come in the parameters' types."""
+    x, weight, bias = make_inputs(SMALL["the kernel's size"])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = OPERATOR(x, weight.requires_grad_(), bias)
+        assert torch.equal(output, convolve(x, weight, bias))
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (2, None, None), (None, 0, 0), (1, 0, None)])
+def test_vmap(in_dims):
+    """Over images and over weights, values and gradients, as of PyTorch's convolution."""
+    inputs = make_inputs(SMALL["smaller than the kernel"], torch.float64)
+    inputs = [
+        (x if dim is None else torch.stack([x, -x, x.flip(-1)], dim)).requires_grad_()
+        for x, dim in zip(inputs, in_dims, strict=True)
+    ]
+    actual, expected = (with_gradients(torch.func.vmap(call, in_dims), inputs) for call in (OPERATOR, convolve))
+    for found, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+# ---- where it is taken ----------------------------------------------------------------------------------------------
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """The operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "name"),
+    [
+        ("cuda", 7, "overlock.depthwise_conv2d.default"),
+        ("cuda", 5, "aten.convolution.default"),
+        ("cpu", 7, "aten.convolution.default"),
+    ],
+)
+def test_operator_on_cuda_for_large_kernels(device, size, name):
+    """Elsewhere PyTorch's convolution, which exporters and counters of operations know. It shows without a GPU."""
+    with FakeTensorMode(), torch.device(device), Calls() as calls:
+        depthwise_conv2d(torch.empty(2, 4, 9, 9), torch.empty(4, 1, size, size), torch.empty(4))
+    assert name in calls.names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "form",
+    [lambda module: module, lambda module: module.fold(), lambda module: fuse(ConvNorm(module, 4))],
+    ids=["training form", "merged", "fused"],
+)
+def test_every_form_of_the_layer_takes_it(form):
+    """Once a call: the training form, what it merges to, and what a fused network has of it."""
+    module = form(randomise(DilatedRepConv(4, 9)).double())
+    x = images(2, 4, 8, 7, dtype=torch.float64)
+    expected = module(x)
+    with patch("overlock.layers.dilated_repconv.depthwise_conv2d", OPERATOR), Calls() as calls:
+        torch.testing.assert_close(module(x), expected)
+    assert calls.names.count("overlock.depthwise_conv2d.default") == 1
