@@ -1,15 +1,21 @@
-"""The released code's outputs and parameter counts, stored in the reference data."""
+"""The released code's outputs and parameter counts, stored in the reference data.
+
+The outputs hold whatever backend mixes. Triton's runs in its interpreter, as in ops/test_backends.py.
+"""
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import oracle
 import pytest
 import timm
 import torch
-from helpers import as_double, meta, relative_error
+from helpers import as_double, meta, relative_error, run_interpreted
 
 import overlock
+from overlock.ops import backend
 from overlock.weights import translate
 
 UNFUSED, FUSED = 2e-5, 1e-4
@@ -23,6 +29,8 @@ COUNTS = {  # training form with auxiliary head; merged without
     "overlock_s": (58_309_772, 56_156_452),
     "overlock_b": (98_012_968, 94_942_528),
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+backends = pytest.mark.parametrize("name", ("triton",) if INTERPRETED else ("cpu", "torch", "reference"))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +82,15 @@ def test_aux_logits(models, golden, photo):
         assert_golden(model.aux_head(overview), golden["aux"], mark)
 
 
-@pytest.mark.parametrize(("size", "seed"), OTHER_SIZES.items())
+@backends
+@pytest.mark.parametrize("size", OTHER_SIZES, ids=str)
 @torch.no_grad()
-def test_logits_of_other_sizes(size, seed, models, golden, image):
+def test_logits_of_other_sizes(size, name, models, golden, image):
     """Maps smaller than the dynamic kernel, and odd ones."""
+    x = image(OTHER_SIZES[size], (1, 3, *size))
     for model, mark in models:
-        assert_golden(model(image(seed, (1, 3, *size))), golden[f"logits_{size[0]}x{size[1]}"], mark)
+        with backend(name):
+            assert_golden(model(x), golden[f"logits_{size[0]}x{size[1]}"], mark)
 
 
 @torch.no_grad()
@@ -110,16 +121,33 @@ def test_dense_features(form, golden, photo, official_state):
         assert_golden(unnormed[i][:1, :, ::step, ::step], golden[f"raw{i}"], RAW)
 
 
+@backends
 @pytest.mark.parametrize("form", ["block", "block_ls"])
 @torch.no_grad()
-def test_stand_alone_block(form, golden, official_state, image):
+def test_stand_alone_block(form, name, golden, official_state, image):
     """The plug-in block without and with scaled residuals, before and after fuse."""
     block = overlock.ContMixBlock(64, groups=4, kernel_size=7, scaled=form == "block_ls").eval()
     block.load_state_dict(translate(official_state("contmix_block", form), block))
     for shape, seed in BLOCK_SHAPES.items():
         expected = golden[f"{form}_{shape[2]}x{shape[3]}"]
-        assert_golden(block(image(seed, shape)), expected, UNFUSED)
-        assert_golden(overlock.fuse(block)(image(seed, shape)), expected, FUSED)
+        with backend(name):
+            assert_golden(block(image(seed, shape)), expected, UNFUSED)
+            assert_golden(overlock.fuse(block)(image(seed, shape)), expected, FUSED)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+@pytest.mark.parametrize(
+    "test",
+    [
+        "test_stand_alone_block[block-triton]",
+        pytest.param("test_stand_alone_block[block_ls-triton]", marks=pytest.mark.slow),
+        *(pytest.param(f"test_logits_of_other_sizes[{size}-triton]", marks=pytest.mark.slow) for size in OTHER_SIZES),
+    ],
+)
+def test_triton_in_the_interpreter(test, official):
+    """The plug-in block, and by hand the whole network, with Triton's kernels."""
+    pytest.importorskip("triton")
+    run_interpreted(f"{__file__}::{test}")
 
 
 @pytest.mark.parametrize("name", COUNTS)
