@@ -277,6 +277,21 @@ def test_backend_of_the_environment(monkeypatch):
     assert torch.equal(contmix(**inputs, kernel_size=3), expected)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_of_the_backend_of_the_call(compiled):
+    """Also where they are computed outside of its block."""
+    inputs = make_inputs(requires_grad=True)
+    calls = []
+    counting = replace(BACKENDS["reference"], backward=lambda *x: calls.append(x) or BACKENDS["torch"].backward(*x))
+    mix = torch.compile(contmix, fullgraph=True, backend="aot_eager") if compiled else contmix
+    with patch.dict(BACKENDS, reference=counting):
+        with backend("reference"):
+            mixed = mix(**inputs, kernel_size=3)
+        mixed.sum().backward()
+    assert len(calls) == 1
+    torch.compiler.reset()
+
+
 @pytest.mark.filterwarnings("ignore:overlock..contmix_backward:UserWarning")
 def test_second_derivative_is_refused():
     """There is no formula for it: an error, not a wrong number."""

@@ -106,6 +106,9 @@ def _check_name(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Force one backend inside a ``with`` block: 'auto', or a name in :data:`BACKENDS`.
 
+    It holds for the operations called in the block, and for their gradients whenever these are computed. (In a function
+    that ``torch.compile`` made, the choice for the gradients is the one at its compilation.)
+
     Raises:
         ValueError: at once for an unknown name; at the call of an operation that this backend cannot run.
     """
@@ -116,9 +119,13 @@ def backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def choose(*call: Tensor | int | None) -> Backend:
-    """The backend that takes a call, by the user's choice or by the order of the table."""
-    name = _chosen.get(None) or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+def asked_for() -> str:
+    """The user's choice, by ``with backend(...)`` or else by the environment variable, or 'auto'."""
+    return _chosen.get(None) or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+
+
+def choose(name: str, *call: Tensor | int | None) -> Backend:
+    """The backend of a name, or for 'auto' the first of the table that can run a call."""
     if name != AUTO:
         reason = BACKENDS[name].why_not(*call)
         if reason:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.backends import choose
+from overlock.ops.backends import asked_for, choose
 from overlock.ops.register import register, register_backward
 
 
@@ -144,15 +144,15 @@ def _forward(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        result = choose(*call).forward(*call)
+        result = choose(asked_for(), *call).forward(*call)
     if size is not None:
         result = F.adaptive_avg_pool2d(result.flatten(1, 2), (mixed.shape[3], mixed.shape[4])).view_as(mixed)
     return result if result.stride() == mixed.stride() else mixed.copy_(result)
 
 
 def _backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
-    kernel_size: int, min_side: int = 0,
+    grad: Tensor, backend: str, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
+    rpb: Tensor | None, kernel_size: int, min_side: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (query, key, value, weight, bias, rpb)
     gradients = [query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs]
@@ -168,7 +168,7 @@ def _backward(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        computed: list[Any] = list(choose(*call).backward(grad, *call))
+        computed: list[Any] = list(choose(backend, *call).backward(grad, *call))
     if size is not None:
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
@@ -200,7 +200,7 @@ def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Te
     return F.adaptive_avg_pool2d(context, region_grid).contiguous()
 
 
-def _centres_backward(grad: Tensor, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
+def _centres_backward(grad: Tensor, _note: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
     size = _enlarged(context.shape[2], context.shape[3], min_side)
     like = context if size is None else context.new_empty(*context.shape[:2], *size)
     grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
@@ -216,7 +216,7 @@ register(
     "contmix", f"({_MIX}) -> Tensor", _forward, lambda _query, _key, value, *_: torch.empty_like(value),
     batched=3, cast=3,
 )  # fmt: skip
-register_backward("contmix", _MIX, _backward, tensors=6)
+register_backward("contmix", _MIX, _backward, tensors=6, note=asked_for)
 
 _CENTRES = "Tensor context, int region_grid, int min_side=0"
 register(

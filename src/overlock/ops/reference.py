@@ -50,11 +50,11 @@ def contmix(
     affinity = torch.einsum("bgdhw,bgds->bghws", query, key)
     logits = torch.einsum("bghws,ns->bghwn", affinity, weight)
     if bias is not None:
-        logits = logits + bias
+        logits = logits + bias.to(exact)
     if rpb is not None:
         offset_rows = rows - torch.arange(height, device=value.device)[:, None] + kernel_height - 1
         offset_columns = columns - torch.arange(width, device=value.device)[:, None] + kernel_width - 1
-        table = rpb[:, offset_rows[:, None, :, None], offset_columns[None, :, None, :]]  # G, H, W, Kh, Kw
+        table = rpb.to(exact)[:, offset_rows[:, None, :, None], offset_columns[None, :, None, :]]  # G, H, W, Kh, Kw
         logits = logits + table.flatten(3)
     kernels = logits.softmax(dim=-1)
 

@@ -40,33 +40,38 @@ def register(
             _register_autocast(name, cast, device)
 
 
-def register_backward(name: str, arguments: str, run: Callable[..., Any], *, tensors: int) -> None:
+def register_backward(
+    name: str, arguments: str, run: Callable[..., Any], *, tensors: int, note: Callable[[], str] = str
+) -> None:
     """Define ``overlock::name_backward`` and let autograd take it for the gradients of ``overlock::name``.
 
     Args:
         name: of the operator.
         arguments: its arguments, tensors first, then numbers.
-        run: called with the result's gradient and the arguments; returns a gradient for each tensor, empty for None.
+        run: called with the result's gradient, the note and the arguments; returns a gradient for each tensor, empty
+            for None.
         tensors: how many arguments are tensors or None.
+        note: called with the operator; what it returns is kept for the gradients, which may be computed in another
+            thread and context.
     """
 
-    def fake(_: Tensor, *inputs: Any) -> Any:
+    def fake(_grad: Tensor, _note: str, *inputs: Any) -> Any:
         like = tuple(inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs[:tensors])
         return like if tensors > 1 else like[0]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
         ctx.save_for_backward(*inputs[:tensors])
-        ctx.numbers = inputs[tensors:]
+        ctx.numbers, ctx.note = inputs[tensors:], note()
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        computed = call(grad, *saved, *ctx.numbers)
+        computed = call(grad, ctx.note, *saved, *ctx.numbers)
         computed = computed if tensors > 1 else (computed,)
         wanted = (g if x is not None else None for g, x in zip(computed, saved, strict=True))
         return *wanted, *(None for _ in ctx.numbers)
 
     results = ", ".join(["Tensor"] * tensors)
-    register(f"{name}_backward", f"(Tensor grad, {arguments}) -> ({results})", run, fake)
+    register(f"{name}_backward", f"(Tensor grad, str note, {arguments}) -> ({results})", run, fake)
     call = _operator(f"{name}_backward")
     torch.library.register_autograd(f"overlock::{name}", backward, setup_context=setup_context)
 
