@@ -1,20 +1,25 @@
-"""ContMix's dynamic convolution: every backend that runs here, against unfold and a loop over shifts.
+"""ContMix's dynamic convolution: every backend that runs here, against unfold, a loop over shifts and FlexAttention.
 
-python benchmarks/ops.py [--shapes stage3_dense ...] [--repeats N] [--csv FILE]
+python benchmarks/ops.py [--shapes '[stage3_dense, ...]'] [--repeats N] [--csv FILE]
+python benchmarks/ops.py --device cuda --dtype bfloat16 --backward true --compiled true
+
+The table says of each candidate whether it makes the kernels or is given them. The backends never store kernels, so
+theirs is the whole operation, also beside a weighted sum alone. Times are those of calls as a program makes them: on a
+GPU and a small map mostly the launch. Results are checked against the reference before anything is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
+from alternatives import by_shifts, by_unfold, make_flex, make_kernels, make_logits
 from jsonargparse import auto_cli
-from timing import interleave, middle, report, spread
+from timing import interleave, leave_out, middle, report, spread
 from torch import Tensor
 
-from overlock.ops import BACKENDS, backend, contmix
-from overlock.ops.reference import window_starts
+from overlock.ops import BACKENDS, backend, contmix, portable
 
 
 class Shape(NamedTuple):
@@ -39,51 +44,123 @@ SHAPES = {
     "stage4_batch8": Shape(8, 16, 16, 16, 7, 7, 7),
 }
 REGIONS = 49
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # kernels stored in 16 bits are rounded
 
 
-def make_inputs(shape: Shape, device: str) -> tuple[Tensor, ...]:
-    """query, key, value, weight, bias, rpb with logits of a few units, as trained networks have them."""
+class Candidate(NamedTuple):
+    """One way to compute it. The value comes last among the inputs."""
+
+    run: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    makes_kernels: bool = True
+    differentiable: bool = True
+
+
+def make_inputs(shape: Shape, device: str, dtype: str) -> tuple[Tensor, ...]:
+    """query, key, weight, bias, rpb, value with logits of a few units, as trained networks have them."""
     b, g, d, c, h, w, k = shape
     make = torch.Generator(device=device).manual_seed(0)
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=make, device=device)
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=make, device=device) * scale).to(getattr(torch, dtype))
 
-    query, key = normal(b, g, d, h, w) * d**-0.5, normal(b, g, d, REGIONS)
-    weight = normal(k * k, REGIONS) * REGIONS**-0.5
-    return query, key, normal(b, g, c, h, w), weight, normal(k * k), normal(g, 2 * k - 1, 2 * k - 1)
-
-
-def make_kernels(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, k: int) -> Tensor:
-    """The stored form: kernels (B, G, H, W, K, K) in memory, as the two comparisons below need them."""
-    height, width = query.shape[3:]
-    logits = torch.einsum("bgdhw,bgds->bghws", query, key) @ weight.t() + bias
-    rows, columns = (window_starts(n, k)[:, None] + torch.arange(k) for n in (height, width))
-    rows = (rows - torch.arange(height)[:, None] + k - 1).to(query.device)
-    columns = (columns - torch.arange(width)[:, None] + k - 1).to(query.device)
-    logits = logits + rpb[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(3)
-    return logits.softmax(dim=-1).unflatten(-1, (k, k))
+    weights = normal(k * k, REGIONS, scale=REGIONS**-0.5), normal(k * k), normal(g, 2 * k - 1, 2 * k - 1)
+    return normal(b, g, d, h, w, scale=d**-0.5), normal(b, g, d, REGIONS), *weights, normal(b, g, c, h, w)
 
 
-def by_unfold(kernels: Tensor, value: Tensor) -> Tensor:
-    """Weighted sum with every window copied out: the form that the authors' code falls back to."""
-    k = kernels.shape[-1]
-    windows = value.unfold(3, k, 1).unfold(4, k, 1)  # B, G, C, H-K+1, W-K+1, K, K
-    rows, columns = (window_starts(n, k, value.device) for n in value.shape[3:])
-    windows = windows[:, :, :, rows][:, :, :, :, columns].flatten(5)
-    return torch.einsum("bghwn,bgchwn->bgchw", kernels.flatten(4), windows)
+def mix(
+    name: str, query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, value: Tensor
+) -> Tensor:  # fmt: skip
+    with backend(name):
+        return contmix(query, key, value, weight, bias, rpb, (rpb.shape[1] + 1) // 2)
 
 
-def by_shifts(kernels: Tensor, value: Tensor) -> Tensor:
-    """Weighted sum as K^2 multiply-adds of shifted maps."""
-    k = kernels.shape[-1]
-    rows, columns = (window_starts(n, k, value.device) for n in value.shape[3:])
-    out = torch.zeros_like(value)
-    for i in range(k):
-        stripe = value[:, :, :, rows + i]
-        for j in range(k):
-            out.addcmul_(kernels[:, :, None, :, :, i, j], stripe[:, :, :, :, columns + j])
-    return out
+class CompiledMix(torch.autograd.Function):
+    """The torch backend, forward and backward, through torch.compile."""
+
+    forward_call = staticmethod(torch.compile(portable.forward, dynamic=False))
+    backward_call = staticmethod(torch.compile(portable.backward, dynamic=False))
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        query, key, weight, bias, rpb, value = inputs
+        ctx.save_for_backward(query, key, value, weight, bias, rpb)
+        k = (rpb.shape[1] + 1) // 2
+        return CompiledMix.forward_call(query, key, value, weight, bias, rpb, k, k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        k = (ctx.saved_tensors[5].shape[1] + 1) // 2
+        query, key, value, weight, bias, rpb = CompiledMix.backward_call(grad, *ctx.saved_tensors, k, k)
+        return query, key, weight, bias, rpb, value
+
+
+def candidates(
+    shape: Shape, inputs: tuple[Tensor, ...], device: str, compiled: bool
+) -> Iterator[tuple[str, Candidate]]:  # fmt: skip
+    """Name and candidate; those that cannot run here are named with the reason."""
+    *made_from, value = inputs
+    logits = make_logits(*made_from)
+    kernels = logits.softmax(dim=2)
+    yield "unfold", Candidate(lambda *x: by_unfold(make_kernels(*x[:-1]), x[-1]), inputs)
+    yield "unfold, sum alone", Candidate(by_unfold, (kernels, value), makes_kernels=False)
+    shifts = Candidate(lambda *x: by_shifts(make_kernels(*x[:-1]), x[-1]), inputs, differentiable=False)
+    yield "shifts", shifts
+    yield "shifts, sum alone", Candidate(by_shifts, (kernels, value), makes_kernels=False, differentiable=False)
+    query, key, weight, bias, rpb = made_from
+    for name, implementation in BACKENDS.items():
+        reason = implementation.why_not(query, key, value, weight, bias, rpb, shape.kernel_size, shape.kernel_size)
+        if reason:
+            leave_out(name, reason)
+        elif name != "reference":
+            yield name, Candidate(lambda *x, name=name: mix(name, *x), inputs)
+    if compiled:
+        yield "torch, compiled", Candidate(CompiledMix.apply, inputs)
+        flex = make_flex(shape.height, shape.width, shape.kernel_size, device)
+        yield "FlexAttention", Candidate(lambda *x: flex(make_logits(*x[:-1]), x[-1]), inputs)
+        yield "FlexAttention, sum alone", Candidate(flex, (logits, value), makes_kernels=False)
+
+
+def make_call(candidate: Candidate, cotangent: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+    """A call without arguments: the result, and with a cotangent the gradients of all inputs after it."""
+    if cotangent is None:
+        return lambda: (candidate.run(*candidate.inputs),)
+    leaves = [x.detach().requires_grad_() for x in candidate.inputs]
+
+    def run() -> tuple[Tensor, ...]:
+        output = candidate.run(*leaves)
+        return output, *torch.autograd.grad(output, leaves, cotangent)
+
+    return run
+
+
+def check(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str) -> None:
+    """The result, and the gradient of the value, are the reference's."""
+    pairs = [(found[0], expected[0]), (found[-1], expected[-1])]
+    error = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    if not error <= TOLERANCE[dtype]:
+        raise AssertionError(f"{name} is {error:.1e} from the reference, beyond {TOLERANCE[dtype]} for {dtype}")
+
+
+def runnable(
+    shape: Shape, inputs: tuple[Tensor, ...], cotangent: Tensor | None, device: str, dtype: str, compiled: bool
+) -> Iterator[tuple[str, bool, Callable[[], tuple[Tensor, ...]]]]:
+    """Name of each candidate, whether it makes the kernels, and its call, once it gave the reference's result."""
+    exact = Candidate(lambda *x: mix("reference", *x), tuple(x.float() for x in inputs))
+    expected = make_call(exact, None if cotangent is None else cotangent.float())()
+    for name, candidate in candidates(shape, inputs, device, compiled):
+        if cotangent is not None and not candidate.differentiable:
+            continue
+        call = make_call(candidate, cotangent)
+        try:
+            found = call()
+        except RuntimeError as error:  # FlexAttention and the compiler have limits of their own
+            if name in BACKENDS:
+                raise
+            leave_out(name, str(error).partition("\n")[0])
+            continue
+        check(name, found, expected, dtype)
+        yield name, candidate.makes_kernels, call
 
 
 def peak_extra_memory(run: Callable[[], object], device: str) -> float:
@@ -103,7 +180,15 @@ def peak_extra_memory(run: Callable[[], object], device: str) -> float:
     return peak / 2**20
 
 
-def main(shapes: list[str] | None = None, repeats: int = 20, csv: str | None = None, device: str = "cpu") -> None:
+def main(
+    shapes: list[str] | None = None,
+    repeats: int = 20,
+    csv: str | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    backward: bool = False,
+    compiled: bool = False,
+) -> None:
     """Time the operation and print medians.
 
     Args:
@@ -111,47 +196,32 @@ def main(shapes: list[str] | None = None, repeats: int = 20, csv: str | None = N
         repeats: interleaved calls of each candidate.
         csv: file for the table.
         device: cpu or cuda.
+        dtype: of all inputs.
+        backward: time forward and backward together too.
+        compiled: also the torch backend through torch.compile, and FlexAttention; minutes to compile.
     """
     rows: list[dict[str, object]] = []
     for name in shapes or SHAPES:
-        shape = SHAPES[name]
-        inputs = make_inputs(shape, device)
-        query, key, value, weight, bias, rpb = inputs
-        k = shape.kernel_size
-        kernels = make_kernels(query, key, weight, bias, rpb, k)
-        stored = (query, key, weight, bias, rpb, k)
-        candidates: dict[str, Callable[[], object]] = {
-            "unfold, sum alone": lambda kernels=kernels, value=value: by_unfold(kernels, value),
-            "shifts, sum alone": lambda kernels=kernels, value=value: by_shifts(kernels, value),
-            "unfold": lambda s=stored, value=value: by_unfold(make_kernels(*s), value),
-            "shifts": lambda s=stored, value=value: by_shifts(make_kernels(*s), value),
-        }
-        for option, implementation in BACKENDS.items():
-            if option != "reference" and implementation.why_not(*inputs, k, k) is None:
-                candidates[option] = _with_backend(option, inputs, k)
-        with torch.inference_mode():
-            seconds = interleave(candidates, repeats=repeats)
-            slowest = middle(seconds["unfold"])
-            for candidate, times in seconds.items():
-                rows.append(
-                    {
-                        "shape": name,
-                        "candidate": candidate,
-                        "ms": middle(times),
-                        "spread, %": spread(times),
-                        "times faster than unfold": slowest / middle(times),
-                        "extra memory, MiB": peak_extra_memory(candidates[candidate], device),
-                    }
-                )
-    report("ContMix's dynamic convolution, float32, whole operation unless said", rows, csv)
-
-
-def _with_backend(name: str, inputs: tuple[Tensor, ...], kernel_size: int) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        with backend(name):
-            return contmix(*inputs, kernel_size)
-
-    return run
+        torch.compiler.reset()  # it compiles a function for so many shapes only
+        inputs = make_inputs(SHAPES[name], device, dtype)
+        for cotangent in (None, torch.ones_like(inputs[-1])) if backward else (None,):
+            with torch.set_grad_enabled(cotangent is not None):
+                calls = list(runnable(SHAPES[name], inputs, cotangent, device, dtype, compiled))
+                seconds = interleave({candidate: call for candidate, _, call in calls}, repeats=repeats)
+                for candidate, makes_kernels, call in calls:
+                    rows.append(
+                        {
+                            "shape": name,
+                            "backward": "no" if cotangent is None else "yes",
+                            "candidate": candidate,
+                            "kernels": "made" if makes_kernels else "given",
+                            "ms": middle(seconds[candidate]),
+                            "spread, %": spread(seconds[candidate]),
+                            "unfold over it": middle(seconds["unfold"]) / middle(seconds[candidate]),
+                            "extra memory, MiB": peak_extra_memory(call, device),
+                        }
+                    )
+    report(f"ContMix's dynamic convolution, {dtype}", rows, csv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import platform
 import statistics
@@ -45,6 +46,12 @@ def spread(seconds: list[float]) -> float:
     """Distance of the quartiles over the median, in percent."""
     first, _, third = statistics.quantiles(seconds, n=4)
     return 100 * (third - first) / statistics.median(seconds)
+
+
+@functools.cache
+def leave_out(name: str, reason: str) -> None:
+    """Say, once, that a candidate cannot run here."""
+    Console().print(f"{name} left out: {reason}", soft_wrap=True)
 
 
 def machine() -> str:
