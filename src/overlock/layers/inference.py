@@ -9,6 +9,7 @@ from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from overlock.ops import inference as ops
+from overlock.ops.cpu import prepare
 
 
 def cpu_form(module: nn.Module) -> nn.Module:
@@ -68,6 +69,40 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.conv(x, self.weight, self.bias, self.stride, self.gelu)
+
+
+class FusedContMix(nn.Module):
+    """ContMix with all kernel sizes in one operation; the affinities' scale is the query's.
+
+    Args:
+        weight, bias: from affinities to the taps of all sizes, (N, S^2) and (N).
+        rpbs: relative position bias of each size.
+        scale: of the affinities.
+        region_grid: S.
+    """
+
+    def __init__(
+        self, query: Pointwise, key: Pointwise, value: nn.Module, out: nn.Module,
+        *, weight: Tensor, bias: Tensor, rpbs: list[Tensor], scale: float, region_grid: int,
+    ):  # fmt: skip
+        super().__init__()
+        self.query, self.key, self.value, self.out = query, key, value, out
+        for parameter in query.parameters():
+            parameter.data.mul_(scale)
+        sizes = [(rpb.shape[1] + 1) // 2 for rpb in rpbs]
+        taps = [k * k for k in sizes]
+        kinds = zip(weight.split(taps), bias.split(taps), rpbs, sizes, strict=True)
+        prepared = [prepare(w, b, rpb, rpb.shape[0], k, k) for w, b, rpb, k in kinds]
+        self.weights, self.biases, self.rpbs = (nn.ParameterList(map(_frozen, x)) for x in zip(*prepared, strict=True))
+        self.region_grid = region_grid
+
+    def forward(self, x: Tensor, query: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        query, context = x if query is None else query, x if context is None else context
+        mixed = ops.context_mix(
+            self.query(query), context, self.value(x), self.key.weight, self.key.bias, list(self.weights),
+            list(self.biases), list(self.rpbs), self.region_grid,
+        )  # fmt: skip
+        return self.out(mixed)
 
 
 class ChannelAttention(nn.Module):

@@ -44,23 +44,43 @@ def forward(
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
     """See :func:`overlock.ops.reference.contmix`; (B, G, C, H, W) in the layout of ``value``, if that has flat rows."""
-    from overlock.ops.cpu_kernels import PAIR, mix  # noqa: PLC0415
-    from overlock.ops.threads import run  # noqa: PLC0415
-
     batch, groups, channels, height, width = value.shape
-    taps, regions = weight.shape
-    weights = F.pad(weight.t(), (0, -taps % PAIR))
-    bias = torch.zeros(taps) if bias is None else bias.contiguous()
-    if rpb is None:
-        rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = torch.empty(value.shape)
     queries, values = query.flatten(3), value.flatten(3)
-    # A map is cut only where there are too few for the threads: each piece folds the key and packs values anew.
-    pieces = max(1, min(2 * torch.get_num_threads() // (batch * groups), height * width // 64))
-    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width, regions, pieces)
-    strides = (*queries.stride(), *values.stride(), *out.flatten(3).stride())
-    tensors = (queries, key.contiguous(), values, weights, bias, rpb.contiguous(), out)
-    run(mix, batch * groups * pieces, *tensors, *sizes, *strides)
+    tensors = (queries, key.contiguous(), values, *prepare(weight, bias, rpb, groups, kernel_height, kernel_width), out)
+    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
+    mix_into(tensors, sizes, weight.shape[1], (*queries.stride(), *values.stride(), *out.flatten(3).stride()))
     return out
+
+
+def prepare(
+    weight: Tensor, bias: Tensor | None, rpb: Tensor | None, groups: int, kernel_height: int, kernel_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (S^2, N padded), bias (N) and relative position bias as the kernel reads them."""
+    from overlock.ops.cpu_kernels import PAIR  # noqa: PLC0415
+
+    taps = weight.shape[0]
+    bias = torch.zeros(taps) if bias is None else bias.contiguous()
+    if rpb is None:
+        rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
+    return F.pad(weight.t(), (0, -taps % PAIR)), bias, rpb.contiguous()
+
+
+def mix_into(tensors: tuple[Tensor | int, ...], sizes: tuple[int, ...], regions: int, strides: tuple[int, ...]) -> None:
+    """Run the kernel.
+
+    Args:
+        tensors: queries, keys, values, weight, bias, rpb and out, or their addresses.
+        sizes: B, G, D, C, H, W, Kh, Kw.
+        regions: S^2.
+        strides: of queries, values and out as (B, G, D or C, H W).
+    """
+    from overlock.ops.cpu_kernels import mix  # noqa: PLC0415
+    from overlock.ops.threads import run  # noqa: PLC0415
+
+    maps, positions = sizes[0] * sizes[1], sizes[4] * sizes[5]
+    # A map is cut only where there are too few for the threads: each piece folds the key and packs values anew.
+    pieces = max(1, min(2 * torch.get_num_threads() // maps, positions // 64))
+    run(mix, maps * pieces, *tensors, *sizes, regions, pieces, *strides)

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from overlock.ops.cpu import numba_installed
+from overlock.ops.backends import AUTO, asked_for
+from overlock.ops.cpu import mix_into, numba_installed
+from overlock.ops.functional import contmix, region_centres
 
 CHUNK = 8 << 20  # bytes of a ConvFFN's hidden map that are made and used up before the next images': a cache's share
+PACKED_FROM = 15_000_000  # multiply-adds of a product from which on a packed weight outweighs oneDNN's longer call
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ def _pack_once(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not _is_packable(x):
+    if x.numel() * weight.shape[0] < PACKED_FROM or not _is_packable(x):
         return F.linear(x, weight, bias)
     packed = _pack_once(weight, torch.ops.mkldnn._reorder_linear_weight)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
@@ -159,6 +162,37 @@ def _normalise_and_project(
     return y
 
 
+def _context_mix(
+    query: Tensor, context: Tensor, value: Tensor, key_weight: Tensor, key_bias: Tensor | None,
+    weights: list[Tensor], biases: list[Tensor], rpbs: list[Tensor], region_grid: int,
+) -> Tensor:  # fmt: skip
+    groups, sizes = rpbs[0].shape[0], [(rpb.shape[1] + 1) // 2 for rpb in rpbs]
+    batch, channels, height, width = value.shape
+    share = channels // len(sizes)
+    kinds = list(zip(sizes, weights, biases, rpbs, strict=True))
+    if not _has_kernels(value) or min(height, width) < max(sizes) or asked_for() not in (AUTO, "cpu"):
+        key = F.linear(region_centres(context, region_grid, max(sizes)).flatten(2).mT, key_weight, key_bias).mT
+        query, key = query.unflatten(1, (groups, -1)), key.unflatten(1, (groups, -1))
+        parts = [part.unflatten(1, (groups, -1)) for part in value.split(share, dim=1)]
+        mixed = [
+            contmix(query, key, part, weight[:, : k * k].t(), bias, rpb, k, max(sizes)).flatten(1, 2)
+            for part, (k, weight, bias, rpb) in zip(parts, kinds, strict=True)
+        ]
+        return to_images(to_tokens(torch.cat(mixed, dim=1)))
+    centres = F.adaptive_avg_pool2d(context, region_grid).flatten(2)
+    keys = torch.matmul(key_weight, centres)
+    keys = (keys if key_bias is None else keys + key_bias[:, None]).contiguous()
+    queries, values = to_tokens(query), to_tokens(value)
+    out, depth = torch.empty_like(values), queries.shape[3] // groups
+    strides = (height * width * depth * groups, depth, 1, depth * groups)
+    strides += 2 * (height * width * channels, share // groups, 1, channels)
+    for i, (k, *tensors) in enumerate(kinds):
+        start = i * share * value.element_size()
+        places = (queries, keys, values.data_ptr() + start, *tensors, out.data_ptr() + start)
+        mix_into(places, (batch, groups, depth, share // groups, height, width, k, k), region_grid**2, strides)
+    return to_images(out)
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool) -> Tensor:
     padding = weight.shape[2] // 2
     if not _is_packable(x):
@@ -216,6 +250,12 @@ squeeze_excite = _define(
 response_norm = _define(
     "response_norm", "Tensor x, Tensor weight, Tensor bias, float eps", _response_norm,
     lambda x, *_: _images_like(x, x.shape[1]),
+)  # fmt: skip
+context_mix = _define(
+    "context_mix",
+    "Tensor query, Tensor context, Tensor value, Tensor key_weight, Tensor? key_bias, Tensor[] weights,"
+    " Tensor[] biases, Tensor[] rpbs, int region_grid",
+    _context_mix, lambda _query, _context, value, *_: _images_like(value, value.shape[1]),
 )  # fmt: skip
 conv_ffn = _define(
     "conv_ffn",

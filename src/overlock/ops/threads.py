@@ -16,7 +16,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
@@ -47,17 +46,17 @@ def run(compiled: Any, jobs: int, *arguments: Tensor | int) -> None:
         arguments: tensors, handed on as addresses, and integers; the kernel finds them in ``call`` from index 2 on.
     """
     numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    call = np.array([compiled.address, jobs, *numbers], np.int64)
+    call = (ctypes.c_int64 * (2 + len(numbers)))(compiled.address, jobs, *numbers)
     threads = max(1, min(torch.get_num_threads(), jobs))
     region = _parallel_region()
     if region is not None:
-        start, trampoline = region
-        start(trampoline.address, call.ctypes.data, threads, 0)
+        start, trampoline, _ = region
+        start(trampoline, call, threads, 0)
         return
     function = C_KERNEL(compiled.address)
     pool = _pool(os.getpid())
-    others = [pool.submit(function, call.ctypes.data, i, threads) for i in range(1, threads)]
-    function(call.ctypes.data, 0, threads)
+    others = [pool.submit(function, call, i, threads) for i in range(1, threads)]
+    function(call, 0, threads)
     for other in others:
         other.result()
 
@@ -98,8 +97,11 @@ def _call_address(_typing_context: Any, address: Any, call: Any, thread: Any, th
 
 
 @functools.cache
-def _parallel_region() -> tuple[Any, Any] | None:
-    """OpenMP's entry point, and a function for it that passes a kernel its thread's number; None without OpenMP."""
+def _parallel_region() -> tuple[Any, int, Any] | None:
+    """OpenMP's entry point, the address of a function for it that tells a kernel its thread, and that function.
+
+    None without OpenMP.
+    """
     try:
         start = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
@@ -112,7 +114,7 @@ def _parallel_region() -> tuple[Any, Any] | None:
     def trampoline(call):
         _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
 
-    return start, trampoline
+    return start, trampoline.address, trampoline
 
 
 @functools.cache
