@@ -11,8 +11,7 @@ RUN := runs/quickstart
 
 # Threads sleep while they wait: on a busy machine spinning ones made each step several times as long.
 quickstart: $(VENV)/.installed-train
-	OMP_WAIT_POLICY=passive $(BIN)/overlock train --data digits --model overlock_atto --image-size 32 --in-chans 1 --stem-stride 2 \
-		--epochs 6 --batch-size 32 --lr 3e-3 --workers 0 --output $(RUN) --overwrite
+	OMP_WAIT_POLICY=passive $(BIN)/overlock train digits --output $(RUN) --overwrite
 	$(BIN)/overlock predict $(RUN)/examples --checkpoint $(RUN) --top 3 --save $(RUN)/predictions.png
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 

@@ -70,12 +70,12 @@ def succeeds(capsys, *arguments: object) -> str:
     return out
 
 
-def test_train_then_predict(tmp_path, capsys):
+QUICK = ("--model", "overlock_atto", "--image-size", 32, "--epochs", 1, "--machine.workers", 0)
+
+
+def test_train_evaluate_predict(tmp_path, capsys):
     root = make_classes(tmp_path / "data", 5)
-    out = succeeds(
-        capsys, "train", "--data", root, "--output", tmp_path / "run", "--model", "overlock_atto", "--image-size", 32,
-        "--epochs", 1, "--batch_size", 4, "--workers", 0,
-    )  # fmt: skip
+    out = succeeds(capsys, "train", "small", "--data", root, "--output", tmp_path / "run", *QUICK, "--batch_size", 4)
     assert "12 images to train on, 3 held out, 3 classes" in out
     assert "epoch   1/1  loss " in out
     assert "test accuracy" in out
@@ -84,18 +84,43 @@ def test_train_then_predict(tmp_path, capsys):
     predictions = json.loads(out)
     assert [p["source"] for p in predictions] == [str(root / "red" / f"{i}.png") for i in range(5)]
     assert all(len(p["labels"]) == len(p["probabilities"]) == 2 for p in predictions)
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    logged = float(dict(zip(log[0].split(","), log[1].split(","), strict=True))["top1"])
+    out = succeeds(
+        capsys, "evaluate", tmp_path / "run", tmp_path / "run" / "best.safetensors", "--data", root, "--held_out",
+        "--json", "--workers", 0, "--save", tmp_path / "report",
+    )  # fmt: skip
+    first, second = json.loads(out)
+    assert first["top1"] == second["top1"] == pytest.approx(logged)
+    assert first["images"] == 3
+    assert len(list((tmp_path / "report").iterdir())) == 4
+    table = succeeds(capsys, "evaluate", tmp_path / "run", "--data", root, "--workers", 0)
+    assert "15 images of 3 classes" in table
 
 
 def test_settings_of_a_run_can_be_given_again(tmp_path, capsys):
     settings = dict(data=str(make_classes(tmp_path / "data", 3)), output=str(tmp_path / "a"), model="overlock_atto")
-    settings |= dict(image_size=32, epochs=1, workers=0, augmentation="none", mirror=False)
+    settings |= dict(image_size=32, epochs=1, batch_size=4, machine=dict(workers=0), augment=dict(mirror=False))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
-    succeeds(capsys, "train", "--config", tmp_path / "train.yaml")
-    saved = yaml.safe_load((tmp_path / "a" / "train.yaml").read_text())
-    assert saved | settings == saved
-    assert "pass --overwrite" in fails(capsys, "train", "--config", tmp_path / "train.yaml")
-    succeeds(capsys, "train", "--config", tmp_path / "a" / "train.yaml", "--seed", 5, "--overwrite")
-    assert yaml.safe_load((tmp_path / "a" / "train.yaml").read_text()) == saved | {"seed": 5}
+    succeeds(capsys, "train", "--config", tmp_path / "train.yaml", "--optim.lr_batch", 4)
+    saved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert saved["machine"] | settings["machine"] == saved["machine"]
+    assert saved["augment"]["mirror"] is False
+    assert "or pass --resume" in fails(capsys, "train", "--config", tmp_path / "a" / "config.yaml")
+    succeeds(capsys, "train", "--config", tmp_path / "a" / "config.yaml", "--seed", 5, "--overwrite")
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text()) == saved | {"seed": 5}
+
+
+def test_pack_then_train(tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    root = make_classes(tmp_path / "data", 5)
+    assert "4 shards" in succeeds(capsys, "pack", root, tmp_path / "shards", "--shard_images", 4)
+    out = succeeds(
+        capsys, "train", "small", "--data", f"wds:{tmp_path / 'shards'}", "--output", tmp_path / "run", *QUICK,
+        "--batch_size", 4,
+    )  # fmt: skip
+    assert "12 images to train on, 3 held out, 3 classes" in out
+    assert "exists already" in fails(capsys, "pack", root, tmp_path / "shards")
 
 
 def test_predict_prints_a_table_and_saves_a_picture(run_folder, tmp_path, capsys):
@@ -168,16 +193,23 @@ def test_predict_with_the_authors_file(official_file, run_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "no command given; the commands are train, predict, summary, convert"),
+        ((), "no command given; the commands are train, evaluate, predict, push"),
         (("trian",), "unknown command 'trian'; did you mean 'train'?"),
-        (("train", "--data", "digits", "--epoch", "3"), "unknown option --epoch; did you mean --epochs?"),
-        (("train", "--data", "digits", "--epochs=many"), "epochs"),
-        (("train",), "required: data"),
-        (("train", "--data", "digits", "--epochs", "0"), "epochs must be at least 1, got 0"),
-        (("train", "--data", "digits", "--augmentation", "some"), "augmentation"),
-        (("train", "--data", "digits", "--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("train", "--data", "nowhere"), "nowhere: no such folder"),
-        (("train", "--data", "digits", "--model", "resnet81"), "unknown model 'resnet81'; did you mean 'resnet"),
+        (("train", "digits", "--epoch", "3"), "unknown option --epoch; did you mean --epochs?"),
+        (("train", "digits", "--lr", "3"), "unknown option --lr; did you mean --optim.lr?"),
+        (("train", "digits", "--optim.warmup", "3"), "unknown option --optim.warmup; did you mean --optim.warmup_"),
+        (("train", "digits", "--epochs=many"), "epochs"),
+        (("train", "small"), "required: data"),
+        (("train", "--data", "digits"), "no recipe given; the recipes are imagenet_xt"),
+        (("train", "digit"), "unknown recipe 'digit'; did you mean 'digits'?"),
+        (("train", "digits", "--epochs", "0"), "epochs must be a finite number at least 1, got 0"),
+        (("train", "digits", "--augment.interpolation", "some"), "augment.interpolation"),
+        (("train", "digits", "--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("train", "small", "--data", "nowhere"), "nowhere: no such folder"),
+        (("train", "digits", "--model", "resnet81", "--stem_stride", "null"), "unknown model 'resnet81'; did you mean"),
+        (("evaluate", "nowhere.pth", "--data", "nowhere"), "nowhere: no such"),
+        (("push", "nowhere", "me/it"), "nowhere: model.safetensors, config.json, README.md not found"),
+        (("pack", "nowhere", "out"), "nowhere: no such folder"),
         (("summary", "overlock_x"), "unknown model 'overlock_x'; did you mean 'overlock_xt'?"),
         (("summary", "resnet18"), "unknown model 'resnet18'; the models are overlock_atto"),
         (("summary", "overlock_t", "--image-size", "8", "8"), "at least 32 x 32 pixels, got 8 x 8"),
@@ -190,6 +222,14 @@ def test_faults_of_the_command_line(capsys, tmp_path, monkeypatch, arguments, se
     monkeypatch.chdir(tmp_path)
     assert sentence in fails(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_settings_in_a_file(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("data: digits\nepoch: 3\n")
+    assert "unknown setting 'epoch'; did you mean epochs?" in fails(capsys, "train", "--config", tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("data: digits\noptim: {lrr: 3}\n")
+    message = fails(capsys, "train", "--config", tmp_path / "a.yaml")
+    assert "unknown setting 'optim.lrr'; did you mean optim.lr?" in message
 
 
 class Evil:
@@ -260,29 +300,35 @@ def run(*arguments: object, **kwargs) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_a_process(tmp_path):
-    done = run("train", "--data", tmp_path / "nowhere", cwd=tmp_path)
+    done = run("train", "small", "--data", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     help_text = run("--help")
     assert help_text.returncode == 0
-    assert all(name in help_text.stdout for name in ("train", "predict", "summary", "convert"))
+    assert all(name in help_text.stdout for name in ("train", "evaluate", "predict", "push", "summary", "convert"))
 
 
-def test_ctrl_c_ends_cleanly(tmp_path):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_end(tmp_path, signum, code):
+    """To the whole process group, as Ctrl-C and schedulers send them, so that the loading processes get them too."""
     root = make_classes(tmp_path / "data", 40)
     command = [
-        sys.executable, "-m", "overlock.cli", "train", "--data", str(root), "--output", str(tmp_path / "run"),
-        "--model", "overlock_atto", "--image_size", "32", "--epochs", "1000", "--workers", "0",
+        sys.executable, "-m", "overlock.cli", "train", "small", "--data", str(root), "--output", str(tmp_path / "run"),
+        "--model", "overlock_atto", "--image_size", "32", "--epochs", "1000", "--machine.workers", "1",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     for line in process.stdout:
         if line.startswith("epoch"):
             break
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "interrupted\n"
-    assert not (tmp_path / "run").exists()
+    os.killpg(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err == ""
+    assert "stopped and saved at epoch" in out
+    assert "--resume" in out
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

@@ -48,13 +48,20 @@ def test_python_runs(tmp_path, monkeypatch):
         assert names["result"].labels[0] in ("3", "7")
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("overlock ")]
+TRAINING = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+COMMANDS = [
+    line
+    for block in blocks("bash") + re.findall(r"```bash\n(.*?)```", TRAINING, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("overlock ")
+]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line):
-    parser, _ = make_parser()
-    parser.parse_args(shlex.split(line)[1:])
+    words = shlex.split(line)[1:]
+    parser, _ = make_parser(words)
+    parser.parse_args(words)
 
 
 def test_table_of_sizes():

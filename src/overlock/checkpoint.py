@@ -179,13 +179,14 @@ def infer_record(state: Mapping[str, Tensor], path: Path, *, model: str | None =
         return Record(
             model=name,
             model_args=arguments,
-            classes=_default_classes(classifier.shape[0]),
+            classes=default_classes(classifier.shape[0]),
             preprocessing=default_preprocessing(network, in_chans=stem.shape[1]),
         )
     raise ValueError(f"{path}: {reason}" if model else f"{path}: these weights fit none of {', '.join(VARIANTS)}")
 
 
-def _default_classes(count: int) -> tuple[str, ...]:
+def default_classes(count: int) -> tuple[str, ...]:
+    """Names for the classes of weights that come without: ImageNet's for 1000, else numbers."""
     if count == 1000:
         names = ImageNetInfo()
         return tuple(names.index_to_description(i).split(",")[0] for i in range(count))

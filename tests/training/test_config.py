@@ -1,4 +1,4 @@
-"""Settings that cannot be are refused at once."""
+"""Settings that cannot be are refused at once; recipes are the paper's."""
 
 from __future__ import annotations
 
@@ -6,31 +6,83 @@ import dataclasses
 
 import pytest
 
-from overlock.training import TrainConfig
+from overlock.data import Augmentation
+from overlock.network import VARIANTS
+from overlock.training import RECIPES, TrainConfig
+from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, SafetyConfig
+
+GROUPS = dict(
+    augment=Augmentation, loss=LossConfig, optim=OptimConfig, ema=EmaConfig, machine=MachineConfig, safety=SafetyConfig
+)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        (dict(epochs=0), "epochs must be at least 1, got 0"),
-        (dict(batch_size=-1), "batch_size must be at least 1"),
-        (dict(lr=0.0), "lr must be above 0"),
-        (dict(lr=float("nan")), "lr must be a finite number"),
-        (dict(workers=-1), "workers must be at least 0"),
-        (dict(label_smoothing=1.0), "label_smoothing must be in"),
+        (dict(epochs=0), "epochs must be a finite number at least 1, got 0"),
+        (dict(batch_size=-1), "batch_size must be a finite number at least 1"),
+        (dict(optim=dict(lr=0.0)), r"optim\.lr must be a finite number at least 1e-12, got 0"),
+        (dict(optim=dict(lr=float("nan"))), r"optim\.lr must be a finite number"),
+        (dict(optim=dict(lr=1e-7)), r"optim\.min_lr 1e-05 is above the peak learning rate"),
+        (dict(machine=dict(workers=-1)), r"machine\.workers must be a finite number at least 0"),
+        (dict(loss=dict(label_smoothing=1.0)), r"loss\.label_smoothing must be a finite number in 0 to"),
+        (dict(augment=dict(scale=[0.5, 0.1])), r"augment\.scale must be a range"),
+        (dict(augment=dict(rand_augment="m9")), r"augment\.rand_augment must be like rand-m9"),
         (dict(pretrained=True, weights="a.pth"), "either pretrained or weights"),
         (dict(model="resnet18", stem_stride=2), "stem_stride is an option of OverLoCK"),
+        (dict(machine=dict(strategy="fsdp"), ema=dict(decay=0.9)), "not available with fsdp"),
+        (dict(epoch=3), "unknown setting epoch; did you mean epochs"),
+        (dict(optim=dict(learning=3)), r"unknown setting optim\.learning; known are betas"),
+        (dict(safety=dict(unreadible=3)), r"unknown setting safety\.unreadible; did you mean safety\.unreadable"),
     ],
 )
 def test_refused(setting, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(data="digits", **setting)
+        TrainConfig.from_dict({"data": "digits", **setting})
 
 
 def test_every_field_has_a_line_of_help():
     from overlock.cli import make_parser
 
     text = " ".join(make_parser()[1]["train"].format_help().split())
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name}" in text
-    assert text.count("(type: ") + text.count("(required, type: ") >= len(dataclasses.fields(TrainConfig)) - 2
+    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in GROUPS]
+    names += [f"{group}.{field.name}" for group, kind in GROUPS.items() for field in dataclasses.fields(kind)]
+    for name in names:
+        _, found, rest = text.rpartition(f" --{name} ")
+        assert found
+        words = rest.split("(type:")[0].split("(required, type:")[0]
+        assert len(words.split()) >= 4, name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_whole_and_survive_the_file(name):
+    config = RECIPES[name]("somewhere")
+    assert RECIPES[name].__doc__
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.model in VARIANTS
+
+
+@pytest.mark.parametrize("size", ["xt", "t", "s", "b"])
+def test_imagenet_recipes_are_the_papers(size):
+    config = RECIPES[f"imagenet_{size}"]("somewhere")
+    assert (config.model, config.epochs, config.batch_size) == (f"overlock_{size}", 300, 2048)
+    assert config.optim.peak(config.batch_size) == 2e-3
+    assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.999), 1e-8, 0.05)
+    assert (config.optim.warmup_epochs, config.optim.warmup_lr, config.optim.min_lr) == (5, 1e-6, 1e-5)
+    assert config.optim.clip_norm == 5
+    assert config.augment.rand_augment == "rand-m9-mstd0.5-inc1"
+    assert (config.augment.color_jitter, config.augment.erasing, config.augment.interpolation) == (0.4, 0.25, "random")
+    loss = config.loss
+    assert (loss.mixup, loss.cutmix, loss.switch_prob, loss.label_smoothing, loss.aux_weight) == (
+        0.8, 1.0, 0.5, 0.1, 0.4,
+    )  # fmt: skip
+    assert config.ema.decay == 0.9999
+    assert config.machine.sync_norm
+    assert config.drop_path is None  # the size's own
+    assert VARIANTS[config.model].drop_path == dict(xt=0.1, t=0.15, s=0.4, b=0.5)[size]
+    assert VARIANTS[config.model].crop_pct == dict(xt=0.925, t=0.95, s=0.95, b=0.975)[size]
+
+
+def test_the_ablation_differs_in_its_length_alone():
+    full, short = (RECIPES[name]("somewhere").to_dict() for name in ("imagenet_xt", "ablation"))
+    assert short == full | dict(epochs=120, output="runs/ablation")

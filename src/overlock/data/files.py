@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -12,21 +15,39 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+# What PIL's readers raise for damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def read_image(source: str | os.PathLike[str] | IO[bytes], *, name: str | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
+
+    Args:
+        source: a path, or an open file.
+        name: what the message calls it; the path unless given.
 
     Raises:
         ValueError: for a missing or damaged file, naming it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such image; check the path")
+    if isinstance(source, (str, os.PathLike)):
+        name = name or str(source)
+        if not Path(source).is_file():
+            raise ValueError(f"{name}: no such image; check the path")
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"the image is damaged ({error})"
-        raise ValueError(f"{path}: {reason}; replace or remove the file") from None
+        raise ValueError(f"{name}: {reason}; replace or remove the file") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

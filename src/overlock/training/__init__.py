@@ -1,5 +1,6 @@
-"""Training on Lightning: configuration, task module, run."""
+"""Training on Lightning Fabric: configuration, recipes, the loop, the run."""
 
 from overlock.training.config import TrainConfig
+from overlock.training.recipes import RECIPES
 
-__all__ = ["TrainConfig"]
+__all__ = ["RECIPES", "TrainConfig"]

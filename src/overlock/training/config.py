@@ -2,11 +2,162 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
-LIMITS = dict(epochs=1, batch_size=1, image_size=8, lr=0, weight_decay=0, warmup_epochs=0, workers=0)
+from overlock.data import Augmentation
+
+SUB_NETWORKS = ("base_net", "overview_net", "focus_net", "head")
+
+
+def _check(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raise ValueError for a number outside its range, naming the setting."""
+    if value is None or (math.isfinite(value) and least <= value <= most):
+        return
+    where = f"at least {least:g}" if math.isinf(most) else f"in {least:g} to {most:g}"
+    raise ValueError(f"{name} must be a finite number {where}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimiser, timm's, and its schedule: linear warm-up, then a cosine."""
+
+    name: str = "adamw"
+    """Any optimiser of timm's."""
+    lr: float = 1e-3
+    """Peak learning rate for a batch of lr_batch images; it grows in proportion to batch_size."""
+    lr_batch: int = 1024
+    """The batch that lr is stated for."""
+    weight_decay: float = 0.05
+    """Weight decay, none on biases, norms and other 1-D parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float = 5.0
+    """Largest norm of the gradient; 0 for no limit."""
+    layer_decay: float | None = None
+    """Factor of the learning rate from each layer to the one before it, for fine-tuning; none unless given."""
+    warmup_epochs: float = 5.0
+    """Length of the warm-up, at most half of the epochs."""
+    warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+    min_lr: float = 1e-5
+    """Learning rate of the last step."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "clip_norm", "warmup_epochs", "warmup_lr", "min_lr", "eps"):
+            _check(f"optim.{name}", getattr(self, name), 0)
+        _check("optim.lr", self.lr, 1e-12)
+        _check("optim.lr_batch", self.lr_batch, 1)
+        _check("optim.layer_decay", self.layer_decay, 1e-6, 1)
+        for beta in self.betas:
+            _check("optim.betas", beta, 0, 1)
+
+    def peak(self, batch_size: int) -> float:
+        """The learning rate after the warm-up."""
+        return self.lr * batch_size / self.lr_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised: cross entropy on the mixed and smoothed labels, of both heads."""
+
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    aux_weight: float = 0.4
+    """Weight of the same loss on OverLoCK's auxiliary head; 0 trains without that head."""
+    mixup: float = 0.0
+    """Mixup's alpha; 0 for none."""
+    cutmix: float = 0.0
+    """CutMix's alpha; 0 for none."""
+    mix_prob: float = 1.0
+    """Share of the batches that are mixed."""
+    switch_prob: float = 0.5
+    """Share of the mixed batches that CutMix takes where both are on."""
+
+    def __post_init__(self) -> None:
+        _check("loss.label_smoothing", self.label_smoothing, 0, 0.999)
+        for name in ("aux_weight", "mixup", "cutmix"):
+            _check(f"loss.{name}", getattr(self, name), 0)
+        for name in ("mix_prob", "switch_prob"):
+            _check(f"loss.{name}", getattr(self, name), 0, 1)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The moving average of the weights, which is what is evaluated and saved."""
+
+    decay: float = 0.0
+    """Decay a step; 0 for no average."""
+    warmup: bool = False
+    """Average over fewer steps at first, for runs too short for the decay."""
+
+    def __post_init__(self) -> None:
+        _check("ema.decay", self.decay, 0, 0.9999999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """Where and how the same computation runs; of no effect on the result but for rounding."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device: the GPU where there is one."""
+    devices: int | None = None
+    """Devices a node: one unless given, or as torchrun and SLURM say."""
+    nodes: int | None = None
+    """Machines: one unless given, or as torchrun and SLURM say."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several devices share the work: each the whole network (ddp) or a part of it (fsdp)."""
+    micro_batch: int | None = None
+    """Most images of one forward pass on one device; a larger share of the batch is accumulated."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; the weights are always float32."""
+    workers: int = 2
+    """Processes that load images, for each device; 0 loads them in the training process."""
+    sync_norm: bool = True
+    """Batch norm over the images of all devices."""
+    channels_last: bool = False
+    """Keep images and weights in channels-last order."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    recompute: bool = False
+    """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
+
+    def __post_init__(self) -> None:
+        _check("machine.workers", self.workers, 0)
+        for name in ("devices", "nodes", "micro_batch"):
+            _check(f"machine.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """When to save, and how much may go wrong."""
+
+    minutes: float = 10.0
+    """Time between checkpoints; there is one after each epoch in any case."""
+    steps: int | None = None
+    """Steps between checkpoints, beside the time."""
+    bad_steps: int = 10
+    """After so many steps in a row without a finite loss and gradient, go back to the last good checkpoint."""
+    returns: int = 3
+    """Stop when that has happened more often than this."""
+    unreadable: int = 100
+    """Images that may be unreadable; they are skipped and listed in the run's unreadable.txt."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "returns", "unreadable"):
+            _check(f"safety.{name}", getattr(self, name), 0)
+        for name in ("steps", "bad_steps"):
+            _check(f"safety.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,56 +165,115 @@ class TrainConfig:
     """How a classifier is trained. Raises ValueError for values that cannot be."""
 
     data: str
-    """Folder of images by class (with train and val below it, or split here), or 'digits' for scikit-learn's."""
+    """Images: a folder by class (with train and val below it, or split here), a folder or file of tars, 'wds:FOLDER'
+    of WebDataset shards, 'hfds:NAME' or, streaming, 'hfids:NAME' of Hugging Face, or 'digits' for scikit-learn's."""
+    train_split: str | None = None
+    """Name of the training part of WebDataset or Hugging Face data; 'train' unless given."""
+    val_split: str | None = None
+    """Name of the part to test on; 'validation', or 'val' or 'test' where there is none of that name."""
+    classes: str | None = None
+    """File with the names of the classes, one a line, for WebDataset shards that have none with them."""
     output: str = "runs/train"
-    """Folder for the results; must be new or empty."""
+    """Folder for the results; must be new or empty, but for --resume and --overwrite."""
     model: str = "overlock_xt"
     """Any model of timm's, ours among them: overlock_atto, _nano, _xt, _t, _s, _b."""
     pretrained: bool = False
     """Start from published weights, downloaded by timm."""
     weights: str | None = None
-    """Start from a file of OverLoCK weights, the authors' or one of ours; a classifier of other classes starts anew."""
+    """Start from OverLoCK weights: a file, the authors' or ours, a run's folder, or 'hf-hub:USER/NAME'."""
+    freeze: tuple[str, ...] = ()
+    """Parts that stay as they are: base_net, overview_net, focus_net, head, or any prefix of parameter names."""
     image_size: int = 224
     """Side of the images in pixels."""
     in_chans: Literal[1, 3] = 3
     """Channels of the images: 3, or 1 for grey."""
     stem_stride: Literal[1, 2, 4] | None = None
     """Stride of OverLoCK's stem: 4 unless given; 2 or 1 for images of few pixels."""
-    augmentation: Literal["none", "light", "strong"] = "light"
-    """Random changes to training images: none; light (crops); strong (also RandAugment and erasing, the paper's)."""
-    mirror: bool | None = None
-    """Mirror training images at random: yes unless given, but not digits."""
-    epochs: int = 30
+    drop_path: float | None = None
+    """Stochastic depth of the last block, rising linearly over the three sub-networks; the size's own unless given."""
+    epochs: int = 300
     """Passes over the training images."""
     batch_size: int = 64
-    """Images a step."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.05
-    """Weight decay, none on biases, norms and other 1-D parameters."""
-    warmup_epochs: float = 1.0
-    """Length of the linear warm-up, at most half of the epochs; a cosine to zero follows."""
-    label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
-    aux_weight: float = 0.4
-    """Weight of the loss on OverLoCK's auxiliary head."""
-    workers: int = 2
-    """Processes that load images; 0 loads them in the training process."""
+    """Images a step, over all devices; it sets the learning rate."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
+    validate_every: int = 1
+    """Epochs from one test to the next; the last one is always tested."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """Random changes to training images."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss and the mixing of images."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser and the learning rate."""
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    """The moving average of the weights."""
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    """Devices and speed."""
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    """Checkpoints and faults."""
 
     def __post_init__(self) -> None:
-        for name, least in LIMITS.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "warmup_epochs", "label_smoothing", "aux_weight"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        if self.lr == 0:
-            raise ValueError("lr must be above 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        for name, least in dict(epochs=1, batch_size=1, image_size=8, validate_every=1, seed=0).items():
+            _check(name, getattr(self, name), least)
+        _check("drop_path", self.drop_path, 0, 0.99)
+        if not self.data:
+            raise ValueError("data must name the images to train on")
         if self.pretrained and self.weights:
             raise ValueError("give either pretrained or weights, not both")
         if self.stem_stride is not None and not self.model.startswith("overlock_"):
             raise ValueError(f"stem_stride is an option of OverLoCK; leave it out for {self.model}")
+        peak = self.optim.peak(self.batch_size)
+        if self.optim.min_lr > peak:
+            raise ValueError(
+                f"optim.min_lr {self.optim.min_lr:g} is above the peak learning rate {peak:g} (optim.lr x batch_size / "
+                f"optim.lr_batch); raise optim.lr or lower optim.min_lr"
+            )
+        if self.machine.strategy == "fsdp" and self.ema.decay:
+            raise ValueError("the average of the weights is not available with fsdp; set ema.decay to 0 or use ddp")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """The configuration of nested settings, as :meth:`to_dict` gives them and YAML files hold them.
+
+        Raises:
+            ValueError: for a name that is no setting, and for values that cannot be.
+        """
+        return _build(cls, settings, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain numbers, strings, lists and dicts, as a run's folder keeps them."""
+        return _plain(asdict(self))
+
+
+_GROUPS: dict[str, Any] = dict(
+    augment=Augmentation,
+    loss=LossConfig,
+    optim=OptimConfig,
+    ema=EmaConfig,
+    machine=MachineConfig,
+    safety=SafetyConfig,
+)
+
+
+def _build(kind: Any, settings: Mapping[str, Any], prefix: str) -> Any:
+    known = {part.name for part in fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            mend = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ValueError(f"unknown setting {prefix}{name}; {mend}")
+        if not prefix and name in _GROUPS:
+            values[name] = value if isinstance(value, _GROUPS[name]) else _build(_GROUPS[name], value, f"{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{error} of the settings") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,7 @@
+"""``python -m overlock.cli``."""
+
+import sys
+
+from overlock.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,78 @@
+"""``overlock evaluate MODEL ... --data DATA``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.table import Table
+
+from overlock.cli.command import Command
+
+
+def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=str,
+        metavar="MODEL",
+        help="Folders of runs, files of weights, or names of timm's models.",
+    )
+    parser.add_argument("--data", type=str, required=True, help="Labelled images, in any form that training takes.")
+    parser.add_argument("--val_split", type=str | None, default=None, help="Part of shards or Hugging Face data.")
+    parser.add_argument("--classes", type=str | None, default=None, help="File of class names, for shards without.")
+    parser.add_argument(
+        "--held_out", action="store_true", help="Of a folder without a test part, only what training holds out."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of that split, as in training.")
+    parser.add_argument("--model", type=str | None, default=None, help="Model of a file that does not say.")
+    parser.add_argument("--image_size", type=int | None, default=None, help="Side in pixels; the model's own.")
+    parser.add_argument("--crop_pct", type=float | None, default=None, help="Share kept by the crop; the model's own.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images a pass.")
+    parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
+    parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the arithmetic.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
+    parser.add_argument("--save", type=str | None, default=None, help="Folder for per-class tables and confusions.")
+
+
+def run(options: Namespace, console: Console) -> None:
+    from overlock.data import load_test_data  # noqa: PLC0415
+    from overlock.deploy.evaluate import draw_confusion, evaluate, write_per_class  # noqa: PLC0415
+
+    data = load_test_data(
+        options.data, held_out=options.held_out, seed=options.seed, val_split=options.val_split, classes=options.classes
+    )
+    settings = ("model", "image_size", "crop_pct", "batch_size", "workers", "device", "precision")
+    results = []
+    for source in options.models:
+        result = evaluate(source, data, **{name: options[name] for name in settings})
+        results.append(result)
+        if options.save:
+            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/"))
+            write_per_class(result, Path(options.save) / f"{stem}_classes.csv")
+            draw_confusion(result, Path(options.save) / f"{stem}_confusion.png")
+    if options.json:
+        fields = ("name", "params", "images", "top1", "top5", "speed", "speed_with_loading", "unreadable")
+        rows = [{name: getattr(result, name) for name in fields} for result in results]
+        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        return
+    table = Table("model", title=f"{len(data.test)} images of {len(data.classes)} classes")
+    for title in ("parameters, M", "top-1, %", "top-5, %", "images/s", "with loading"):
+        table.add_column(title, justify="right")
+    for result in results:
+        table.add_row(
+            result.name, f"{result.params / 1e6:.2f}", f"{100 * result.top1:.2f}", f"{100 * result.top5:.2f}",
+            f"{result.speed:.0f}", f"{result.speed_with_loading:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for problem in results[0].unreadable:
+        console.print(f"not readable: {problem}")
+
+
+COMMAND = Command("Accuracy and speed of classifiers, ours and timm's, on labelled images.", add_options, run)

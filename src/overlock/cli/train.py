@@ -1,0 +1,76 @@
+"""``overlock train RECIPE``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from overlock.cli.command import Command
+
+
+def add_options(parser: ArgumentParser, arguments: Sequence[str]) -> None:
+    from overlock.training import RECIPES, TrainConfig  # noqa: PLC0415
+
+    recipes = "; ".join(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    parser.add_argument("recipe", nargs="?", type=str | None, default=None, metavar="RECIPE", help=recipes)
+    parser.add_argument("--config", action="config", help="Read settings from a YAML file, as a run saves them.")
+    parser.add_class_arguments(TrainConfig)
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in the output folder, if any.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the files of an earlier run.")
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None:
+        return
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        mend = f"did you mean {near[0]!r}?" if near else f"the recipes are {', '.join(RECIPES)}"
+        raise ValueError(f"unknown recipe {name!r}; {mend}")
+    recipe = RECIPES[name]
+    data = inspect.signature(recipe).parameters["data"].default
+    settings = recipe("named below" if data is inspect.Parameter.empty else data).to_dict()
+    if data is inspect.Parameter.empty:
+        del settings["data"]
+    parser.set_defaults(_dotted(settings))
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def run(options: Namespace, console: Console) -> int | None:
+    from overlock.training import RECIPES, TrainConfig  # noqa: PLC0415
+
+    if options.recipe is None and not options.get("config"):
+        raise ValueError(f"no recipe given; the recipes are {', '.join(RECIPES)}; or give --config FILE")
+    try:
+        from overlock.training.run import train  # noqa: PLC0415
+        from overlock.training.stop import RunStoppedError  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(
+            f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
+        ) from None
+    groups = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig)}
+    config = TrainConfig.from_dict({name: _plain(value) for name, value in groups.items()})
+    try:
+        result = train(config, overwrite=options.overwrite, resume=options.resume, console=console)
+    except RunStoppedError as stopped:
+        console.print(str(stopped))
+        return 128 + stopped.signum
+    console.print(f"test accuracy {100 * result.accuracy:.2f} % after {result.seconds:.0f} s; saved in {result.folder}")
+    console.print(f"try: overlock predict IMAGE --checkpoint {result.folder}")
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return value.as_dict() if isinstance(value, Namespace) else value
+
+
+COMMAND = Command("Train a classifier by a recipe, on images of any form or on handwritten digits.", add_options, run)

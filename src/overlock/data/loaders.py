@@ -1,0 +1,347 @@
+"""Batches that depend on the seed, the epoch and the place alone, so that a run can go on from any step.
+
+A batch of the run is shared out over its processes and, on each, over micro-batches. Which images it holds, in which
+order, and how each is changed at random follows from (seed, epoch, place in the epoch): not from the number of
+processes, nor from what was loaded before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import signal
+import struct
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from overlock.data.images import ImageSource
+from overlock.data.readers import ErrorNotes, ImageStream, as_rgb
+
+GRACE = 20  # seconds from SIGTERM to the end of a loading process
+PREFETCH = 2  # batches that each loading process keeps ready
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Draw(NamedTuple):
+    """An image to load."""
+
+    place: int
+    """Of the image in its source."""
+    seed: int | None
+    """Of its random changes; None for none."""
+
+
+class Batch(NamedTuple):
+    """Images as the network takes them."""
+
+    images: Tensor
+    """(B, Cin, H, W)."""
+    labels: Tensor
+    """(B,)."""
+    unreadable: tuple[str, ...]
+    """What could not be read, and why; in training another image of the batch stands in for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of each batch that one process takes."""
+
+    rank: int = 0
+    """Number of the process."""
+    world: int = 1
+    """Processes."""
+    micro_batch: int
+    """Images of one forward pass."""
+    accumulate: int = 1
+    """Forward passes of one step."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one step, over all processes."""
+        return self.world * self.micro_batch * self.accumulate
+
+    def places(self) -> list[list[int]]:
+        """The places of a batch that each micro-batch of this process takes.
+
+        Mixup joins the first image of a batch with the last, the second with the one before it, and so on. A process
+        takes places from both ends, so that the same images are joined however many processes there are.
+        """
+        slice_size = self.world * self.micro_batch
+        half, odd = divmod(self.micro_batch, 2)
+        front = [self.rank * half + i for i in range(half)]
+        middle = [self.world * half + self.rank] * odd
+        local = [*front, *middle, *(slice_size - 1 - place for place in reversed(front))]
+        return [[step * slice_size + place for place in local] for step in range(self.accumulate)]
+
+
+def derive_seed(*numbers: int) -> int:
+    """A seed of 63 bits from whole numbers."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_transforms(seed: int) -> None:
+    """Seed the generators that random transforms draw from."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)  # timm draws from the global generator
+    torch.default_generator.manual_seed(seed)
+
+
+class Order:
+    """The images of an epoch, as long as whole batches of them go.
+
+    Args:
+        length: images there are.
+        batch_size: images a step, over all processes.
+        repeats: versions of each image in an epoch.
+        seed: of the run.
+    """
+
+    def __init__(self, length: int, batch_size: int, *, repeats: int, seed: int):
+        self.length, self.batch_size, self.repeats, self.seed = length, batch_size, repeats, seed
+        self.batches = max(1, length // batch_size)
+
+    def indices(self, epoch: int) -> np.ndarray[Any, Any]:
+        """(batches * batch_size,); fewer images than one batch are gone through several times."""
+        generator = np.random.default_rng(derive_seed(self.seed, epoch))
+        needed = self.batches * self.batch_size
+        rounds: list[np.ndarray[Any, Any]] = []
+        while sum(map(len, rounds)) < needed:
+            rounds.append(generator.permutation(self.length).repeat(self.repeats))
+        return np.concatenate(rounds)[:needed]
+
+
+class _Draws:
+    """A batch sampler: the draws of each micro-batch from a place in an epoch on."""
+
+    def __init__(self, order: Order, share: Share):
+        self.order, self.share = order, share
+        self.epoch, self.first, self.salt = 0, 0, 0
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        indices, size = self.order.indices(self.epoch), self.order.batch_size
+        for batch in range(self.first, self.order.batches):
+            for places in self.share.places():
+                yield [
+                    Draw(
+                        int(indices[batch * size + place]),
+                        derive_seed(self.order.seed, self.epoch, batch * size + place, self.salt),
+                    )
+                    for place in places
+                ]
+
+    def __len__(self) -> int:
+        return (self.order.batches - self.first) * self.share.accumulate
+
+
+class ImageDataset(Dataset[tuple[Tensor, int] | str]):
+    """Images by :class:`Draw`, or by number where nothing is random: (Cin, H, W) and label, or why there is none."""
+
+    def __init__(self, source: ImageSource, transform: Transform):
+        self.source, self.transform = source, transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int] | str:
+        place, seed = draw if isinstance(draw, Draw) else (draw, None)
+        try:
+            image, label = self.source.read(place)
+        except ValueError as error:
+            return str(error)
+        if seed is not None:
+            seed_transforms(seed)
+        return self.transform(image), label
+
+
+def collate_training(samples: list[tuple[Tensor, int] | str]) -> Batch:
+    """A batch of its full size: in the place of an unreadable image comes the next readable one."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    bad = tuple(sample for sample in samples if isinstance(sample, str))
+    if not good:
+        raise ValueError(f"none of the {len(samples)} images of a batch can be read; the first: {bad[0]}")
+    if bad:
+        places = [i for i, sample in enumerate(samples) if not isinstance(sample, str)]
+        nearest = np.searchsorted(places, range(len(samples))) % len(places)
+        good = [good[i] for i in nearest]
+    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), bad)
+
+
+def collate_testing(samples: list[tuple[Tensor, int] | str]) -> Batch:
+    """A batch of the readable images, perhaps of none."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    bad = tuple(sample for sample in samples if isinstance(sample, str))
+    if not good:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), bad)
+    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), bad)
+
+
+def leave_signals_to_the_parent(_: int) -> None:
+    """Let Ctrl-C and SIGTERM, which reach all processes of a job, be handled by the one that saves.
+
+    SIGTERM is obeyed after a while, since it is also how a parent ends a process that will not listen.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+
+
+class TrainBatches:
+    """The micro-batches of an epoch from any step on.
+
+    Args:
+        source: an :class:`ImageSource` or an :class:`ImageStream`.
+        transform: PIL image to (Cin, H, W), random.
+        share: of this process.
+        seed: of the run.
+        repeats: versions of each image in an epoch.
+        workers: loading processes; a stream needs at least one.
+        pin_memory: make copies to a GPU fast.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | ImageStream,
+        transform: Transform,
+        share: Share,
+        *,
+        seed: int,
+        repeats: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.share, self.seed = share, seed
+        self.steps = max(1, len(source) // share.batch_size)
+        """Steps of an epoch."""
+        common: dict[str, Any] = dict(
+            worker_init_fn=leave_signals_to_the_parent,
+            collate_fn=collate_training,
+            pin_memory=pin_memory,
+            prefetch_factor=PREFETCH if workers or isinstance(source, ImageStream) else None,
+        )
+        if isinstance(source, ImageStream):
+            if repeats != 1:
+                raise ValueError("augment.repeats is not available for images that are streamed; leave it at 1")
+            self.draws = None
+            self.stream = StreamDataset(source, transform, seed=seed, batch_size=share.micro_batch, training=True)
+            self.generator = torch.Generator()
+            self.loader = DataLoader(
+                self.stream, batch_size=share.micro_batch, drop_last=True, num_workers=max(1, workers),
+                generator=self.generator, **common,
+            )  # fmt: skip
+        else:
+            self.draws = _Draws(Order(len(source), share.batch_size, repeats=repeats, seed=seed), share)
+            self.loader = DataLoader(
+                ImageDataset(source, transform), batch_sampler=self.draws, num_workers=workers, **common,
+            )  # fmt: skip
+
+    def epoch(self, epoch: int, *, first: int = 0, salt: int = 0) -> Generator[Batch, None, None]:
+        """The micro-batches of an epoch, from a step on.
+
+        Args:
+            epoch: its number.
+            first: the step to begin with.
+            salt: another number gives other random changes to the same images.
+        """
+        if self.draws is not None:
+            self.draws.epoch, self.draws.first, self.draws.salt = epoch, first, salt
+            yield from self.loader
+            return
+        left = (self.steps - first) * self.share.accumulate
+        skip = first * self.share.accumulate
+        passes = 0
+        while left > 0:
+            self.stream.begin(epoch, passes, salt, skip)
+            self.generator.manual_seed(derive_seed(self.seed, epoch, passes))
+            before = left + skip
+            for batch in self.loader:
+                if skip > 0:
+                    skip -= 1
+                    continue
+                yield batch
+                left -= 1
+                if left == 0:
+                    return
+            if left + skip == before:
+                raise ValueError(f"{self.stream.source}: no whole batch of images came; check the shards")
+            passes += 1
+
+
+class StreamDataset(IterableDataset[tuple[Tensor, int] | str]):
+    """The images of a stream: (Cin, H, W) and label, or why there is none.
+
+    Args:
+        source: the stream.
+        transform: PIL image to (Cin, H, W).
+        seed: of the run.
+        batch_size: of the loader.
+        training: shuffle, and go on without end where the reader does.
+    """
+
+    def __init__(self, source: ImageStream, transform: Transform, *, seed: int, batch_size: int, training: bool):
+        self.source, self.transform, self.seed = source, transform, seed
+        self.batch_size, self.training = batch_size, training
+        self.start = (0, 0, 0, 0)
+
+    def begin(self, epoch: int, passes: int, salt: int, skip: int) -> None:
+        """Where the next iteration begins; the images of the first ``skip`` batches are not prepared."""
+        self.start = (epoch, passes, salt, skip)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int] | str]:
+        epoch, passes, salt, skip = self.start
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = self.source.make_reader(training=self.training, batch_size=self.batch_size, seed=self.seed)
+        reader.set_loader_cfg(num_workers=workers)
+        reader.set_epoch(derive_seed(epoch, passes) % 2**31)
+        errors, given = ErrorNotes(), 0
+        with errors.listening():
+            for place, (image, label) in enumerate(reader):
+                for error in errors.take():
+                    yield error
+                    given += 1
+                # This process gives every so many-th batch of the loader.
+                wanted = (given // self.batch_size) * workers + number >= skip
+                given += 1
+                if not wanted:
+                    yield torch.empty(0), 0
+                    continue
+                if self.training:
+                    seed_transforms(derive_seed(self.seed, epoch, passes, number, place, salt))
+                try:
+                    yield self.transform(as_rgb(image, f"{self.source} image {place} of loader {number}")), int(label)
+                except ValueError as error:
+                    yield str(error)
+            yield from errors.take()
+
+
+def make_test_loader(
+    source: ImageSource | ImageStream,
+    transform: Transform,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Any]:
+    """Batches of each image once, shared out over the processes."""
+    common: dict[str, Any] = dict(
+        batch_size=batch_size, collate_fn=collate_testing, worker_init_fn=leave_signals_to_the_parent,
+        pin_memory=pin_memory,
+    )  # fmt: skip
+    if isinstance(source, ImageStream):
+        stream = StreamDataset(source, transform, seed=0, batch_size=batch_size, training=False)
+        return DataLoader(stream, num_workers=min(1, workers), **common)
+    return DataLoader(
+        ImageDataset(source, transform),
+        sampler=range(rank, len(source), world),
+        num_workers=workers,
+        **common,
+    )  # type: ignore[arg-type]

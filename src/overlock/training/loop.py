@@ -1,0 +1,339 @@
+"""The training loop on Lightning Fabric: steps that skip what is not finite, tests, and checkpoints between steps.
+
+The loop is written out, rather than left to Lightning's Trainer, so that every place at which a run can be stopped and
+taken up again is a line of it: between two steps, and within a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from overlock.data.loaders import Batch, TrainBatches, derive_seed
+from overlock.training.config import TrainConfig
+from overlock.training.reports import RunLog, Unreadable
+from overlock.training.state import CheckpointStore, Progress, check_archive
+from overlock.training.stop import RunStoppedError, StopRequest
+
+SYNC_EVERY = 10  # steps between the agreements of several processes to save or stop
+
+
+class Task(Protocol):
+    """What is learnt: :class:`overlock.training.task.Classification` for instance."""
+
+    main_measure: str
+
+    def loss(self, network: nn.Module, batch: Any) -> Tensor: ...
+
+    def test(self, network: nn.Module, batch: Any) -> Tensor: ...
+
+    def measures(self, sums: Tensor) -> dict[str, float]: ...
+
+
+class DivergedError(Exception):
+    """Too many steps in a row without a finite loss and gradient."""
+
+
+class BufferGuard:
+    """Keeps a network's buffers, the norms' statistics, so that a bad step's forward pass can be undone."""
+
+    def __init__(self, network: nn.Module):
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in network.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self.groups = [(buffers, [b.clone() for b in buffers]) for buffers in by_type.values()]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(copies, buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for buffers, copies in self.groups:
+            torch._foreach_copy_(buffers, copies)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Fit:
+    """All that a run consists of; :meth:`run` runs it to its end."""
+
+    fabric: Fabric
+    config: TrainConfig
+    task: Task
+    network: nn.Module
+    """As Fabric has set it up."""
+    frozen: list[nn.Module]
+    """Its modules that stay in evaluation mode."""
+    optimizer: Optimizer
+    schedule: Scheduler
+    average: ModelEmaV3 | None
+    batches: TrainBatches
+    tests: DataLoader[Any]
+    store: CheckpointStore
+    log: RunLog
+    unreadable: Unreadable
+    stop: StopRequest
+    identity: dict[str, Any]
+    """Of the run: its settings and data, kept in each checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.progress = Progress()
+        self.guard = BufferGuard(self.network)
+        self.loss_sum = torch.zeros((), device=self.fabric.device)
+        self.saved_at = time.monotonic()
+        self.fresh_checkpoint = False
+        self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+
+    # The course of a run
+
+    def run(self) -> None:
+        """Train from wherever the run is to the last epoch.
+
+        Raises:
+            RunStoppedError: on a signal, after saving.
+            ValueError: for faults of the data, the disk or the settings; the last checkpoint stays.
+        """
+        if not self.store.candidates():
+            self.save()  # there is a good checkpoint to go back to from the first step on
+        try:
+            while self.progress.epoch < self.config.epochs:
+                try:
+                    self.train_epoch()
+                except DivergedError:
+                    self.go_back()
+                    continue
+                self.finish_epoch()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ValueError(
+                "a process that loads images was lost, perhaps for want of memory; repeat with --resume, and with "
+                f"fewer machine.workers if it happens again ({str(error).splitlines()[0]})"
+            ) from None
+
+    def train_epoch(self) -> None:
+        """The steps of the present epoch that are not done yet."""
+        progress = self.progress
+        self.network.train()
+        for module in self.frozen:
+            module.eval()
+        started = time.perf_counter()
+        with closing(self.batches.epoch(progress.epoch, first=progress.step, salt=progress.returns)) as batches:
+            while progress.step < self.batches.steps:
+                self.train_step(batches)
+                progress.step += 1
+                now = time.perf_counter()
+                progress.epoch_seconds += now - started
+                started = now
+                self.log.on_step(self, self.global_step)
+                if progress.bad >= self.config.safety.bad_steps:
+                    raise DivergedError
+                self.save_or_stop()
+
+    def finish_epoch(self) -> None:
+        """Test, note the epoch, keep the weights if they are the best, and save."""
+        progress, started = self.progress, time.perf_counter()
+        last = progress.epoch + 1 == self.config.epochs
+        measures: dict[str, float] = {}
+        if last or (progress.epoch + 1) % self.config.validate_every == 0:
+            measures = self.validate()
+        progress.seconds += progress.epoch_seconds + time.perf_counter() - started
+        loss = float(self.fabric.all_reduce(self.loss_sum, reduce_op="mean")) / max(1, progress.counted)
+        self.log.add_epoch(self, loss=loss, measures=measures)
+        better = measures.get(self.task.main_measure, -1.0) > progress.best
+        if better:
+            progress.best = measures[self.task.main_measure]
+        progress.epoch, progress.step, progress.counted, progress.epoch_seconds = progress.epoch + 1, 0, 0, 0.0
+        self.loss_sum.zero_()
+        self.log.write(self, better=better)
+        self.save()
+        self.save_or_stop()
+
+    @property
+    def global_step(self) -> int:
+        """Steps done since the run began."""
+        return self.progress.epoch * self.batches.steps + self.progress.step
+
+    # One step
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One change of the weights, or none where loss or gradient is not finite."""
+        step, accumulate = self.global_step, self.batches.share.accumulate
+        self.schedule.step_update(step)
+        self.guard.keep()
+        total = torch.zeros_like(self.loss_sum)
+        for part in range(accumulate):
+            batch = self.fetch(batches)
+            self.seed(step, part)
+            with self.fabric.no_backward_sync(self.network, enabled=part + 1 < accumulate):
+                loss = self.task.loss(self.network, batch) / accumulate
+                # A loss that is not finite on one process must be one to all: its gradient is made NaN everywhere.
+                self.fabric.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
+            total += loss.detach()
+        limit = self.config.optim.clip_norm or float("inf")
+        norm = self.fabric.clip_gradients(self.network, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        if norm is not None and bool(norm.isfinite()):
+            self.optimizer.step()
+            self.loss_sum += total
+            self.progress.counted += 1
+            self.progress.bad = 0
+            if self.average is not None:
+                self.average.update(self.raw_network, step=step + 1)
+        else:
+            self.skip_step(total)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skip_step(self, loss: Tensor) -> None:
+        """Leave weights, moments, statistics and average as they were, and count."""
+        self.progress.skipped += 1
+        # In fp16 the scale of the loss is found by overflows now and then; they are no sign of divergence.
+        seeking = self.scaler is not None and self.scaler.get_scale() > 1 and bool(loss.isfinite())
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.optimizer.step()  # nothing to change without gradients; lowers the scale
+        if not seeking:
+            self.progress.bad += 1
+        self.guard.restore()
+
+    def seed(self, step: int, part: int) -> None:
+        """Mixing (numpy, the same on all processes) and stochastic depth (torch) follow from the step alone."""
+        numbers = (self.config.seed, step, part, self.progress.returns)
+        np.random.seed(derive_seed(*numbers) & 0xFFFFFFFF)  # timm draws from the global generator
+        torch.manual_seed(derive_seed(*numbers, self.fabric.global_rank))
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch on the device; what of it was unreadable is noted.
+
+        Where a loading process is lost, the run is saved as it was before the step.
+        """
+        try:
+            return self.place(next(batches))
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error) and self.fabric.world_size == 1:
+                self.guard.restore()
+                self.save_or_stop()
+                self.save()
+            raise
+
+    def place(self, batch: Batch) -> Batch:
+        self.unreadable.add(batch.unreadable)
+        images = self.fabric.to_device(batch.images)
+        if self.config.machine.channels_last and images.dim() == 4:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, self.fabric.to_device(batch.labels), ())
+
+    # Tests
+
+    @property
+    def raw_network(self) -> nn.Module:
+        """The network without Fabric's and the strategy's wrappers."""
+        module = getattr(self.network, "module", self.network)
+        return getattr(module, "module", module)
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is tested and kept: the average where there is one."""
+        return self.network if self.average is None else self.average.module
+
+    def validate(self) -> dict[str, float]:
+        """The measures over all images to test on."""
+        network = self.tested.eval()
+        sums: Tensor | None = None
+        with torch.no_grad(), self.fabric.autocast():
+            for loaded in self.tests:
+                batch = self.place(loaded)
+                if len(batch.labels):
+                    part = self.task.test(network, batch)
+                    sums = part if sums is None else sums + part
+                if self.fabric.world_size == 1 and self.stop.signum is not None:
+                    self.save_or_stop()
+        if sums is None:
+            sums = torch.zeros(4, device=self.fabric.device)
+        return self.task.measures(self.fabric.all_reduce(sums, reduce_op="sum"))
+
+    # Checkpoints
+
+    def save_or_stop(self) -> None:
+        """Save when it is time; on a signal save and raise RunStoppedError. All processes decide alike."""
+        safety, step = self.config.safety, self.global_step
+        stop, due = self.stop.signum, time.monotonic() - self.saved_at > 60 * safety.minutes
+        if self.fabric.world_size > 1:
+            if step % SYNC_EVERY and self.progress.step:
+                stop, due = None, False
+            else:
+                wishes = torch.tensor([float(stop or 0), float(due)], device=self.fabric.device)
+                torch.distributed.all_reduce(wishes, op=torch.distributed.ReduceOp.MAX)
+                stop, due = int(wishes[0]) or None, bool(wishes[1])
+        if stop is not None or due or (safety.steps and step % safety.steps == 0 and self.progress.step):
+            self.save()
+        if stop is not None:
+            where = f"epoch {self.progress.epoch + 1}, step {self.progress.step} of {self.batches.steps}"
+            raise RunStoppedError(stop, f"stopped and saved at {where}; go on with the same command and --resume")
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        state = self.state()
+        state |= dict(
+            progress=dataclasses.asdict(self.progress),
+            loss_sum=float(self.loss_sum),
+            log=self.log.rows,
+            average=self.average.module.state_dict() if self.average is not None else None,
+            scaler=self.scaler.state_dict() if self.scaler is not None else None,
+            identity=self.identity,
+        )
+        self.store.write(lambda path: self.fabric.save(path, state), first_process=self.fabric.is_global_zero)
+        self.saved_at = time.monotonic()
+        self.fresh_checkpoint = True
+
+    def state(self) -> dict[str, Any]:
+        """What Fabric saves and loads in its own way."""
+        return dict(network=self.network, optimizer=self.optimizer)
+
+    def load(self, path: Path) -> None:
+        """Put everything into the state of a checkpoint."""
+        rest = self.fabric.load(path, self.state(), weights_only=True)
+        self.progress = Progress(**rest["progress"])
+        self.loss_sum.fill_(rest["loss_sum"])
+        self.log.rows = rest["log"]
+        if self.average is not None:
+            self.average.module.load_state_dict(rest["average"])
+        if self.scaler is not None and rest["scaler"]:
+            self.scaler.load_state_dict(rest["scaler"])
+
+    def go_back(self) -> None:
+        """Return to the last good checkpoint, or to the one before it where nothing was saved since the last return.
+
+        Raises:
+            ValueError: where the run has gone back too often.
+        """
+        returns, skipped, step = self.progress.returns + 1, self.progress.skipped, self.global_step
+        limit = self.config.safety.returns
+        if returns > limit:
+            raise ValueError(
+                f"at step {step} the loss or its gradient was again not finite {self.config.safety.bad_steps} times in "
+                f"a row, after {limit} returns to a checkpoint; lower optim.lr, or set machine.precision to fp32"
+            )
+        good = [path for path in self.store.candidates() if check_archive(path) is None]
+        if not good:
+            raise ValueError(f"{self.store.folder}: there is no checkpoint to go back to; begin again with --overwrite")
+        self.load(good[0] if self.fresh_checkpoint or len(good) == 1 else good[1])
+        self.fresh_checkpoint = False
+        self.progress.returns, self.progress.skipped, self.progress.bad = returns, skipped, 0
+        self.log.tell(
+            f"the loss or its gradient was not finite {self.config.safety.bad_steps} times in a row up to step {step}; "
+            f"went back to the checkpoint of step {self.global_step} (return {returns} of {limit})"
+        )

@@ -1,0 +1,74 @@
+"""Optimiser, schedule and average of the weights: timm's."""
+
+from __future__ import annotations
+
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from overlock.training.config import SUB_NETWORKS, EmaConfig, OptimConfig, TrainConfig
+
+
+def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) -> Optimizer:
+    """The optimiser with timm's groups: no decay of biases, norms and 1-D parameters; layer-wise rates if asked for.
+
+    Raises:
+        ValueError: for an optimiser that timm does not know, or one that does not take the settings.
+    """
+    options = dict(betas=tuple(config.betas)) if "adam" in config.name or "lamb" in config.name else {}
+    try:
+        return create_optimizer_v2(
+            network,
+            opt=config.name,
+            lr=config.peak(batch_size),
+            weight_decay=config.weight_decay,
+            eps=config.eps,
+            layer_decay=config.layer_decay,
+            **options,
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"optim.name {config.name!r} cannot be used ({error}); try adamw") from None
+
+
+def make_schedule(optimizer: Optimizer, config: TrainConfig, *, steps_per_epoch: int) -> CosineLRScheduler:
+    """Linear warm-up and cosine over all steps; the learning rate of a step follows from its number alone."""
+    steps = config.epochs * steps_per_epoch
+    warmup = round(steps * min(config.optim.warmup_epochs / config.epochs, 0.5))
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, steps - warmup),
+        lr_min=config.optim.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=min(config.optim.warmup_lr, config.optim.peak(config.batch_size)),
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+
+
+def make_average(network: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:
+    """The moving average of all weights and norm statistics, a network of its own; None where it is off."""
+    return ModelEmaV3(network, decay=config.decay, use_warmup=config.warmup) if config.decay else None
+
+
+def freeze(network: nn.Module, prefixes: tuple[str, ...]) -> list[nn.Module]:
+    """Stop the training of the parameters that begin with a prefix.
+
+    Returns:
+        The modules under the prefixes, which must stay in evaluation mode, or their norms' statistics would change.
+
+    Raises:
+        ValueError: for a prefix that no parameter has, and where nothing is left to train.
+    """
+    for prefix in prefixes:
+        chosen = [p for name, p in network.named_parameters() if name == prefix or name.startswith(f"{prefix}.")]
+        if not chosen:
+            raise ValueError(
+                f"freeze: no parameter's name begins with {prefix!r}; OverLoCK has {', '.join(SUB_NETWORKS)}"
+            )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("freeze leaves nothing to train; name fewer parts")
+    return [module for name, module in network.named_modules() if name in prefixes]

@@ -1,0 +1,207 @@
+"""What a run tells: lines and a bar on the console, log.csv, TensorBoard, curves, and the images it could not read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from overlock.files import write_atomically
+
+if TYPE_CHECKING:
+    from overlock.training.loop import Fit
+
+LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
+LOG_EVERY = 50  # steps between TensorBoard's points
+Row = dict[str, Any]
+
+
+class RunLog:
+    """The epochs of a run, in a file that is always as long as the run, however often it was resumed.
+
+    Args:
+        folder: of the run.
+        console: to write to.
+        keep_best: called when a test was the best so far.
+        first_process: only this one writes.
+    """
+
+    def __init__(self, folder: Path, console: Console, *, keep_best: Callable[[], None], first_process: bool):
+        self.folder, self.console, self.keep_best, self.first = folder, console, keep_best, first_process
+        self.rows: list[Row] = []
+        self.board = _make_board(folder) if first_process else None
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal or not first_process,
+        )  # fmt: skip
+        self.bar_task = self.bar.add_task("training")
+
+    def on_step(self, fit: Fit, step: int) -> None:
+        """Move the bar, and give TensorBoard a point now and then."""
+        if not self.bar.disable:
+            self.bar.start()
+            self.bar.update(self.bar_task, completed=step, total=fit.config.epochs * fit.batches.steps)
+        if self.board is not None and step % LOG_EVERY == 0:
+            self.board.add_scalar("step/loss", float(fit.loss_sum) / max(1, fit.progress.counted), step)
+            self.board.add_scalar("step/lr", _rate(fit), step)
+
+    def add_epoch(self, fit: Fit, *, loss: float, measures: dict[str, float]) -> None:
+        """Note an epoch."""
+        progress = fit.progress
+        images = fit.batches.steps * fit.batches.share.batch_size
+        self.rows.append(
+            dict(
+                epoch=progress.epoch + 1,
+                step=fit.global_step,
+                lr=_rate(fit),
+                loss=loss,
+                **measures,
+                skipped=progress.skipped,
+                images_per_second=round(images / max(progress.epoch_seconds, 1e-9), 1),
+                seconds=round(progress.seconds, 1),
+            )
+        )
+
+    def write(self, fit: Fit, *, better: bool) -> None:
+        """Write the log, keep the weights if they are better, and print a line."""
+        if better:
+            self.keep_best()
+        if not self.first:
+            return
+        row = self.rows[-1]
+        write_atomically(self.folder / LOG, to_csv(self.rows))
+        if self.board is not None:
+            for name in row.keys() - {"epoch", "step"}:
+                self.board.add_scalar(f"epoch/{name}", row[name], row["epoch"])
+            self.board.flush()
+        tested = f"  test accuracy {100 * row['top1']:.2f} %" if "top1" in row else ""
+        skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
+        self.tell(
+            f"epoch {row['epoch']:>3}/{fit.config.epochs}  loss {row['loss']:.3f}{tested}"
+            f"  {row['seconds']:.0f} s{skipped}"
+        )
+
+    def tell(self, line: str) -> None:
+        """Print a line, above the bar."""
+        if self.first:
+            self.console.print(line, highlight=False)
+
+    def close(self) -> None:
+        """Take the bar away and close TensorBoard's file."""
+        self.bar.stop()
+        if self.board is not None:
+            self.board.close()
+
+
+def _rate(fit: Fit) -> float:
+    """The largest learning rate of the groups, that of the last layers."""
+    return max(group["lr"] for group in fit.optimizer.param_groups)
+
+
+def _make_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def to_csv(rows: list[Row]) -> str:
+    """Rows under the names of all their columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def draw_curves(rows: list[Row], path: Path, *, title: str) -> None:
+    """Losses and accuracies over the epochs, as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for axes, names, unit in ((left, ("loss", "test_loss"), 1), (right, ("top1", "top5"), 100)):
+        for name in names:
+            points = [(row["epoch"], unit * row[name]) for row in rows if name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    left.set_ylabel("loss")
+    right.set_ylabel("right, %")
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_atomically(path, buffer.getvalue())
+
+
+class Unreadable:
+    """The images that a run could not read: counted over all its processes and sessions, by a file of them.
+
+    Args:
+        folder: of the run.
+        limit: how many there may be.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self.path, self.limit = folder / UNREADABLE, limit
+        self.known: set[str] = set()
+
+    def add(self, problems: Iterable[str]) -> None:
+        """Note images, each once.
+
+        Raises:
+            ValueError: where there are more than the limit.
+        """
+        new = [problem for problem in problems if problem not in self.known]
+        if not new:
+            return
+        self.known |= set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else set()
+        lines = [line for line in (" ".join(problem.split()) for problem in new) if line not in self.known]
+        self.known |= {*new, *lines}
+        if lines:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{line}\n" for line in dict.fromkeys(lines)))
+        count = len(set(self.path.read_text(encoding="utf-8").splitlines()))
+        if count > self.limit:
+            raise ValueError(
+                f"{count} images could not be read, more than safety.unreadable {self.limit}; they are listed in "
+                f"{self.path}; the last: {lines[-1] if lines else new[-1]}"
+            )
+
+
+def describe_environment() -> str:
+    """Versions and hardware, as JSON."""
+    names = ("overlock", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
+    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions() if dist.metadata["Name"]}
+    return json.dumps(
+        dict(
+            command=sys.argv,
+            python=sys.version.split()[0],
+            system=platform.platform(),
+            versions={name: metadata.version(name) for name in names if name in installed},
+            cpus=os.cpu_count(),
+            threads=torch.get_num_threads(),
+            cuda=torch.version.cuda,
+            gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            slurm_job=os.environ.get("SLURM_JOB_ID"),
+        ),
+        indent=2,
+    )
