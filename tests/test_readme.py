@@ -58,8 +58,13 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_parse(line):
+def test_commands_parse(line, tmp_path, monkeypatch):
     words = shlex.split(line)[1:]
+    if "--config" in words:
+        monkeypatch.chdir(tmp_path)
+        file = tmp_path / words[words.index("--config") + 1]
+        file.parent.mkdir(parents=True)
+        file.write_text("data: photos\n")
     parser, _ = make_parser(words)
     parser.parse_args(words)
 

@@ -112,7 +112,7 @@ def _explain(error: ArgumentError, arguments: Sequence[str], subparsers: dict[st
 
 
 def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
-    """A hint at the known name that is meant: one of the same group written alike, one that ends so, one written alike."""
+    """A hint at the known name that is meant: one of its group written alike, one that ends so, one written alike."""
     last = {option: option.rpartition(".")[2].lstrip("-") for option in known}
     group, dot, end = name.rpartition(".")
     siblings = {last[option]: option for option in known if dot and option.startswith(group + dot)}

@@ -53,7 +53,7 @@ class PackedImages:
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.bytes, self.offsets, self.labels = file["jpeg"], file["offsets"], file["labels"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable file of packed images ({error})") from None
 
     def __len__(self) -> int:

@@ -34,9 +34,9 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Weight decay, none on biases, norms and other 1-D parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moments."""
+    """Decay rates of the moments, for optimisers of Adam's kind."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, likewise."""
     clip_norm: float = 5.0
     """Largest norm of the gradient; 0 for no limit."""
     layer_decay: float | None = None

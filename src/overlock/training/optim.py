@@ -17,14 +17,14 @@ def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) 
     Raises:
         ValueError: for an optimiser that timm does not know, or one that does not take the settings.
     """
-    options = dict(betas=tuple(config.betas)) if "adam" in config.name or "lamb" in config.name else {}
+    adaptive = "adam" in config.name or "lamb" in config.name
+    options = dict(betas=tuple(config.betas), eps=config.eps) if adaptive else {}
     try:
         return create_optimizer_v2(
             network,
             opt=config.name,
             lr=config.peak(batch_size),
             weight_decay=config.weight_decay,
-            eps=config.eps,
             layer_decay=config.layer_decay,
             **options,
         )

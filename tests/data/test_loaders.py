@@ -1,0 +1,137 @@
+"""Batches follow from seed, epoch and place alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pictures import make_classes, make_image
+
+from overlock.data import Augmentation, load_data, make_eval_transform, make_train_transform
+from overlock.data.images import Samples
+from overlock.data.loaders import Batch, Order, Share, TrainBatches, collate_training, make_test_loader
+
+RGB = dict(input_size=(3, 24, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bilinear", crop_pct=1.0)
+SAMPLES = Samples([(make_image("red", i), i) for i in range(23)])
+TRANSFORM = make_train_transform(RGB, Augmentation(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5))
+
+
+def batches(share: Share, *, seed=0, repeats=1, workers=0, epoch=0, first=0, salt=0) -> list[Batch]:
+    loader = TrainBatches(SAMPLES, TRANSFORM, share, seed=seed, repeats=repeats, workers=workers)
+    return list(loader.epoch(epoch, first=first, salt=salt))
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
+    )
+
+
+ONE = Share(micro_batch=4)
+
+
+def test_an_epoch_can_be_begun_anywhere():
+    whole = batches(ONE, epoch=3)
+    assert len(whole) == 5
+    for first in range(6):
+        assert same(batches(ONE, epoch=3, first=first), whole[first:])
+    assert same(batches(ONE, epoch=3, first=1, workers=2), whole[1:])
+
+
+def test_epochs_seeds_and_salts_differ():
+    whole = batches(ONE)
+    assert not same(whole, batches(ONE, epoch=1))
+    assert not same(whole, batches(ONE, seed=1))
+    salted = batches(ONE, salt=1)
+    assert not same(whole, salted)
+    assert all(torch.equal(a.labels, b.labels) for a, b in zip(whole, salted, strict=True))
+
+
+def test_an_image_is_seen_once_an_epoch():
+    labels = torch.cat([batch.labels for batch in batches(ONE)])
+    assert len(set(labels.tolist())) == 20
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_the_same_images_however_they_are_shared_out(world, accumulate):
+    whole = batches(Share(micro_batch=4 * world * accumulate))
+    parts = [batches(Share(rank=rank, world=world, micro_batch=4, accumulate=accumulate)) for rank in range(world)]
+    for number, batch in enumerate(whole):
+        got = [part[number * accumulate + step] for part in parts for step in range(accumulate)]
+        order = torch.cat([g.labels for g in got]).argsort()
+        expected = batch.labels.argsort()
+        assert torch.equal(torch.cat([g.labels for g in got])[order], batch.labels[expected])
+        assert torch.equal(torch.cat([g.images for g in got])[order], batch.images[expected])
+
+
+def test_repeated_augmentation_changes_an_image_in_several_ways():
+    whole = batches(ONE, repeats=2)
+    labels = torch.cat([batch.labels for batch in whole])
+    assert len(whole) == 5
+    assert all(count == 2 for count in labels.bincount().tolist() if count)
+    images = torch.cat([batch.images for batch in whole])
+    first, second = torch.where(labels == labels[0])[0]
+    assert not torch.equal(images[first], images[second])
+
+
+def test_fewer_images_than_a_batch_are_gone_through_again():
+    order = Order(5, 12, repeats=1, seed=0)
+    assert order.batches == 1
+    assert sorted(order.indices(0).tolist()) != order.indices(0).tolist()
+    assert np.bincount(order.indices(0)).min() >= 2
+
+
+def test_a_readable_image_stands_in_for_an_unreadable_one():
+    image = torch.zeros(3, 4, 4)
+    batch = collate_training(["a: bad", (image, 1), "b: bad", (image, 3), "c: bad"])
+    assert batch.labels.tolist() == [1, 1, 3, 3, 1]
+    assert batch.unreadable == ("a: bad", "b: bad", "c: bad")
+    with pytest.raises(ValueError, match="none of the 2 images of a batch can be read; the first: a: bad"):
+        collate_training(["a: bad", "b: bad"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_image_is_tested_once(workers):
+    transform = make_eval_transform(RGB)
+    labels = [
+        label
+        for rank in range(3)
+        for batch in make_test_loader(SAMPLES, transform, batch_size=4, rank=rank, world=3, workers=workers)
+        for label in batch.labels.tolist()
+    ]
+    assert sorted(labels) == list(range(23))
+
+
+def test_streams_can_be_begun_anywhere(tmp_path):
+    pytest.importorskip("webdataset")
+    from overlock.data.shards import pack
+
+    pack(make_classes(tmp_path / "data", 20), tmp_path / "shards", shard_images=6)
+    data = load_data(f"wds:{tmp_path / 'shards'}")
+    assert (len(data.train), len(data.test), data.classes) == (48, 12, ("blue", "green", "red"))
+
+    def stream(**where) -> list[Batch]:
+        return list(TrainBatches(data.train, TRANSFORM, ONE, seed=0, workers=2).epoch(**where))
+
+    whole = stream(epoch=1)
+    assert len(whole) == 12
+    assert same(stream(epoch=1, first=7), whole[7:])
+    assert not same(stream(epoch=2), whole)
+    tests = list(make_test_loader(data.test, make_eval_transform(RGB), batch_size=5, workers=1))
+    assert torch.cat([batch.labels for batch in tests]).bincount().tolist() == [4, 4, 4]
+
+
+def test_a_damaged_image_in_a_shard_is_noted(tmp_path):
+    pytest.importorskip("webdataset")
+    from overlock.data.shards import pack
+
+    root = make_classes(tmp_path / "data", 20)
+    for file in sorted((root / "red").iterdir())[:6]:
+        file.write_bytes(file.read_bytes()[:60])
+    pack(root, tmp_path / "shards")
+    data = load_data(f"wds:{tmp_path / 'shards'}")
+    loader = TrainBatches(data.train, TRANSFORM, ONE, seed=0, workers=1)
+    seen = list(loader.epoch(0))
+    assert any(batch.unreadable for batch in seen)
+    assert all(len(batch.labels) == 4 for batch in seen)
+    assert "webdataset error" in next(batch.unreadable[0] for batch in seen if batch.unreadable)

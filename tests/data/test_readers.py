@@ -1,0 +1,106 @@
+"""Every form of data gives the same images and labels."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from pictures import COLOURS, make_classes, make_image
+
+from overlock.data import load_data, load_test_data
+from overlock.data.shards import pack
+
+
+def colours_agree(data) -> bool:
+    """Each image is of the colour that its label names."""
+    for part in (data.train, data.test):
+        for place in range(len(part)):
+            image, label = part.read(place)
+            mean = np.asarray(image).reshape(-1, 3).mean(0)
+            nearest = min(COLOURS, key=lambda name: np.abs(mean - np.array(COLOURS[name])).sum())
+            if data.classes[label] != nearest:
+                return False
+    return len(data.train) > 0
+
+
+def test_a_tar_of_classes(tmp_path):
+    root = make_classes(tmp_path / "data", 5)
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(root, arcname=".")
+    data = load_data(str(tmp_path / "all.tar"))
+    assert (len(data.train), len(data.test), data.classes) == (12, 3, tuple(COLOURS))
+    assert colours_agree(data)
+
+
+def test_tars_by_class_and_part(tmp_path):
+    for part, count in (("train", 4), ("val", 2)):
+        root = make_classes(tmp_path / part, count)
+        for folder in sorted(root.iterdir()):
+            path = tmp_path / "tars" / part / f"{folder.name}.tar"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(path, "w") as archive:
+                for file in folder.iterdir():
+                    archive.add(file, arcname=file.name)
+    data = load_data(str(tmp_path / "tars"))
+    assert (len(data.train), len(data.test), data.classes) == (12, 6, tuple(COLOURS))
+    assert colours_agree(data)
+    alone = load_test_data(str(tmp_path / "tars" / "val"))
+    assert len(alone.test) == 6
+
+
+def test_packed_images(tmp_path):
+    for part, count in (("train", 4), ("test", 2)):
+        parts, labels = [], []
+        for label, colour in enumerate(COLOURS):
+            for seed in range(count):
+                buffer = io.BytesIO()
+                make_image(colour, seed).save(buffer, format="JPEG")
+                parts.append(np.frombuffer(buffer.getvalue(), np.uint8))
+                labels.append(label)
+        offsets = np.cumsum([0, *map(len, parts)])
+        np.savez(tmp_path / f"{part}.npz", jpeg=np.concatenate(parts), offsets=offsets, labels=np.uint8(labels))
+    with pytest.raises(ValueError, match=r"beside train\.npz, test\.npz and classes\.txt are needed"):
+        load_data(str(tmp_path))
+    (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
+    data = load_data(str(tmp_path))
+    assert (len(data.train), len(data.test), data.crop_pct) == (12, 6, 1.0)
+    assert colours_agree(data)
+    (tmp_path / "test.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test\.npz: not a readable file of packed images"):
+        load_data(str(tmp_path))
+
+
+def test_a_folder_as_a_hugging_face_data_set(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    make_classes(tmp_path / "data" / "train", 4)
+    make_classes(tmp_path / "data" / "test", 2)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = load_data(f"hfds:{tmp_path / 'data'}")
+    assert (len(data.train), len(data.test), data.classes) == (12, 6, tuple(COLOURS))
+    assert colours_agree(data)
+    streamed = load_data(f"hfids:{tmp_path / 'data'}")
+    assert (len(streamed.train), len(streamed.test), streamed.classes) == (12, 6, tuple(COLOURS))
+    images = list(streamed.test.make_reader(training=False, batch_size=1, seed=0))
+    assert [label for _, label in images] == [0, 0, 1, 1, 2, 2]
+
+
+def test_shards_that_will_not_do(tmp_path):
+    pytest.importorskip("webdataset")
+    with pytest.raises(ValueError, match="no such folder"):
+        load_data(f"wds:{tmp_path / 'nowhere'}")
+    pack(make_classes(tmp_path / "data", 5), tmp_path / "shards")
+    (tmp_path / "shards" / "_info.json").rename(tmp_path / "info.json")
+    with pytest.raises(ValueError, match=r"name the shards with train_split and val_split, such as 'train-\{0000"):
+        load_data(f"wds:{tmp_path / 'shards'}")
+    with pytest.raises(ValueError, match=r"must end in \|N, its number of images"):
+        load_data(f"wds:{tmp_path / 'shards'}", train_split="train-00000.tar", val_split="validation-00000.tar|3")
+    data = load_data(f"wds:{tmp_path / 'shards'}", train_split="train-00000.tar|12", val_split="validation-00000.tar|3")
+    assert (len(data.train), len(data.test)) == (12, 3)
+    (tmp_path / "shards" / "classes.txt").unlink()
+    (tmp_path / "info.json").rename(tmp_path / "shards" / "_info.json")
+    with pytest.raises(ValueError, match="give a file with the names of the classes"):
+        load_data(f"wds:{tmp_path / 'shards'}")
+    assert json.loads((tmp_path / "shards" / "_info.json").read_text())["splits"]["train"]["num_samples"] == 12

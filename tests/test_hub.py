@@ -1,0 +1,85 @@
+"""What goes to the hub is what timm loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from helpers import randomise
+from pictures import COLOURS
+
+from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, load_classifier, save_classifier, to_timm_config
+from overlock.hub import CARD_FILE, find_weights, push, write_card
+
+PREPROCESSING = dict(
+    input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=1.0
+)  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    network = randomise(timm.create_model("overlock_atto", num_classes=3))
+    record = Record(
+        model="overlock_atto", model_args={"num_classes": 3}, classes=tuple(COLOURS), preprocessing=PREPROCESSING
+    )
+    save_classifier(tmp_path / "run" / MODEL_FILE, network.state_dict(), record)
+    (tmp_path / "run" / CONFIG_FILE).write_text(to_timm_config(record))
+    write_card(
+        tmp_path / "run" / CARD_FILE, record, settings=dict(epochs=3), row=dict(top1=0.5, top5=1.0), data="a/photos"
+    )
+    return tmp_path / "run"
+
+
+class Hub:
+    """Takes files into a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __call__(self) -> Hub:
+        return self
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
+        (self.root / name).mkdir(parents=True)
+        return f"https://hub/{name}"
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo: str, repo_id: str) -> None:
+        target = self.root / repo_id / path_in_repo
+        if isinstance(path_or_fileobj, bytes):
+            target.write_bytes(path_or_fileobj)
+        else:
+            shutil.copy(path_or_fileobj, target)
+
+
+def test_what_is_pushed_is_loaded_by_timm(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path / "hub"))
+    assert push(folder, "me/colours") == "https://hub/me/colours"
+    there = tmp_path / "hub" / "me" / "colours"
+    assert sorted(path.name for path in there.iterdir()) == [CARD_FILE, CONFIG_FILE, MODEL_FILE]
+    assert 'timm.create_model("hf-hub:me/colours", pretrained=True)' in (there / CARD_FILE).read_text()
+    theirs = timm.create_model(f"local-dir:{there}", pretrained=True).eval()
+    ours, _ = load_classifier(folder)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_the_hub_refuses(folder, monkeypatch):
+    class Refusing(Hub):
+        def create_repo(self, *_, **__):
+            raise OSError("no network here")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Refusing(folder))
+    with pytest.raises(ValueError, match=r"the hub did not take it.*no network here.*hf auth login"):
+        push(folder, "me/colours")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.safetensors, config\.json, README\.md not found"):
+        push(tmp_path, "me/it")
+    with pytest.raises(ValueError, match=r"no model\.safetensors in this folder"):
+        find_weights(tmp_path)
