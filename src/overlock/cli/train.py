@@ -60,12 +60,9 @@ def run(options: Namespace, console: Console) -> int | None:
     groups = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig)}
     config = TrainConfig.from_dict({name: _plain(value) for name, value in groups.items()})
     try:
-        result = train(config, overwrite=options.overwrite, resume=options.resume, console=console)
+        train(config, overwrite=options.overwrite, resume=options.resume, console=console)
     except RunStoppedError as stopped:
-        console.print(str(stopped))
         return 128 + stopped.signum
-    console.print(f"test accuracy {100 * result.accuracy:.2f} % after {result.seconds:.0f} s; saved in {result.folder}")
-    console.print(f"try: overlock predict IMAGE --checkpoint {result.folder}")
     return None
 
 

@@ -7,7 +7,7 @@ import io
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_classifier
 from overlock.data import ImageData, make_eval_transform
-from overlock.data.loaders import make_test_loader
+from overlock.data.loaders import Batch, make_test_loader
 from overlock.files import write_atomically
 from overlock.fusion import fuse
 from overlock.network import VARIANTS
@@ -145,35 +145,61 @@ def evaluate(
         pin_memory=where.type == "cuda",
     )  # fmt: skip
     cast = torch.autocast(where.type, _TYPES.get(precision), enabled=precision != "fp32")
-    columns = torch.full((len(record.classes),), len(data.classes))
-    columns[torch.tensor(places)] = torch.arange(len(data.classes))
-    confusion = np.zeros((len(data.classes), len(data.classes) + 1), dtype=np.int64)
-    within, unreadable, largest = 0, [], None
     started = time.perf_counter()
+    counts = _count(network, loader, places, classes=len(record.classes), cast=cast, device=where)
+    seconds = time.perf_counter() - started
+    count = int(counts.confusion.sum())
+    if counts.images is None:
+        raise ValueError(
+            f"none of the {len(counts.unreadable)} images could be read; the first: {counts.unreadable[0]}"
+        )
+    with cast:
+        speed = measure_speed(network, counts.images)
+    return Evaluation(
+        name=source, params=sum(p.numel() for p in network.parameters()), images=count,
+        unreadable=tuple(counts.unreadable), top1=float(np.diagonal(counts.confusion).sum()) / count,
+        top5=counts.within / count, speed=speed, speed_with_loading=count / seconds, classes=tuple(data.classes),
+        confusion=counts.confusion,
+    )  # fmt: skip
+
+
+@dataclass
+class _Counts:
+    confusion: np.ndarray[Any, Any]
+    within: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    images: torch.Tensor | None = None  # the largest batch, to time the network with
+
+
+def _count(
+    network: nn.Module, loader: Iterable[Batch], places: list[int], *, classes: int, cast: Any, device: torch.device
+) -> _Counts:
+    """Go through the images once.
+
+    Args:
+        network: images to logits (B, classes).
+        loader: batches whose labels are those of the data.
+        places: the network's class of each of the data's.
+        classes: of the network.
+        cast: context of the arithmetic.
+        device: of the network.
+    """
+    column = torch.full((classes,), len(places))
+    column[torch.tensor(places)] = torch.arange(len(places))
+    counts = _Counts(np.zeros((len(places), len(places) + 1), dtype=np.int64))
     for batch in loader:
-        unreadable += batch.unreadable
+        counts.unreadable += batch.unreadable
         if not len(batch.labels):
             continue
-        images = batch.images.to(where, non_blocking=True)
+        images = batch.images.to(device, non_blocking=True)
         with cast:
             logits = network(images).float().cpu()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        truth = torch.tensor(places)[batch.labels]
-        within += int((best == truth[:, None]).sum())
-        np.add.at(confusion, (batch.labels.numpy(), columns[best[:, 0]].numpy()), 1)
-        if largest is None or len(images) > len(largest):
-            largest = images
-    seconds = time.perf_counter() - started
-    count = int(confusion.sum())
-    if largest is None:
-        raise ValueError(f"none of the {len(unreadable)} images could be read; the first: {unreadable[0]}")
-    with cast:
-        speed = measure_speed(network, largest)
-    return Evaluation(
-        name=source, params=sum(p.numel() for p in network.parameters()), images=count, unreadable=tuple(unreadable),
-        top1=float(np.diagonal(confusion).sum()) / count, top5=within / count, speed=speed,
-        speed_with_loading=count / seconds, classes=tuple(data.classes), confusion=confusion,
-    )  # fmt: skip
+        counts.within += int((best == torch.tensor(places)[batch.labels][:, None]).sum())
+        np.add.at(counts.confusion, (batch.labels.numpy(), column[best[:, 0]].numpy()), 1)
+        if counts.images is None or len(images) > len(counts.images):
+            counts.images = images
+    return counts
 
 
 def measure_speed(network: nn.Module, images: torch.Tensor, *, seconds: float = 1.0) -> float:

@@ -89,7 +89,7 @@ def cifar10(data: str) -> TrainConfig:
         image_size=32,
         stem_stride=2,
         drop_path=0.05,
-        epochs=100,
+        epochs=40,
         batch_size=128,
         augment=Augmentation(rand_augment="rand-m5-n2-mstd0.5-inc1", padding=4, erasing=0.1),
         loss=LossConfig(cutmix=1.0, mixup=0.2, mix_prob=0.5),

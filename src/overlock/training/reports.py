@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from overlock.training.loop import Fit
 
 LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
+BOARD = "tensorboard"
 LOG_EVERY = 50  # steps between TensorBoard's points
 Row = dict[str, Any]
 
@@ -40,13 +42,24 @@ class RunLog:
     def __init__(self, folder: Path, console: Console, *, keep_best: Callable[[], None], first_process: bool):
         self.folder, self.console, self.keep_best, self.first = folder, console, keep_best, first_process
         self.rows: list[Row] = []
-        self.board = _make_board(folder) if first_process else None
+        self.board: Any = None
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
             disable=not console.is_terminal or not first_process,
         )  # fmt: skip
         self.bar_task = self.bar.add_task("training")
+
+    def open(self, *, begin: bool) -> None:
+        """Open TensorBoard's file.
+
+        Args:
+            begin: take those of an earlier run away.
+        """
+        if self.first:
+            if begin:
+                shutil.rmtree(self.folder / BOARD, ignore_errors=True)
+            self.board = _make_board(self.folder / BOARD)
 
     def on_step(self, fit: Fit, step: int) -> None:
         """Move the bar, and give TensorBoard a point now and then."""
@@ -115,7 +128,7 @@ def _make_board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder))
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -38,7 +38,7 @@ from overlock.training.loop import Fit
 from overlock.training.machine import full_state, make_fabric, make_share
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
 from overlock.training.state import CheckpointStore, differing
-from overlock.training.stop import StopRequest
+from overlock.training.stop import RunStoppedError, StopRequest
 from overlock.training.sync_norm import synchronise_norms
 from overlock.training.task import Classification
 from overlock.weights import load_weights
@@ -93,11 +93,16 @@ def train(
             else:
                 begin(fit, folder, config)
             fit.run()
+        except RunStoppedError as stopped:
+            fit.log.tell(str(stopped))
+            raise
         finally:
             fit.log.close()
     finish(fit, record, data)
-    rows = [row for row in fit.log.rows if "top1" in row]
-    return TrainResult(accuracy=rows[-1]["top1"], best=fit.progress.best, seconds=fit.progress.seconds, folder=folder)
+    accuracy, seconds = fit.log.rows[-1]["top1"], fit.progress.seconds
+    fit.log.tell(f"test accuracy {100 * accuracy:.2f} % after {seconds:.0f} s; saved in {folder}")
+    fit.log.tell(f"try: overlock predict IMAGE --checkpoint {folder}")
+    return TrainResult(accuracy=accuracy, best=fit.progress.best, seconds=seconds, folder=folder)
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -170,10 +175,13 @@ def prepare(config: TrainConfig, fabric: Fabric, stop: StopRequest, console: Con
 def begin(fit: Fit, folder: Path, config: TrainConfig) -> None:
     """Write the settings and clear away what an earlier run left."""
     if fit.fabric.is_global_zero:
-        for path in (*fit.store.candidates(), folder / reports.UNREADABLE, folder / reports.LOG):
-            path.unlink(missing_ok=True)
+        for path in fit.store.candidates():
+            path.unlink()
+        for name in (MODEL_FILE, BEST_FILE, reports.UNREADABLE, reports.LOG, reports.CURVES):
+            (folder / name).unlink(missing_ok=True)
         write_atomically(folder / SETTINGS_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         write_atomically(folder / reports.ENVIRONMENT, reports.describe_environment())
+    fit.log.open(begin=True)
     fit.fabric.barrier()
 
 
@@ -206,6 +214,7 @@ def take_up(fit: Fit) -> None:
                 f"put the data back as they were"
             )
     fit.load(path)
+    fit.log.open(begin=False)
     progress = fit.progress
     fit.log.tell(f"going on from epoch {progress.epoch + 1}, step {progress.step} of {fit.batches.steps}")
 
