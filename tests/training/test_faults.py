@@ -131,7 +131,7 @@ def test_half_precision_for_500_steps(tmp_path, precision):
     make_images(tmp_path / "data")
     config = settings(
         tmp_path / "data", tmp_path / "run", epochs=125, validate_every=125, machine=dict(precision=precision),
-        optim=dict(lr=0.02, warmup_epochs=0), safety=dict(steps=None),
+        optim=dict(lr=5e-3, warmup_epochs=0), safety=dict(steps=None),
     )  # fmt: skip
     run(config)
     state = final_state(tmp_path / "run")

@@ -37,12 +37,17 @@ def losses(folder: Path) -> list[float]:
 
 
 TWENTY_STEPS = dict(
-    epochs=5, batch_size=8, drop_path=0.0, optim=dict(lr=1e-3, lr_batch=8, warmup_epochs=1.0), safety=dict(steps=None)
+    epochs=5,
+    batch_size=8,
+    image_size=64,
+    drop_path=0.0,
+    optim=dict(lr=1e-3, lr_batch=8, warmup_epochs=1.0),
+    safety=dict(steps=None),
 )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optim", [dict(name="sgd", lr=0.01), dict(eps=1e-3)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("optim", [dict(name="sgd", lr=0.003), dict(eps=1e-3)], ids=["sgd", "adamw"])
 def test_two_processes_equal_one(tmp_path, optim):
     """20 steps with batch norm, mixing and augmentation.
 
