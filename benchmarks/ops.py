@@ -208,6 +208,7 @@ def main(
             with torch.set_grad_enabled(cotangent is not None):
                 calls = list(runnable(SHAPES[name], inputs, cotangent, device, dtype, compiled))
                 seconds = interleave({candidate: call for candidate, _, call in calls}, repeats=repeats)
+                times = {candidate: middle(values) for candidate, values in seconds.items()}
                 for candidate, makes_kernels, call in calls:
                     rows.append(
                         {
@@ -215,9 +216,10 @@ def main(
                             "backward": "no" if cotangent is None else "yes",
                             "candidate": candidate,
                             "kernels": "made" if makes_kernels else "given",
-                            "ms": middle(seconds[candidate]),
+                            "ms": times[candidate],
                             "spread, %": spread(seconds[candidate]),
-                            "unfold over it": middle(seconds["unfold"]) / middle(seconds[candidate]),
+                            "unfold over it": times["unfold"] / times[candidate] if makes_kernels else "",
+                            "unfold's sum over it": times["unfold, sum alone"] / times[candidate],
                             "extra memory, MiB": peak_extra_memory(call, device),
                         }
                     )
