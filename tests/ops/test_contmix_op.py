@@ -119,6 +119,7 @@ def in_the_open(inputs):
 
 
 def compiled(inputs):
+    torch.compiler.reset()  # PyTorch 2.6 would take the graph of another autocast dtype
     return torch.compile(in_the_open, fullgraph=True, backend="aot_eager")(inputs)
 
 

@@ -235,19 +235,13 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
-    ("device", "size", "name"),
-    [
-        ("cuda", 7, "overlock.depthwise_conv2d.default"),
-        ("cuda", 5, "aten.convolution.default"),
-        ("cpu", 7, "aten.convolution.default"),
-    ],
-)
-def test_operator_on_cuda_for_large_kernels(device, size, name):
+@pytest.mark.parametrize(("device", "size", "operator"), [("cuda", 7, True), ("cuda", 5, False), ("cpu", 7, False)])
+def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch):
     """Elsewhere PyTorch's convolution, which exporters and counters of operations know. It shows without a GPU."""
+    monkeypatch.setattr(depthwise, "_convolve", lambda x, weight, bias: x)
     with FakeTensorMode(), torch.device(device), Calls() as calls:
         depthwise_conv2d(torch.empty(2, 4, 9, 9), torch.empty(4, 1, size, size), torch.empty(4))
-    assert name in calls.names
+    assert ("overlock.depthwise_conv2d.default" in calls.names) == operator
 
 
 @torch.no_grad()
