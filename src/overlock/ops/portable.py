@@ -3,8 +3,10 @@
 The map is cut into tiles of tokens. All tokens of a border tile share one window, so their weighted sum is a plain
 matrix product; in an interior tile the window moves with the token, and the kernels are laid as a band in a
 (tokens x region) matrix whose other entries stay zero, again one matrix product. Extra memory is that of one tile, and
-the affinities, S^2 numbers a token: it grows with the map, never with the map times K^2. The backward pass computes the
-kernels of a tile again.
+a key for each tap: it never grows with the map times K^2. The backward pass computes the kernels of a tile again.
+
+The logits are weight @ (key^T query), computed as (weight @ key^T) query: each tap gets a key of its own, D numbers,
+and the S^2 affinities of a token are never made, which takes a third of the multiply-adds where D is 16 and S^2 49.
 
 Letters as in reference.py, and T the tokens of a tile, R the positions of its region.
 """
@@ -96,7 +98,7 @@ class Mixing:
         self.weight = weight.to(exact)
         self.bias = None if bias is None else bias.to(exact)
         self.rpb = None if rpb is None else rpb.to(exact)
-        self.affinity = torch.bmm(self.query.flatten(1, 2), self.key).unflatten(1, (self.height, self.width))
+        self.tap_keys = torch.bmm(self.weight.expand(len(self.key), -1, -1), self.key.transpose(1, 2))  # BG, N, D
         self._tables: dict[tuple[int, ...], Tensor] = {}
         self._bands: dict[tuple[int, ...], Tensor] = {}
 
@@ -133,14 +135,14 @@ class Mixing:
         return self._tables[identity]
 
     def kernels(self, tile: Tile) -> tuple[Tensor, Tensor]:
-        """Affinities (BG, T, S^2) and normalised kernels (BG, T, N) of a tile."""
+        """Queries (BG, T, D) and normalised kernels (BG, T, N) of a tile."""
         rows, columns = tile.tokens
-        affinity = self.affinity[:, rows, columns].flatten(1, 2)
-        logits = torch.matmul(affinity, self.weight.t())
+        query = self.query[:, rows, columns].flatten(1, 2)
+        logits = torch.bmm(query, self.tap_keys.transpose(1, 2))
         table = self.bias_table(tile)
         if table is not None:
             logits.unflatten(0, (self.batch, self.groups)).add_(table)
-        return affinity, logits.softmax(dim=-1)
+        return query, logits.softmax(dim=-1)
 
     def band(self, tile: Tile) -> tuple[Tensor, Tensor]:
         """A (BG, T, R) matrix that is zero outside the taps, and the view (BG, T_h, T_w, Kh, Kw) of its taps.
@@ -212,14 +214,14 @@ def backward(
     """
     mixing = Mixing(query, key, value, weight, bias, rpb, kernel_height, kernel_width)
     grad = grad.permute(0, 1, 3, 4, 2).flatten(0, 1).to(mixing.value.dtype)  # BG, H, W, C
-    grad_affinity = torch.empty_like(mixing.affinity)
+    grad_query = torch.empty_like(mixing.query, memory_format=torch.contiguous_format)
     grad_value = torch.zeros_like(mixing.value, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros_like(mixing.weight)
+    grad_tap_keys = torch.zeros_like(mixing.tap_keys)
     grad_bias = None if mixing.bias is None else torch.zeros_like(mixing.bias)
     grad_rpb = None if mixing.rpb is None else torch.zeros_like(mixing.rpb)
 
     for tile in mixing.tiles():
-        affinity, kernels = mixing.kernels(tile)
+        tile_query, kernels = mixing.kernels(tile)
         rows, columns = tile.tokens
         grad_out = grad[:, rows, columns].flatten(1, 2)  # BG, T, C
         grad_kernels = mixing.gather(torch.bmm(grad_out, mixing.region(tile).transpose(1, 2)), tile)
@@ -230,10 +232,10 @@ def backward(
 
         delta = (kernels * grad_kernels).sum(dim=-1, keepdim=True)
         grad_logits = kernels * (grad_kernels - delta)
-        grad_affinity[:, rows, columns] = torch.matmul(grad_logits, mixing.weight).view(
-            -1, tile.rows.size, tile.columns.size, affinity.shape[-1]
+        grad_query[:, rows, columns] = torch.bmm(grad_logits, mixing.tap_keys).view(
+            -1, tile.rows.size, tile.columns.size, tile_query.shape[-1]
         )
-        grad_weight += grad_logits.flatten(0, 1).t() @ affinity.flatten(0, 1)
+        grad_tap_keys.baddbmm_(grad_logits.transpose(1, 2), tile_query)
         if grad_bias is not None:
             grad_bias += grad_logits.sum(dim=(0, 1))
         if grad_rpb is not None:
@@ -244,9 +246,8 @@ def backward(
                 (index_rows, index_columns), table.permute(1, 2, 3, 4, 0), accumulate=True
             )
 
-    grad_affinity = grad_affinity.flatten(1, 2)  # BG, HW, S^2
-    grad_query = torch.bmm(grad_affinity, mixing.key.transpose(1, 2))
-    grad_key = torch.bmm(mixing.query.flatten(1, 2).transpose(1, 2), grad_affinity)
+    grad_key = torch.matmul(grad_tap_keys.transpose(1, 2), mixing.weight)
+    grad_weight = grad_tap_keys.transpose(0, 1).flatten(1) @ mixing.key.flatten(0, 1)
     shape = (mixing.batch, mixing.groups, mixing.height, mixing.width, -1)
     return (
         torch.empty_like(query).copy_(grad_query.view(shape).permute(0, 1, 4, 2, 3)),
