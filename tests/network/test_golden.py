@@ -146,7 +146,7 @@ def test_stand_alone_block(form, name, golden, official_state, image):
 )
 def test_triton_in_the_interpreter(test, official):
     """The plug-in block, and by hand the whole network, with Triton's kernels."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")
     run_interpreted(f"{__file__}::{test}")
 
 

@@ -202,7 +202,7 @@ outside = pytest.mark.skipif(INTERPRETED, reason="this is the process with the i
 @outside
 def test_triton_in_the_interpreter():
     """The tests above, with Triton's kernels."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.3")
     run_interpreted(__file__, "-m", "not slow and not gpu")
 
 
@@ -231,6 +231,14 @@ LIMITS = {
     "400 region centres": dict(depth=64, grid=20),
     "at most 64 x 64": dict(height=65, width=65, kernel_size=65),
 }
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")
+def test_old_triton(monkeypatch):
+    """Its lack is told before a kernel meets it."""
+    monkeypatch.delattr("triton.language.gather")
+    inputs = make_inputs(dtype=torch.float32)
+    assert "Triton 3.3" in BACKENDS["triton"].why_not(*inputs.values(), 3, 3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")

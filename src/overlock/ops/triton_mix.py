@@ -254,6 +254,8 @@ def why_not(
     reason = None
     if not (value.is_cuda or kernels.INTERPRETED.value):
         reason = f"it needs tensors on a CUDA device, not on {value.device.type}"
+    elif not hasattr(triton.language, "gather"):
+        reason = f"it needs Triton 3.3 or newer, which comes with PyTorch 2.7, not {triton.__version__}"
     elif dtypes:
         reason = f"it takes float32, bfloat16 and float16, not {str(dtypes.pop()).removeprefix('torch.')}"
     elif value.is_cuda and torch.cuda.get_device_capability(value.device) < (8, 0):
