@@ -39,7 +39,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[3] // 2, groups=weight.shape[0])
+    reach = weight.shape[3] // 2
+    return F.conv2d(x, weight, bias, padding=(reach, reach), groups=weight.shape[0])
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: int) -> Tensor:
