@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import timm
 import torch
 from helpers import images, randomise, relative_error
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, SqueezeExcite, StdConv2d
 from timm.utils import reparameterize_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import overlock
 from overlock.blocks import BasicBlock, DynamicBlock
@@ -24,6 +28,8 @@ from overlock.layers import (
     NormConv,
 )
 from overlock.layers.conv_ffn import ScaledResidual
+from overlock.layers.inference import FusedContMix
+from overlock.ops import backend, cpu_filters, cpu_scales, threads
 
 # Module and shapes of its inputs.
 PARTS = {
@@ -207,3 +213,133 @@ def test_batch_norm_without_statistics_is_refused():
     module.norm = BatchNorm2d(4, track_running_stats=False)
     with pytest.raises(ValueError, match="running statistics"):
         overlock.fuse(module)
+
+
+# The form for CPU
+
+
+@pytest.fixture
+def on_cpu():
+    """Network and fused network in float32, and images."""
+    module, inputs = make("OverLoCK", torch.float32)
+    return module, overlock.fuse(module), inputs[0]
+
+
+def has_cpu_form(model):
+    return any(isinstance(child, FusedContMix) for child in model.modules())
+
+
+@torch.no_grad()
+def test_without_numba(monkeypatch, on_cpu):
+    """The network is fused in PyTorch's layers."""
+    module, fused, x = on_cpu
+    assert has_cpu_form(fused)
+    monkeypatch.setattr("overlock.fusion.numba_installed", lambda: False)
+    plain = overlock.fuse(module)
+    assert not has_cpu_form(plain)
+    assert relative_error(plain(x), module(x)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
+        lambda: nn.Conv2d(8, 8, 3, stride=(1, 2), padding=1),
+        lambda: nn.Conv2d(8, 8, 3, padding=1, groups=2),
+        lambda: nn.Conv2d(8, 16, 3, padding=1, groups=8),
+        lambda: nn.Conv2d(8, 8, 3, padding=2, dilation=2),
+        lambda: nn.Conv2d(8, 8, 4, padding=2),
+        lambda: nn.Conv2d(8, 8, (3, 5), padding=(1, 2)),
+        lambda: nn.Conv2d(8, 8, 3),
+        lambda: nn.Conv2d(8, 8, 1, stride=2),
+        lambda: nn.Conv2d(8, 8, 3, padding="same"),
+        lambda: nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular"),
+        lambda: nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        lambda: StdConv2d(8, 8, 3, padding=1),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1)),
+        lambda: SqueezeExcite(8),
+        lambda: SqueezeExcite(8, act_layer=nn.GELU),
+        lambda: SqueezeExcite(8, act_layer=nn.GELU, bias=False),
+        lambda: SqueezeExcite(8, act_layer=nn.GELU, add_maxpool=True),
+        lambda: SqueezeExcite(8, act_layer=nn.GELU, gate_layer="hard_sigmoid"),
+    ],
+)
+@torch.no_grad()
+def test_layers_of_other_kinds(make_layer):
+    """Layers that our forms do not do are left as they are, and the others give what they gave."""
+    torch.manual_seed(0)
+    layer, x = make_layer().eval(), images(2, 8, 9, 7)
+    assert relative_error(overlock.fuse(nn.Sequential(layer))(x), layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["torch", "reference", "cpu"])
+@torch.no_grad()
+def test_backend_asked_for_is_taken(on_cpu, name, monkeypatch):
+    """No kernel of numba's runs under another backend."""
+    module, fused, x = on_cpu
+    calls, run = [], threads.run
+    for user in (cpu_filters, cpu_scales, threads):
+        monkeypatch.setattr(user, "run", lambda *a: (calls.append(a), run(*a)))
+    with backend(name):
+        assert relative_error(fused(x), module(x)) < 1e-4
+    assert bool(calls) == (name == "cpu")
+
+
+@torch.no_grad()
+def test_copies_and_files(on_cpu):
+    """deepcopy, torch.save of the whole, and state dicts, which take effect after a first call."""
+    _, fused, x = on_cpu
+    expected = fused(x)
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    for same in (copy.deepcopy(fused), torch.load(file, weights_only=False)):
+        assert torch.equal(same(x), expected)
+    other = overlock.fuse(randomise(timm.create_model("overlock_atto", num_classes=7), seed=1))
+    assert not torch.allclose(other(x), expected)
+    other.load_state_dict(fused.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+@torch.no_grad()
+def test_fused_model_takes_other_types(on_cpu):
+    """Fused in float32, then moved."""
+    module, fused, x = on_cpu
+    expected = copy.deepcopy(module).double()(x.double())
+    assert relative_error(copy.deepcopy(fused).double()(x.double()), expected) < 1e-5
+    assert relative_error(copy.deepcopy(fused).bfloat16()(x.bfloat16()).double(), expected) < 0.2
+    fused(x)
+    assert relative_error(fused.double().float()(x), expected) < 1e-4
+
+
+def test_gradients_of_the_form_for_cpu(on_cpu):
+    """To the images."""
+    module, fused, x = on_cpu
+    gradients = []
+    for model in (module, fused):
+        leaf = x.clone().requires_grad_()
+        model(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert relative_error(gradients[1], gradients[0]) < 1e-3
+
+
+@torch.no_grad()
+def test_graphs_of_the_form_for_cpu(on_cpu):
+    """One graph for every size of the batch, compiled and exported."""
+    _, fused, x = on_cpu
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    batches = [x[:1].repeat(size, 1, 1, 1) for size in (2, 3, 5)]
+    compiled = torch.compile(fused, backend=counter, fullgraph=True, dynamic=True)
+    exported = torch.export.export(
+        fused, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
+    ).module()
+    frames = []
+    for batch in batches:
+        expected = fused(batch)
+        assert relative_error(compiled(batch), expected) < 1e-5
+        assert relative_error(exported(batch), expected) < 1e-5
+        frames.append(counter.frame_count)
+    assert frames[0] > 0
+    assert len(set(frames)) == 1  # nothing is compiled for another size

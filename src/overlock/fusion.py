@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from overlock.layers.inference import cpu_form
+from overlock.ops.cpu import numba_installed
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -20,9 +21,9 @@ def fuse(model: Module) -> Module:
     """An inference copy of a model, or of any part of one, with fewer and cheaper layers and the same outputs.
 
     Dilated RepConvs are merged; batch norms, residual depthwise convolutions, layer scales and the response norms'
-    biases are folded into convolutions. Then, where the model is in float32 on CPU, layers take the form that is
-    fastest there. Works in any dtype and on any device; ``model`` stays as it is. Fuse on the device of use: the copy
-    runs elsewhere too, slower.
+    biases are folded into convolutions. Then, where the model is in float32 on CPU and numba is installed, layers take
+    the form that is fastest there. Works in any dtype and on any device; ``model`` stays as it is. Fuse on the device
+    of use: the copy runs elsewhere too, slower.
 
     Each layer that can be simplified has a ``fold`` method that returns its simpler form, and one that has a form for
     the CPU a ``for_cpu`` method; parts come before wholes.
@@ -31,7 +32,7 @@ def fuse(model: Module) -> Module:
         The copy, in evaluation mode, its parameters frozen.
     """
     copied = _transform(copy.deepcopy(model).eval().requires_grad_(False), "fold")
-    if all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters()):
+    if numba_installed() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters()):
         copied = _transform(_replace_layers(copied), "for_cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied  # type: ignore[return-value]
 

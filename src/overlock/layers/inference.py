@@ -5,7 +5,7 @@ All take and give images (B, C, H, W).
 
 from __future__ import annotations
 
-from timm.layers import SqueezeExcite
+from timm.layers import Sigmoid, SqueezeExcite
 from torch import Tensor, nn
 
 from overlock.ops import inference as ops
@@ -15,9 +15,9 @@ from overlock.ops.cpu import prepare
 def cpu_form(module: nn.Module) -> nn.Module:
     """The layer below that does a module's work, or the module itself where there is none."""
     if isinstance(module, SqueezeExcite):
-        return ChannelAttention(module)
-    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros" or module.dilation != (1, 1):
-        return module
+        return ChannelAttention(module) if _is_ours(module) else module
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or module.dilation != (1, 1):
+        return module  # a subclass may do something else to its input or its weight
     size, stride = module.kernel_size[0], module.stride[0]
     square = module.kernel_size == (size, size) and module.stride == (stride, stride) and size % 2 == 1
     if not square or module.padding != (size // 2, size // 2):
@@ -26,6 +26,13 @@ def cpu_form(module: nn.Module) -> nn.Module:
         return Pointwise(module) if size == stride == 1 else Conv(module)
     one_by_one = module.groups == module.in_channels == module.out_channels
     return Depthwise(module) if one_by_one and stride == 1 else module
+
+
+def _is_ours(module: SqueezeExcite) -> bool:
+    """Whether a squeeze-excite has GELU, sigmoid and biases and nothing else."""
+    exact = isinstance(module.act, nn.GELU) and module.act.approximate == "none"
+    plain = isinstance(module.bn, nn.Identity) and not module.add_maxpool and module.fc1.bias is not None
+    return exact and plain and isinstance(module.gate, (nn.Sigmoid, Sigmoid))
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -160,4 +167,4 @@ def join_gelu(layers: nn.Sequential) -> None:
     """Let each convolution do the GELU after it."""
     for i in range(len(layers) - 1):
         if isinstance(layers[i], (Conv, Depthwise)) and isinstance(layers[i + 1], nn.GELU):
-            layers[i].gelu, layers[i + 1] = True, nn.Identity()
+            layers[i].gelu, layers[i + 1] = True, nn.Identity()  # type: ignore[assignment]

@@ -16,7 +16,6 @@ import importlib.util
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def why_not(
@@ -47,7 +46,7 @@ def forward(
     batch, groups, channels, height, width = value.shape
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
-        out = torch.empty(value.shape)
+        out = value.new_empty(value.shape)
     queries, values = query.flatten(3), value.flatten(3)
     tensors = (queries, key.contiguous(), values, *prepare(weight, bias, rpb, groups, kernel_height, kernel_width), out)
     sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
@@ -58,14 +57,11 @@ def forward(
 def prepare(
     weight: Tensor, bias: Tensor | None, rpb: Tensor | None, groups: int, kernel_height: int, kernel_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight (S^2, N padded), bias (N) and relative position bias as the kernel reads them."""
-    from overlock.ops.cpu_kernels import PAIR  # noqa: PLC0415
-
-    taps = weight.shape[0]
-    bias = torch.zeros(taps) if bias is None else bias.contiguous()
+    """Weight (S^2, N), bias (N) and relative position bias as the kernel reads them."""
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
     if rpb is None:
-        rpb = torch.zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
-    return F.pad(weight.t(), (0, -taps % PAIR)), bias, rpb.contiguous()
+        rpb = weight.new_zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
+    return weight.t().contiguous(), bias, rpb.contiguous()
 
 
 def mix_into(tensors: tuple[Tensor | int, ...], sizes: tuple[int, ...], regions: int, strides: tuple[int, ...]) -> None:

@@ -30,7 +30,8 @@ def sum_up(call, thread, threads):
     batch, tokens, channels, pieces = p[6], p[7], p[8], p[9]
     numbers = (batch * tokens * channels,)
     x, other, out = floats(p[2], numbers), floats(p[3], numbers), floats(p[4], numbers)
-    sums, begin, end = floats(p[5], (batch, pieces, channels)), *share(p, thread, threads)
+    sums = floats(p[5], (batch, pieces, channels))
+    begin, end = share(p, thread, threads)
     lane, exact = np.zeros(LANES, np.float32), np.zeros(channels + LANES, np.float64)
     for job in range(begin, end):
         b, piece = job // pieces, job % pieces
@@ -154,10 +155,10 @@ def squeeze_excite(
     """SE(x + other) * silu(gate) of contiguous (B, T, C); the last two where given."""
     batch, tokens, channels = x.shape
     pieces = _pieces(batch, tokens)
-    out, sums = torch.empty_like(x), torch.empty(batch, pieces, channels)
+    out, sums = torch.empty_like(x), x.new_empty(batch, pieces, channels)
     sizes = (batch, tokens, channels, pieces)
     run(sum_up, batch * pieces, x, x if other is None else other, out, sums, *sizes, other is not None, 0)
-    parameters = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    parameters = [p.contiguous() for p in (reduce_weight, reduce_bias, expand_weight, expand_bias)]
     summed = x if other is None else out
     width = reduce_weight.shape[0]
     run(
@@ -168,19 +169,19 @@ def squeeze_excite(
 
 
 def response_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: Tensor, out: Tensor, squares: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor, squares: Tensor | None = None
 ) -> Tensor:
     """Global response norm of contiguous (B, T, C) into ``out``, which may be ``x``.
 
     Args:
-        eps: (1).
         squares: each channel's sum of squares (B, C), where it is known already.
     """
     batch, tokens, channels = x.shape
     pieces = _pieces(batch, tokens)
     parts = 1 if squares is not None else pieces
     if squares is None:
-        squares = torch.empty(batch, pieces, channels)
+        squares = x.new_empty(batch, pieces, channels)
         run(sum_up, batch * pieces, x, x, x, squares, batch, tokens, channels, pieces, 0, 1)
-    run(scale_by_response, batch * pieces, x, weight, bias, out, squares, eps, batch, tokens, channels, pieces, parts)
+    tensors = (x, weight.contiguous(), bias.contiguous(), out, squares, x.new_full((1,), eps))
+    run(scale_by_response, batch * pieces, *tensors, batch, tokens, channels, pieces, parts)
     return out
