@@ -15,7 +15,7 @@ import overlock
 FORMS = {
     "training form": lambda: randomise(tiny()),
     "merged": lambda: randomise(tiny(deploy=True)),
-    "fused": lambda: overlock.fuse(randomise(tiny())),
+    "fused": lambda: overlock.fuse(randomise(tiny()), kernels=False),
     "features": lambda: randomise(timm.create_model("overlock_atto", features_only=True)),
     "pyramid": lambda: randomise(overlock.Pyramid(tiny(), overview=True)),
 }

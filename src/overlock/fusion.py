@@ -17,7 +17,7 @@ from overlock.ops.cpu import numba_installed
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def fuse(model: Module) -> Module:
+def fuse(model: Module, *, kernels: bool = True) -> Module:
     """An inference copy of a model, or of any part of one, with fewer and cheaper layers and the same outputs.
 
     Dilated RepConvs are merged; batch norms, residual depthwise convolutions, layer scales and the response norms'
@@ -28,11 +28,15 @@ def fuse(model: Module) -> Module:
     Each layer that can be simplified has a ``fold`` method that returns its simpler form, and one that has a form for
     the CPU a ``for_cpu`` method; parts come before wholes.
 
+    Args:
+        kernels: take the CPU's own layers. False leaves plain PyTorch ones, which TorchScript and fx trace too, and
+            which export for any size of the image.
+
     Returns:
         The copy, in evaluation mode, its parameters frozen.
     """
     copied = _transform(copy.deepcopy(model).eval().requires_grad_(False), "fold")
-    if numba_installed() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters()):
+    if kernels and numba_installed() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters()):
         copied = _transform(_replace_layers(copied), "for_cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied  # type: ignore[return-value]
 
