@@ -36,7 +36,8 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
         The copy, in evaluation mode, its parameters frozen.
     """
     copied = _transform(copy.deepcopy(model).eval().requires_grad_(False), "fold")
-    if kernels and numba_installed() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters()):
+    fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters())
+    if kernels and fits and numba_installed():
         copied = _transform(_replace_layers(copied), "for_cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied  # type: ignore[return-value]
 
