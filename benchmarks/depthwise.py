@@ -1,6 +1,9 @@
-"""The large depthwise convolution by shape: Triton's kernels against PyTorch's, which on CUDA are cuDNN's.
+"""The large depthwise convolution by shape: our kernels against PyTorch's.
 
-python benchmarks/depthwise.py --device cuda --dtype bfloat16 [--shapes '[stage1, ...]'] [--csv FILE]
+python benchmarks/depthwise.py [--shapes '[stage1,stage2]'] [--csv FILE]
+python benchmarks/depthwise.py --device cuda --dtype bfloat16 --batch 64
+
+Ours are Triton's on CUDA, where PyTorch's are cuDNN's, and numba's on CPU, where PyTorch's are oneDNN's.
 
 Forward and the two gradients apart, as overlock.ops.depthwise chooses them. Results are compared before the timing.
 """
@@ -18,12 +21,12 @@ from torch import Tensor
 
 from overlock.ops.depthwise import PARTS, why_not
 
-# (B, C, H, W) and K in OverLoCK-T: a batch of 224 x 224 images, and one of 800 x 1280.
+# (B, C, H, W) and K in OverLoCK-T: a batch (its size is an option) of 224 x 224 images, and one of 800 x 1280.
 SHAPES = {
-    "stage1": ((64, 64, 56, 56), 17),
-    "stage2": ((64, 128, 28, 28), 15),
-    "stage3": ((64, 256, 14, 14), 13),
-    "stage4": ((64, 512, 7, 7), 7),
+    "stage1": ((0, 64, 56, 56), 17),
+    "stage2": ((0, 128, 28, 28), 15),
+    "stage3": ((0, 256, 14, 14), 13),
+    "stage4": ((0, 512, 7, 7), 7),
     "stage1_dense": ((1, 64, 200, 320), 17),
     "stage2_dense": ((1, 128, 100, 160), 15),
     "stage3_dense": ((1, 256, 50, 80), 13),
@@ -40,24 +43,26 @@ def make_calls(
     x, grad = (torch.randn(shape, generator=make, device=device).to(dtype, memory_format=layout) for _ in range(2))
     weight = (torch.randn(shape[1], 1, size, size, generator=make, device=device) / size).to(dtype)
     arguments = (x, weight, None) if part == "forward" else (grad, x, weight)
-    triton, pytorch = (functools.partial(run, *arguments) for run in PARTS[part])
-    reason = why_not(x, weight)
+    name = "cpu" if device == "cpu" else "triton"
+    ours, pytorch = (functools.partial(PARTS[part][key], *arguments, 1) for key in (name, "torch"))
+    reason = why_not(x, weight) if name == "triton" else None
     if reason:
-        leave_out("Triton", reason)
+        leave_out("ours", reason)
         return {"PyTorch": pytorch}
     expected = pytorch().float()
-    error = float((triton().float() - expected).abs().max() / expected.abs().max())
+    error = float((ours().float() - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE[str(dtype).removeprefix("torch.")]:
-        raise AssertionError(f"Triton's {part} of {shape}, K {size}, is {error:.1e} from PyTorch's")
-    return {"Triton": triton, "PyTorch": pytorch}
+        raise AssertionError(f"our {part} of {shape}, K {size}, is {error:.1e} from PyTorch's")
+    return {"ours": ours, "PyTorch": pytorch}
 
 
 def main(
     shapes: list[str] | None = None,
     repeats: int = 20,
     csv: str | None = None,
-    device: str = "cuda",
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    batch: int = 8,
     channels_last: bool = True,
 ) -> None:
     """Time each part of the work and print medians.
@@ -66,14 +71,16 @@ def main(
         shapes: names of shapes, all by default.
         repeats: interleaved calls of each implementation.
         csv: file for the table.
-        device: cuda, or cpu for PyTorch's alone.
-        dtype: of images and weights.
+        device: cpu or cuda.
+        dtype: of images and weights; on CPU float32.
+        batch: images of 224 x 224.
         channels_last: memory layout of the images; contiguous otherwise.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     rows: list[dict[str, object]] = []
     for name in shapes or SHAPES:
-        shape, size = SHAPES[name]
+        (images, *rest), size = SHAPES[name]
+        shape = (images or batch, *rest)
         for part in PARTS:
             with torch.inference_mode():
                 calls = make_calls(part, shape, size, device, getattr(torch, dtype), layout)
@@ -85,8 +92,8 @@ def main(
                     "B x C x H x W": " x ".join(str(n) for n in shape),
                     "K": size,
                     "part": part,
-                    **{f"{key}, ms": times.get(key, "") for key in ("Triton", "PyTorch")},
-                    "PyTorch over Triton": times["PyTorch"] / times["Triton"] if "Triton" in times else "",
+                    **{f"{key}, ms": times.get(key, "") for key in ("ours", "PyTorch")},
+                    "PyTorch over ours": times["PyTorch"] / times["ours"] if "ours" in times else "",
                     "largest spread, %": max(spread(values) for values in seconds.values()),
                 }
             )

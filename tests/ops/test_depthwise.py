@@ -19,11 +19,17 @@ from torch.nn import functional as F
 
 from overlock import fuse
 from overlock.layers import ConvNorm, DilatedRepConv
-from overlock.ops import depthwise, depthwise_conv2d
+from overlock.layers.dilated_repconv import branches_of
+from overlock.ops import backend, depthwise, depthwise_conv2d
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-2}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OPERATOR = torch.ops.overlock.depthwise_conv2d
+
+
+def operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
+    return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
+
+
 gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
@@ -77,8 +83,9 @@ def with_gradients(function, inputs: list[Tensor | None], dtype: torch.dtype = t
     return [output.detach(), *torch.autograd.grad(output, tensors, cotangent)]
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(x, weight, bias, padding=weight.shape[3] // 2, groups=x.shape[1])
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1) -> Tensor:
+    reach = weight.shape[3] // 2 * dilation
+    return F.conv2d(x, weight, bias, padding=reach, dilation=dilation, groups=x.shape[1])
 
 
 # ---- Triton's kernels -----------------------------------------------------------------------------------------------
@@ -97,9 +104,10 @@ def triton_only(request, monkeypatch):
     on_gpu = request.node.get_closest_marker("gpu") is not None
     if not (INTERPRETED or on_gpu):
         pytest.skip("runs in the process with the interpreter")
-    parts = {part: (triton, None) for part, (triton, _) in depthwise.PARTS.items()}
-    monkeypatch.setattr(depthwise, "PARTS", parts)
-    monkeypatch.setattr(depthwise, "choose", lambda part, x, weight: depthwise.why_not(x, weight) is None)
+    monkeypatch.setattr(
+        depthwise, "PARTS", {part: {"triton": kernels["triton"]} for part, kernels in depthwise.PARTS.items()}
+    )
+    monkeypatch.setattr(depthwise, "_is_faster", lambda *_: True)
     torch.use_deterministic_algorithms(not on_gpu)
     yield
     torch.use_deterministic_algorithms(False)
@@ -111,12 +119,12 @@ def test_triton_values_and_gradients(name, dtype, triton_only, request):
     device, dtype = "cuda" if request.node.get_closest_marker("gpu") else "cpu", getattr(torch, dtype)
     inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | LARGE)[name], dtype, device)]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
-    actual = with_gradients(OPERATOR, inputs)
+    actual = with_gradients(operator, inputs)
     assert actual[0].stride() == torch.empty_like(inputs[0]).stride()
     for found, expected in zip(actual, with_gradients(convolve, exact, dtype), strict=True):
         assert (found - expected).abs().max() <= TOLERANCE[str(dtype).removeprefix("torch.")] * expected.abs().max()
     if name in HALF:
-        assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(OPERATOR, inputs), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(operator, inputs), strict=True))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -125,8 +133,13 @@ def test_triton_in_the_layer(training, triton_only):
     module = randomise(DilatedRepConv(3, 7)).train(training)
     x = images(2, 3, 5, 6).requires_grad_()
     tensors = [x, *module.parameters()]
-    expected = [(y := module(x)).detach(), *torch.autograd.grad(y.square().sum(), tensors)]
-    with patch("overlock.layers.dilated_repconv.depthwise_conv2d", OPERATOR):
+    with patch("overlock.layers.depthwise_conv.depthwise_conv2d", convolve):
+        expected = [(y := module(x)).detach(), *torch.autograd.grad(y.square().sum(), tensors)]
+
+    def large_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+        return (operator if weight.shape[3] == 7 else convolve)(x, weight, bias, dilation)
+
+    with patch("overlock.layers.depthwise_conv.depthwise_conv2d", large_by_triton):
         actual = [(y := module(x)).detach(), *torch.autograd.grad(y.square().sum(), tensors)]
     for found, wanted in zip(actual, expected, strict=True):
         assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max() + 1e-5
@@ -154,9 +167,60 @@ def test_the_choice_is_timed_once(part, monkeypatch):
     monkeypatch.setattr(depthwise, "_faster", {})
     monkeypatch.setattr(depthwise, "_milliseconds", lambda run: (run(), times.append(2.0 - len(times)), times[-1])[-1])
     x, weight, _ = make_inputs(SMALL["the kernel's size"], torch.float32, "cuda")
-    assert not depthwise.choose(part, x, weight)
-    assert not depthwise.choose(part, x, weight)
+    assert depthwise.choose(part, x, weight, 1, "auto") == "torch"
+    assert depthwise.choose(part, x, weight, 1, "auto") == "torch"
     assert times == [2.0, 1.0]
+
+
+# ---- numba's kernels ------------------------------------------------------------------------------------------------
+
+TRAINING = {
+    "three": Case((2, 20, 9, 8), 3, "channels last"),
+    "three, dilated": Case((1, 16, 12, 7), 3, bias=False),
+    "dilated beyond the map": Case((2, 5, 3, 2), 3, "channels last"),
+    "five": Case((2, 33, 6, 11), 5, "channels last"),
+    "nine": Case((3, 17, 5, 10), 9, "channels last"),
+    "eleven": Case((1, 8, 20, 13), 11, "half of channels last"),
+    "thirteen": Case((2, 4, 14, 14), 13),
+    "fifteen": Case((1, 3, 16, 1), 15, "channels last"),
+    "seventeen": Case((1, 40, 18, 19), 17, "channels last", bias=False),
+    "nineteen": Case((1, 2, 8, 21), 19),
+}
+DILATED = {"three, dilated": 4, "dilated beyond the map": 5, "five": 2, "nine": 2}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's kernels are taken")
+@pytest.mark.parametrize("name", [*SMALL, *TRAINING])
+def test_training_on_cpu(name):
+    """Values and gradients in float32, of every kernel size and layout, with the same bits again."""
+    pytest.importorskip("numba")
+    dilation = DILATED.get(name, 1)
+    inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | TRAINING)[name])]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
+    ours = {part: {"cpu": kernels["cpu"]} for part, kernels in depthwise.PARTS.items()}
+    with patch.object(depthwise, "PARTS", ours):
+        actual = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
+        again = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
+    expected = with_gradients(lambda *x: convolve(*x, dilation), exact, torch.float32)
+    for found, wanted in zip(actual, expected, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - wanted).abs().max() <= TOLERANCE["float32"] * wanted.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("why", "taken"),
+    [("float32", True), ("float64", False), ("no gradient", False), ("torch asked for", True), ("scripted", False)],
+)
+def test_operator_where_it_trains_on_cpu(why, taken):
+    """Inference, other types and scripts take PyTorch's convolution; a choice of backend holds within the operator."""
+    pytest.importorskip("numba")
+    x, weight, bias = make_inputs(SMALL["the kernel's size"], torch.float64 if why == "float64" else torch.float32)
+    weight.requires_grad_(why != "no gradient")
+    call = torch.jit.script(DilatedRepConv(3, 7, deploy=True)) if why == "scripted" else None
+    with Calls() as calls, backend("torch" if why == "torch asked for" else "auto"):
+        (call(x) if call else depthwise_conv2d(x, weight, bias)).sum()
+    assert ("overlock.depthwise_conv2d.default" in calls.names) == taken
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------------
@@ -174,12 +238,12 @@ def test_operator(layout, bias):
         graphs.append(graph)
         return graph.forward
 
-    output = torch.compile(OPERATOR, backend=keep, fullgraph=True)(*inputs)
+    output = torch.compile(operator, backend=keep, fullgraph=True)(*inputs)
     assert output.stride() == torch.empty_like(inputs[0]).stride()
     assert sum("overlock" in str(node.target) for node in graphs[0].graph.nodes) == 1
-    for found, wanted in zip(with_gradients(OPERATOR, inputs), with_gradients(convolve, inputs), strict=True):
+    for found, wanted in zip(with_gradients(operator, inputs), with_gradients(convolve, inputs), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    torch.library.opcheck(OPERATOR, tuple(inputs))
+    torch.library.opcheck(torch.ops.overlock.depthwise_conv2d.default, (*inputs, 1))
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -189,9 +253,9 @@ def test_gradients_not_asked_for(frozen):
     for i, x in enumerate(inputs):
         x.requires_grad_(i != frozen)
     part = {0: "input", 1: "weight"}.get(frozen)
-    parts = {key: (run if key != part else (None, None)) for key, run in depthwise.PARTS.items()}
+    parts = {key: kernels if key != part else {} for key, kernels in depthwise.PARTS.items()}
     with patch.object(depthwise, "PARTS", parts):
-        actual = with_gradients(OPERATOR, inputs)
+        actual = with_gradients(operator, inputs)
     for found, wanted in zip(actual, with_gradients(convolve, inputs), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -200,7 +264,7 @@ def test_autocast():
     """As convolutions under autocast; gradients come in the parameters' types."""
     x, weight, bias = make_inputs(SMALL["the kernel's size"])
     with torch.autocast("cpu", torch.bfloat16):
-        output = OPERATOR(x, weight.requires_grad_(), bias)
+        output = operator(x, weight.requires_grad_(), bias)
         assert torch.equal(output, convolve(x, weight, bias))
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
@@ -215,7 +279,7 @@ def test_vmap(in_dims):
         (x if dim is None else torch.stack([x, -x, x.flip(-1)], dim)).requires_grad_()
         for x, dim in zip(inputs, in_dims, strict=True)
     ]
-    actual, expected = (with_gradients(torch.func.vmap(call, in_dims), inputs) for call in (OPERATOR, convolve))
+    actual, expected = (with_gradients(torch.func.vmap(call, in_dims), inputs) for call in (operator, convolve))
     for found, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
@@ -238,7 +302,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize(("device", "size", "operator"), [("cuda", 7, True), ("cuda", 5, False), ("cpu", 7, False)])
 def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch):
     """Elsewhere PyTorch's convolution, which exporters and counters of operations know. It shows without a GPU."""
-    monkeypatch.setattr(depthwise, "_convolve", lambda x, weight, bias: x)
+    monkeypatch.setattr(depthwise, "_convolve", lambda x, *_: x)
     with FakeTensorMode(), torch.device(device), Calls() as calls:
         depthwise_conv2d(torch.empty(2, 4, 9, 9), torch.empty(4, 1, size, size), torch.empty(4))
     assert ("overlock.depthwise_conv2d.default" in calls.names) == operator
@@ -246,15 +310,19 @@ def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch)
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "form",
-    [lambda module: module, lambda module: module.fold(), lambda module: fuse(ConvNorm(module, 4))],
+    ("form", "convolutions"),
+    [
+        (lambda module: module, 1 + len(branches_of(9))),
+        (lambda module: module.fold(), 1),
+        (lambda module: fuse(ConvNorm(module, 4)), 1),
+    ],
     ids=["training form", "merged", "fused"],
 )
-def test_every_form_of_the_layer_takes_it(form):
-    """Once a call: the training form, what it merges to, and what a fused network has of it."""
+def test_every_form_of_the_layer_takes_it(form, convolutions):
+    """The training form for each branch, what it merges to once, and so what a fused network has of it."""
     module = form(randomise(DilatedRepConv(4, 9)).double())
     x = images(2, 4, 8, 7, dtype=torch.float64)
     expected = module(x)
-    with patch("overlock.layers.dilated_repconv.depthwise_conv2d", OPERATOR), Calls() as calls:
+    with patch("overlock.layers.depthwise_conv.depthwise_conv2d", operator), Calls() as calls:
         torch.testing.assert_close(module(x), expected)
-    assert calls.names.count("overlock.depthwise_conv2d.default") == 1
+    assert calls.names.count("overlock.depthwise_conv2d.default") == convolutions

@@ -6,17 +6,19 @@ import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from torch import Tensor, nn
 
+from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.inference import FusedConvFFN, ResponseNorm
+from overlock.ops import depthwise_conv2d
 
 
-class LocalConv(nn.Conv2d):
+class LocalConv(DepthwiseConv):
     """Residual 3x3 depthwise convolution: y = x + conv(x). (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int):
-        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+        super().__init__(channels, kernel_size=3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self._conv_forward(x, self.weight, self.bias)
+        return x + depthwise_conv2d(x, self.weight, self.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:

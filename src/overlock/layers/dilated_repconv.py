@@ -10,9 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
-from overlock.ops import depthwise_conv2d
-
-torch.fx.wrap("depthwise_conv2d")
+from overlock.layers.depthwise_conv import DepthwiseConv
 
 # (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -32,23 +30,6 @@ def branches_of(kernel_size: int) -> tuple[tuple[int, int], ...]:
     if kernel_size % 2 == 0 or kernel_size < 3:
         raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
     return BRANCHES.get(kernel_size, BRANCHES[19] if kernel_size > 19 else ())
-
-
-class LargeConv(nn.Conv2d):
-    """Depthwise K x K convolution, on CUDA by the fastest kernel for its map. (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, channels: int, kernel_size: int, bias: bool = False):
-        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias)
-
-
-def _dilated(channels: int, kernel_size: int, dilation: int) -> nn.Conv2d:
-    padding = dilation * (kernel_size - 1) // 2
-    return nn.Conv2d(
-        channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=False
-    )  # fmt: skip
 
 
 @torch.fx.wrap
@@ -85,12 +66,12 @@ class DilatedRepConv(nn.Module):
     def __init__(self, channels: int, kernel_size: int, *, deploy: bool = False):
         super().__init__()
         branches = branches_of(kernel_size)
-        self.large = LargeConv(channels, kernel_size, bias=deploy)
+        self.large = DepthwiseConv(channels, kernel_size, bias=deploy)
         self.norm = nn.Identity() if deploy else BatchNorm2d(channels)
         self.branches = nn.ModuleDict()
         if not deploy:
             for k, r in branches:
-                self.branches[f"k{k}_r{r}"] = ConvNorm(_dilated(channels, k, r), channels)
+                self.branches[f"k{k}_r{r}"] = ConvNorm(DepthwiseConv(channels, k, dilation=r, bias=False), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.branches) > 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from overlock.layers.contmix import ContMix
 from overlock.layers.conv_ffn import GlobalResponseNorm
 from overlock.layers.conv_norm import ConvNorm, NormConv
+from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.dilated_repconv import DilatedRepConv
 from overlock.layers.inference import FusedAggregator, join_gelu
 
@@ -76,7 +77,7 @@ class GDSA(nn.Module):
         self.split = [channels, context_channels]
         self.fusion = nn.Sequential(
             OrderedDict(
-                local=ConvNorm(nn.Conv2d(both, both, kernel_size=3, padding=1, groups=both), both),
+                local=ConvNorm(DepthwiseConv(both, kernel_size=3), both),
                 act=nn.GELU(),
                 project=nn.Conv2d(both, channels, kernel_size=1),
                 norm=GlobalResponseNorm(channels),

@@ -23,13 +23,13 @@ def read_row(images, first, channels, width, lanes, steps, line, place):
 
 
 @njit(**OPTIONS)
-def filter_seven(lines, weights, order, begin, end, size, stride, place, out, to):
+def filter_seven(lines, weights, order, begin, end, size, step, stride, place, out, to):
     """Seven neighbours of a row: each weight is read once for all."""
     a = b = c = d = e = f = g = load(weights, size * size * LANES)
     for k in range(begin, end):
         x, n = order[k] * stride + place, k * size * LANES
         for j in range(size):
-            w, at = load(weights, n + j * LANES), x + j * LANES
+            w, at = load(weights, n + j * LANES), x + j * step
             a, b = a + w * load(lines, at), b + w * load(lines, at + LANES)
             c, d = c + w * load(lines, at + 2 * LANES), d + w * load(lines, at + 3 * LANES)
             e, f = e + w * load(lines, at + 4 * LANES), f + w * load(lines, at + 5 * LANES)
@@ -44,12 +44,12 @@ def filter_seven(lines, weights, order, begin, end, size, stride, place, out, to
 
 
 @njit(**OPTIONS)
-def filter_one(lines, weights, order, begin, end, size, stride, place, out, to):
+def filter_one(lines, weights, order, begin, end, size, step, stride, place, out, to):
     a = load(weights, size * size * LANES)
     for k in range(begin, end):
         x, n = order[k] * stride + place, k * size * LANES
         for j in range(size):
-            a = a + load(weights, n + j * LANES) * load(lines, x + j * LANES)
+            a = a + load(weights, n + j * LANES) * load(lines, x + j * step)
     store(out, to, a)
 
 
@@ -73,19 +73,21 @@ def depthwise(call, thread, threads):
 
     ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, C), which takes the sums of
     the squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1 where ``out`` is ``images`` or
-    there are sums to take. LANES channels of the rows that a filter spans are kept at hand, so that it can write over
-    what it reads.
+    there are sums to take; and the dilation. LANES channels of the rows that a filter spans are kept at hand, so that
+    it can write over what it reads.
     """
     p = carray(call, 16)
     batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
+    dilation = p[14]
     images, out = floats(p[2], (batch * height * width * channels,)), floats(p[5], (batch * height * width * channels,))
     weights, bias, sums = (
         floats(p[3], (size * size, channels)),
         floats(p[4], (channels,)),
         floats(p[6], (batch, channels)),
     )
-    blocks, half, stride = (channels + LANES - 1) // LANES, size // 2, (width + size - 1) * LANES
-    lines, order = np.zeros(size * stride, np.float32), np.zeros(size, np.int64)
+    blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
+    stride = (width + span - 1) * LANES
+    lines, order = np.zeros(span * stride, np.float32), np.zeros(size, np.int64)
     row, taps = np.zeros(width * LANES, np.float32), np.zeros((size * size + 1) * LANES, np.float32)
     squares, sum_of_squares = np.zeros(LANES, np.float32), np.zeros(LANES, np.float64)
     begin, end = share(p, thread, threads)
@@ -107,16 +109,16 @@ def depthwise(call, thread, threads):
             while ready < min(y + half + 1, height):
                 read_row(
                     images, origin + ready * width * channels, channels, width, lanes, steps, lines,
-                    ready % size * stride + half * LANES,
+                    ready % span * stride + half * LANES,
                 )  # fmt: skip
                 ready += 1
-            top, bottom = max(half - y, 0), min(size, height - y + half)
+            top, bottom = max(-((y - half) // dilation), 0), min(size, (height - 1 - y + half) // dilation + 1)
             for k in range(top, bottom):
-                order[k] = (y - half + k) % size
+                order[k] = (y - half + k * dilation) % span
             for x in range(0, width - 6, 7):
-                filter_seven(lines, taps, order, top, bottom, size, stride, x * LANES, row, x * LANES)
+                filter_seven(lines, taps, order, top, bottom, size, dilation * LANES, stride, x * LANES, row, x * LANES)
             for x in range(width - width % 7, width):
-                filter_one(lines, taps, order, top, bottom, size, stride, x * LANES, row, x * LANES)
+                filter_one(lines, taps, order, top, bottom, size, dilation * LANES, stride, x * LANES, row, x * LANES)
             squares[:] = 0
             write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares)
             for c in range(LANES):
@@ -127,13 +129,15 @@ def depthwise(call, thread, threads):
 
 
 def filter_tokens(
-    tokens: Tensor, weight: Tensor, bias: Tensor, out: Tensor, steps: int = 0, squares: Tensor | None = None
-) -> Tensor:
+    tokens: Tensor, weight: Tensor, bias: Tensor, out: Tensor, steps: int = 0, squares: Tensor | None = None,
+    dilation: int = 1,
+) -> Tensor:  # fmt: skip
     """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C) into ``out``, which may be ``tokens``.
 
     Args:
         steps: GELU_BEFORE, GELU_AFTER or both, added up.
         squares: (B, C), takes each channel's sum of squares of the result.
+        dilation: distance of a filter's neighbours.
     """
     height = tokens.shape[1]
     jobs = tokens.shape[0] * -(-tokens.shape[3] // LANES)
@@ -141,6 +145,6 @@ def filter_tokens(
     if squares is None and out is not tokens:
         pieces = max(1, min(2 * torch.get_num_threads() // jobs, height // 8))
     sums, steps = (out, steps) if squares is None else (squares, steps | SQUARES)
-    sizes = (*tokens.shape, weight.shape[0], steps, pieces)
+    sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation)
     run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, sums, *sizes)
     return out

@@ -1,0 +1,169 @@
+"""Depthwise convolution and its gradients on CPU in float32, by numba; the filters themselves are in cpu_filters.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from overlock.ops.cpu_filters import filter_tokens, read_row
+from overlock.ops.threads import OPTIONS, floats, kernel, run, share
+from overlock.ops.vectors import LANES, load, spread, store
+
+ZERO = np.float32(0)
+
+
+@njit(**OPTIONS)
+def add(sums, to, value):
+    store(sums, to, load(sums, to) + value)
+
+
+@njit(**OPTIONS)
+def correlate_three(row, above, here, below, step, width, sums):
+    """Add a row of gradients times the nine values around each place to the nine sums."""
+    a = b = c = d = e = f = g = h = i = spread(ZERO)
+    for x in range(0, width * LANES, LANES):
+        y = load(row, x)
+        a, b, c = a + y * load(above, x), b + y * load(above, x + step), c + y * load(above, x + 2 * step)
+        d, e, f = d + y * load(here, x), e + y * load(here, x + step), f + y * load(here, x + 2 * step)
+        g, h, i = g + y * load(below, x), h + y * load(below, x + step), i + y * load(below, x + 2 * step)
+    add(sums, 0, a)
+    add(sums, LANES, b)
+    add(sums, 2 * LANES, c)
+    add(sums, 3 * LANES, d)
+    add(sums, 4 * LANES, e)
+    add(sums, 5 * LANES, f)
+    add(sums, 6 * LANES, g)
+    add(sums, 7 * LANES, h)
+    add(sums, 8 * LANES, i)
+
+
+@njit(**OPTIONS)
+def correlate_five(row, line, first, step, width, sums, to):
+    """Add a row of gradients times five neighbours in a row of values to five sums."""
+    a = b = c = d = e = spread(ZERO)
+    for x in range(0, width * LANES, LANES):
+        y, at = load(row, x), first + x
+        a, b = a + y * load(line, at), b + y * load(line, at + step)
+        c, d = c + y * load(line, at + 2 * step), d + y * load(line, at + 3 * step)
+        e = e + y * load(line, at + 4 * step)
+    add(sums, to, a)
+    add(sums, to + LANES, b)
+    add(sums, to + 2 * LANES, c)
+    add(sums, to + 3 * LANES, d)
+    add(sums, to + 4 * LANES, e)
+
+
+@njit(**OPTIONS)
+def correlate_seven(row, line, first, step, width, sums, to):
+    """The same for seven."""
+    a = b = c = d = e = f = g = spread(ZERO)
+    for x in range(0, width * LANES, LANES):
+        y, at = load(row, x), first + x
+        a, b = a + y * load(line, at), b + y * load(line, at + step)
+        c, d = c + y * load(line, at + 2 * step), d + y * load(line, at + 3 * step)
+        e, f = e + y * load(line, at + 4 * step), f + y * load(line, at + 5 * step)
+        g = g + y * load(line, at + 6 * step)
+    add(sums, to, a)
+    add(sums, to + LANES, b)
+    add(sums, to + 2 * LANES, c)
+    add(sums, to + 3 * LANES, d)
+    add(sums, to + 4 * LANES, e)
+    add(sums, to + 5 * LANES, f)
+    add(sums, to + 6 * LANES, g)
+
+
+@njit(**OPTIONS)
+def correlate_row(row, lines, order, begin, end, size, padded, step, stride, width, sums):
+    """Add what a row of gradients gives to the sums of all taps, (size, padded) of them."""
+    for k in range(begin, end):
+        n, line, to = 0, order[k] * stride, k * padded * LANES
+        while n < size:
+            left = size - n
+            if left < 5 or left % 5 == 0 or left == 9:
+                correlate_five(row, lines, line + n * step, step, width, sums, to + n * LANES)
+                n += 5
+            else:
+                correlate_seven(row, lines, line + n * step, step, width, sums, to + n * LANES)
+                n += 7
+
+
+@kernel
+def correlate(call, thread, threads):
+    """Gradients (pieces, K K, C) of depthwise filters from images and gradients (B, H, W, C), zeros around the images.
+
+    ``call`` holds from index 2 on: the addresses of images, gradients and out; B, H, W, C, K, the dilation, and the
+    pieces that the images are cut into, each with sums of its own. The rows that a filter spans are kept at hand.
+    """
+    p = carray(call, 12)
+    batch, height, width, channels, size, dilation, pieces = p[5], p[6], p[7], p[8], p[9], p[10], p[11]
+    images, grads = (
+        floats(p[2], (batch * height * width * channels,)),
+        floats(p[3], (batch * height * width * channels,)),
+    )
+    out = floats(p[4], (pieces, size * size, channels))
+    blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
+    step, padded = dilation * LANES, size + 6
+    stride = (width + span - 1 + 6 * dilation) * LANES
+    lines, order = np.zeros((span + 1) * stride, np.float32), np.zeros(size, np.int64)
+    row, sums = np.zeros(width * LANES, np.float32), np.zeros(size * padded * LANES, np.float32)
+    begin, end = share(p, thread, threads)
+    for job in range(begin, end):
+        piece, block = job // blocks, job % blocks
+        lanes = min(LANES, channels - block * LANES)
+        sums[:] = 0
+        for b in range(batch * piece // pieces, batch * (piece + 1) // pieces):
+            origin, ready = b * height * width * channels + block * LANES, 0
+            for y in range(height):
+                while ready < min(y + half + 1, height):
+                    first = origin + ready * width * channels
+                    read_row(images, first, channels, width, lanes, 0, lines, ready % span * stride + half * LANES)
+                    ready += 1
+                read_row(grads, origin + y * width * channels, channels, width, lanes, 0, row, 0)
+                for k in range(size):
+                    at = y - half + k * dilation
+                    order[k] = at % span if 0 <= at < height else span  # the last line holds zeros
+                if size == 3:
+                    a, b_, c = order[0] * stride, order[1] * stride, order[2] * stride
+                    correlate_three(row, lines[a:], lines[b_:], lines[c:], step, width, sums)
+                else:
+                    top, bottom = 0, size
+                    while top < size and order[top] == span:
+                        top += 1
+                    while bottom > top and order[bottom - 1] == span:
+                        bottom -= 1
+                    correlate_row(row, lines, order, top, bottom, size, padded, step, stride, width, sums)
+        for k in range(size):
+            for n in range(size):
+                at = (k * size + n if size == 3 else k * padded + n) * LANES
+                for c in range(lanes):
+                    out[piece, k * size + n, block * LANES + c] = sums[at + c]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Images (B, C, H, W) filtered with weights (C, 1, K, K), channels last."""
+    return _filter(x, weight[:, 0], x.new_zeros(x.shape[1]) if bias is None else bias, dilation)
+
+
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """Gradient of the convolution with respect to its input, channels last."""
+    return _filter(grad, weight[:, 0].flip(1, 2), x.new_zeros(x.shape[1]), dilation)
+
+
+def _filter(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    tokens = x.permute(0, 2, 3, 1).contiguous()
+    filter_tokens(tokens, weight.permute(1, 2, 0), bias, out := torch.empty_like(tokens), dilation=dilation)
+    return out.permute(0, 3, 1, 2)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """Gradient of the convolution with respect to its weight (C, 1, K, K)."""
+    grads, images = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (grad, x))
+    batch, height, width, channels = images.shape
+    size, blocks = weight.shape[3], -(-channels // LANES)
+    pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
+    out = images.new_empty(pieces, size, size, channels)
+    sizes = (batch, height, width, channels, size, dilation, pieces)
+    run(correlate, pieces * blocks, images, grads, out, *sizes)
+    return out.sum(dim=0).permute(2, 0, 1)[:, None]
