@@ -10,6 +10,8 @@ from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.inference import FusedConvFFN, ResponseNorm
 from overlock.ops import depthwise_conv2d
 
+torch.fx.wrap("depthwise_conv2d")
+
 
 class LocalConv(DepthwiseConv):
     """Residual 3x3 depthwise convolution: y = x + conv(x). (B, C, H, W) -> (B, C, H, W)."""

@@ -88,13 +88,13 @@ def cifar10(data: str) -> TrainConfig:
         model="overlock_atto",
         image_size=32,
         stem_stride=2,
-        drop_path=0.05,
-        epochs=40,
+        epochs=30,
         batch_size=128,
-        augment=Augmentation(rand_augment="rand-m5-n2-mstd0.5-inc1", padding=4, erasing=0.1),
-        loss=LossConfig(cutmix=1.0, mixup=0.2, mix_prob=0.5),
-        optim=OptimConfig(lr=2e-3, lr_batch=128, warmup_epochs=3),
-        ema=EmaConfig(decay=0.9995, warmup=True),
+        validate_every=2,
+        augment=Augmentation(padding=4, erasing=0.1),
+        optim=OptimConfig(lr=3e-3, lr_batch=128, warmup_epochs=2),
+        ema=EmaConfig(decay=0.999, warmup=True),
+        machine=MachineConfig(channels_last=True),
     )
 
 
