@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Literal, NamedTuple
 from unittest import mock
 
@@ -85,9 +85,12 @@ class Network(NamedTuple):
         return self.name if self.backend == "auto" else f"{self.name}, {self.backend}"
 
     def context(self) -> AbstractContextManager[object]:
-        if self.backend == "unfold":
-            return mock.patch.object(contmix_layer, "contmix", contmix_by_unfold)
-        return backend(self.backend)
+        if self.backend != "unfold":
+            return backend(self.backend)
+        plain = ExitStack()  # nothing but PyTorch's own operations
+        plain.enter_context(backend("torch"))
+        plain.enter_context(mock.patch.object(contmix_layer, "contmix", contmix_by_unfold))
+        return plain
 
 
 def build(

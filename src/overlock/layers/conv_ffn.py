@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.inference import FusedConvFFN, ResponseNorm
-from overlock.ops import depthwise_conv2d
+from overlock.ops import depthwise_conv2d, response_norm
 
 torch.fx.wrap("depthwise_conv2d")
+torch.fx.wrap("response_norm")
 
 
 class LocalConv(DepthwiseConv):
@@ -38,19 +39,14 @@ class LocalConv(DepthwiseConv):
 class GlobalResponseNorm(TimmGlobalResponseNorm):
     """ConvNeXt V2's response norm: y = x + weight * x * g / mean_over_channels(g) + bias, with g the channel's L2 norm.
 
-    timm's layer, with the norms summed in float32: a sum of squares over a map overflows float16 at values near 16.
-    (B, C, H, W) -> (B, C, H, W).
+    timm's layer, with the norms summed in float32. (B, C, H, W) -> (B, C, H, W).
     """
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6, channels_last=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale = torch.addcmul(
-            torch.ones_like(g), self.weight.view(1, -1, 1, 1), g / (g.mean(dim=1, keepdim=True) + self.eps)
-        )
-        return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, scale.to(x.dtype))
+        return response_norm(x, self.weight, self.bias, self.eps)
 
     def for_cpu(self) -> ResponseNorm:
         return ResponseNorm(self.weight, self.bias, self.eps)

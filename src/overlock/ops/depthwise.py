@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.backends import AUTO, asked_for, on_use, triton_why_not
-from overlock.ops.cpu import numba_installed
 from overlock.ops.register import register
+from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -41,20 +41,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     if torch.jit.is_scripting():  # what follows does not script
         return _convolve(x, weight, bias, dilation)
-    if _trains_on_cpu(x, weight):
+    if trains_on_cpu(x, weight):
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     return _convolve(x, weight, bias, dilation)
-
-
-def _trains_on_cpu(x: Tensor, weight: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return wanted and plain and numba_installed() and not _is_exporting()
-
-
-def _is_exporting() -> bool:
-    known = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7
-    return torch._C._get_tracing_state() is not None or (known is not None and known())
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -120,8 +109,7 @@ def choose(part: str, x: Tensor, weight: Tensor, dilation: int, backend: str) ->
     """
     if dilation == 1 and backend in (AUTO, "triton") and why_not(x, weight) is None:
         return "triton" if not x.is_cuda or _is_faster(part, x, weight) else "torch"
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-    return "cpu" if plain and backend in (AUTO, "cpu") and weight.shape[3] % 2 and numba_installed() else "torch"
+    return "cpu" if takes_kernels(backend, x, weight) and weight.shape[3] % 2 else "torch"
 
 
 def _is_faster(part: str, x: Tensor, weight: Tensor) -> bool:
@@ -141,10 +129,7 @@ def _is_faster(part: str, x: Tensor, weight: Tensor) -> bool:
 
 
 def _compute(name: str, part: str, x: Tensor, weight: Tensor, *arguments: Tensor | int | None) -> Tensor:
-    """Run a part, and bring the result into the layout that ``torch.empty_like`` gives, as the fakes promise."""
-    result, like = PARTS[part][name](*arguments), weight if part == "weight" else x
-    wanted = torch.empty_like(like, device="meta").stride()
-    return result if result.stride() == wanted else torch.empty_like(like).copy_(result)
+    return to_layout_of(weight if part == "weight" else x, PARTS[part][name](*arguments))
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
