@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from torch import Tensor, nn
 
-from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.inference import FusedConvFFN, ResponseNorm
-from overlock.ops import depthwise_conv2d, response_norm
+from overlock.ops import local_conv, response_norm
 
-torch.fx.wrap("depthwise_conv2d")
+torch.fx.wrap("local_conv")
 torch.fx.wrap("response_norm")
 
 
-class LocalConv(DepthwiseConv):
-    """Residual 3x3 depthwise convolution: y = x + conv(x). (B, C, H, W) -> (B, C, H, W)."""
+class LocalConv(nn.Conv2d):
+    """Residual 3x3 depthwise convolution: y = a + conv(a), with a = x, or GELU(x) with ``gelu``.
 
-    def __init__(self, channels: int):
-        super().__init__(channels, kernel_size=3)
+    (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, *, gelu: bool = False):
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + depthwise_conv2d(x, self.weight, self.bias)
+        return local_conv(x, self.weight, self.bias, self.gelu)
 
     @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
-        """A plain convolution whose centre tap carries the residual."""
+    def fold(self) -> nn.Conv2d | nn.Sequential:
+        """A plain convolution whose centre tap carries the residual, after GELU where that belongs to it."""
         conv = nn.Conv2d(
             self.in_channels, self.out_channels, 3, padding=1, groups=self.groups,
             device=self.weight.device, dtype=self.weight.dtype,
@@ -33,7 +38,7 @@ class LocalConv(DepthwiseConv):
         conv.weight.copy_(self.weight)
         conv.weight[:, :, 1, 1] += 1
         conv.bias.copy_(self.bias)  # type: ignore[union-attr,arg-type]
-        return conv
+        return nn.Sequential(OrderedDict(act=nn.GELU(), conv=conv)) if self.gelu else conv
 
 
 class GlobalResponseNorm(TimmGlobalResponseNorm):
@@ -61,14 +66,12 @@ class ConvFFN(nn.Module):
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
         self.expand = nn.Conv2d(channels, hidden_channels, kernel_size=1)
-        self.act = nn.GELU()
-        self.local = LocalConv(hidden_channels)
+        self.local = LocalConv(hidden_channels, gelu=True)
         self.norm = GlobalResponseNorm(hidden_channels)
         self.project = nn.Conv2d(hidden_channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.expand(x)
-        x = self.act(x)
         x = self.local(x)
         x = self.norm(x)
         return self.project(x)
@@ -81,7 +84,7 @@ class ConvFFN(nn.Module):
         return self
 
     def for_cpu(self) -> FusedConvFFN:
-        return FusedConvFFN(self.expand, self.local, self.norm, self.project)  # type: ignore[arg-type]
+        return FusedConvFFN(self.expand, self.local.conv, self.norm, self.project)  # type: ignore[arg-type]
 
 
 class AffineScale(nn.Module):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
-from overlock.ops.cpu_filters import filter_tokens, read_row
+from overlock.ops.cpu_filters import GELU_BEFORE, filter_tokens, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import LANES, load, spread, store
 
@@ -93,10 +95,11 @@ def correlate_row(row, lines, order, begin, end, size, padded, step, stride, wid
 def correlate(call, thread, threads):
     """Gradients (pieces, K K, C) of depthwise filters from images and gradients (B, H, W, C), zeros around the images.
 
-    ``call`` holds from index 2 on: the addresses of images, gradients and out; B, H, W, C, K, the dilation, and the
-    pieces that the images are cut into, each with sums of its own. The rows that a filter spans are kept at hand.
+    ``call`` holds from index 2 on: the addresses of images, gradients and out; B, H, W, C, K, the dilation, the pieces
+    that the images are cut into, each with sums of its own, and GELU_BEFORE if that is done to the images. The rows
+    that a filter spans are kept at hand.
     """
-    p = carray(call, 12)
+    p = carray(call, 13)
     batch, height, width, channels, size, dilation, pieces = p[5], p[6], p[7], p[8], p[9], p[10], p[11]
     images, grads = (
         floats(p[2], (batch * height * width * channels,)),
@@ -118,7 +121,7 @@ def correlate(call, thread, threads):
             for y in range(height):
                 while ready < min(y + half + 1, height):
                     first = origin + ready * width * channels
-                    read_row(images, first, channels, width, lanes, 0, lines, ready % span * stride + half * LANES)
+                    read_row(images, first, channels, width, lanes, p[12], lines, ready % span * stride + half * LANES)
                     ready += 1
                 read_row(grads, origin + y * width * channels, channels, width, lanes, 0, row, 0)
                 for k in range(size):
@@ -141,29 +144,58 @@ def correlate(call, thread, threads):
                     out[piece, k * size + n, block * LANES + c] = sums[at + c]
 
 
+def _to_tokens(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
+    """Images (B, C, H, W) filtered with weights (C, K, K), channels last."""
+    tokens, bias = _to_tokens(x), x.new_zeros(x.shape[1]) if bias is None else bias
+    return filter_tokens(tokens, weight.permute(1, 2, 0), bias, torch.empty_like(tokens), **settings).permute(
+        0, 3, 1, 2
+    )
+
+
+def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, steps: int = 0) -> Tensor:
+    """Gradient (C, 1, K, K) of the weights that x (B, C, H, W) is filtered with."""
+    grads, images = _to_tokens(grad), _to_tokens(x)
+    batch, height, width, channels = images.shape
+    blocks = -(-channels // LANES)
+    pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
+    out = images.new_empty(pieces, size, size, channels)
+    sizes = (batch, height, width, channels, size, dilation, pieces, steps)
+    run(correlate, pieces * blocks, images, grads, out, *sizes)
+    return out.sum(dim=0).permute(2, 0, 1)[:, None]
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Images (B, C, H, W) filtered with weights (C, 1, K, K), channels last."""
-    return _filter(x, weight[:, 0], x.new_zeros(x.shape[1]) if bias is None else bias, dilation)
+    return _filter(x, weight[:, 0], bias, dilation=dilation)
 
 
-def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:  # noqa: ARG001
     """Gradient of the convolution with respect to its input, channels last."""
-    return _filter(grad, weight[:, 0].flip(1, 2), x.new_zeros(x.shape[1]), dilation)
-
-
-def _filter(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    tokens = x.permute(0, 2, 3, 1).contiguous()
-    filter_tokens(tokens, weight.permute(1, 2, 0), bias, out := torch.empty_like(tokens), dilation=dilation)
-    return out.permute(0, 3, 1, 2)
+    return _filter(grad, weight[:, 0].flip(1, 2), None, dilation=dilation)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """Gradient of the convolution with respect to its weight (C, 1, K, K)."""
-    grads, images = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (grad, x))
-    batch, height, width, channels = images.shape
-    size, blocks = weight.shape[3], -(-channels // LANES)
-    pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
-    out = images.new_empty(pieces, size, size, channels)
-    sizes = (batch, height, width, channels, size, dilation, pieces)
-    run(correlate, pieces * blocks, images, grads, out, *sizes)
-    return out.sum(dim=0).permute(2, 0, 1)[:, None]
+    return _correlate(grad, x, weight.shape[3], dilation)
+
+
+def _with_residual(weight: Tensor) -> Tensor:
+    """Weights (C, 1, K, K) as (C, K, K) whose centre carries the residual."""
+    middle, both = weight.shape[3] // 2, weight[:, 0].clone()
+    both[:, middle, middle] += 1
+    return both
+
+
+def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """See overlock.ops.local_conv; channels last."""
+    return _filter(x, _with_residual(weight), bias, steps=GELU_BEFORE if gelu else 0)
+
+
+def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of local_conv with respect to x, channels last, and weight."""
+    of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=_to_tokens(x) if gelu else None)
+    return of_x, _correlate(grad, x, weight.shape[3], 1, GELU_BEFORE if gelu else 0)

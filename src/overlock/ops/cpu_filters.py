@@ -8,10 +8,10 @@ from numba import carray, njit
 from torch import Tensor
 
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
-from overlock.ops.vectors import LANES, gelu, load, load_part, store, store_part
+from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, store, store_part
 
 # What is done in the same pass, added up.
-GELU_BEFORE, GELU_AFTER, SQUARES = 1, 2, 4
+GELU_BEFORE, GELU_AFTER, SQUARES, GELU_GRADIENT = 1, 2, 4, 8
 
 
 @njit(**OPTIONS)
@@ -54,13 +54,15 @@ def filter_one(lines, weights, order, begin, end, size, step, stride, place, out
 
 
 @njit(**OPTIONS)
-def write_row(row, width, lanes, steps, out, first, channels, squares):
+def write_row(row, width, lanes, steps, out, first, channels, squares, others):
     """A filtered row to its place, and its squares to those of the rows before."""
     both = load(squares, 0)
     for x in range(width):
         value = load(row, x * LANES)
         if steps & GELU_AFTER:
             value = gelu(value)
+        if steps & GELU_GRADIENT:
+            value = value * gelu_gradient(load_part(others, first + x * channels, lanes))
         if steps & SQUARES:
             both = both + value * value
         store_part(out, first + x * channels, value, lanes)
@@ -73,12 +75,12 @@ def depthwise(call, thread, threads):
 
     ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, C), which takes the sums of
     the squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1 where ``out`` is ``images`` or
-    there are sums to take; and the dilation. LANES channels of the rows that a filter spans are kept at hand, so that
-    it can write over what it reads.
+    there are sums to take; the dilation; and the address of other images, which GELU_GRADIENT reads. LANES channels of
+    the rows that a filter spans are kept at hand, so that it can write over what it reads.
     """
     p = carray(call, 16)
     batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
-    dilation = p[14]
+    dilation, others = p[14], floats(p[15], (batch * height * width * channels,))
     images, out = floats(p[2], (batch * height * width * channels,)), floats(p[5], (batch * height * width * channels,))
     weights, bias, sums = (
         floats(p[3], (size * size, channels)),
@@ -120,7 +122,7 @@ def depthwise(call, thread, threads):
             for x in range(width - width % 7, width):
                 filter_one(lines, taps, order, top, bottom, size, dilation * LANES, stride, x * LANES, row, x * LANES)
             squares[:] = 0
-            write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares)
+            write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares, others)
             for c in range(LANES):
                 sum_of_squares[c] += squares[c]
         if steps & SQUARES:
@@ -130,7 +132,7 @@ def depthwise(call, thread, threads):
 
 def filter_tokens(
     tokens: Tensor, weight: Tensor, bias: Tensor, out: Tensor, steps: int = 0, squares: Tensor | None = None,
-    dilation: int = 1,
+    dilation: int = 1, before_gelu: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C) into ``out``, which may be ``tokens``.
 
@@ -138,6 +140,7 @@ def filter_tokens(
         steps: GELU_BEFORE, GELU_AFTER or both, added up.
         squares: (B, C), takes each channel's sum of squares of the result.
         dilation: distance of a filter's neighbours.
+        before_gelu: (B, H, W, C); multiply the result by GELU's derivative there.
     """
     height = tokens.shape[1]
     jobs = tokens.shape[0] * -(-tokens.shape[3] // LANES)
@@ -145,6 +148,7 @@ def filter_tokens(
     if squares is None and out is not tokens:
         pieces = max(1, min(2 * torch.get_num_threads() // jobs, height // 8))
     sums, steps = (out, steps) if squares is None else (squares, steps | SQUARES)
-    sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation)
+    steps = steps if before_gelu is None else steps | GELU_GRADIENT
+    sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation, tokens if before_gelu is None else before_gelu)
     run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, sums, *sizes)
     return out

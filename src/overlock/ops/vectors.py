@@ -255,8 +255,8 @@ def silu(x):
 
 
 @njit(error_model="numpy", nogil=True)
-def gelu(x):
-    """x / 2 (1 + erf(x / sqrt(2))), erf as a rational function with relative error 4e-7."""
+def normal_cdf(x):
+    """1/2 (1 + erf(x / sqrt(2))), erf as a rational function with relative error 4e-7."""
     z = at_most(at_least(x * spread(np.float32(0.70710678)), spread(np.float32(-3.9))), spread(np.float32(3.9)))
     u = z * z
     p = spread(np.float32(2.06647087e-6)) * u + spread(np.float32(2.85063026e-4))
@@ -269,5 +269,17 @@ def gelu(x):
     q = q * u + spread(np.float32(1.13819227e-1))
     q = q * u + spread(np.float32(5.01421213e-1))
     q = q * u + spread(np.float32(1))
-    half = x * spread(np.float32(0.5))
+    half = spread(np.float32(0.5))
     return half + half * (z * p / q)
+
+
+@njit(error_model="numpy", nogil=True)
+def gelu(x):
+    return x * normal_cdf(x)
+
+
+@njit(error_model="numpy", nogil=True)
+def gelu_gradient(x):
+    """normal_cdf(x) + x e^(-x^2 / 2) / sqrt(2 pi)."""
+    density = exp2(x * x * spread(np.float32(-0.72134752))) * spread(np.float32(0.39894228))
+    return normal_cdf(x) + x * density
