@@ -128,6 +128,7 @@ def test_predict_prints_a_table_and_saves_a_picture(run_folder, tmp_path, capsys
     out = succeeds(capsys, "predict", image, image, "--checkpoint", run_folder, "--save", tmp_path / "p.png")
     assert out.count("image.png") == 2
     assert all(colour in out for colour in COLOURS)
+    assert "…" not in out
     assert Image.open(tmp_path / "p.png").format == "PNG"
     by_file = succeeds(capsys, "predict", image, "--checkpoint", run_folder / MODEL_FILE, "--json")
     by_folder = succeeds(capsys, "predict", image, "--checkpoint", run_folder, "--json")

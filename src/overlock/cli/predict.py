@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from overlock.cli.command import Command
 
@@ -52,7 +52,8 @@ def run(options: Namespace, console: Console) -> None:
     if options.json:
         sys.stdout.write(json.dumps([dataclasses.asdict(p) for p in predictions], indent=2, ensure_ascii=False) + "\n")
     else:
-        table = Table("image", *("class" if i == 0 else "" for i in range(len(predictions[0].labels))))
+        titles = ("class" if i == 0 else "" for i in range(len(predictions[0].labels)))
+        table = Table(Column("image", overflow="fold"), *titles)
         for prediction in predictions:
             classes = zip(prediction.labels, prediction.probabilities, strict=True)
             table.add_row(Path(prediction.source).name, *(f"{label} {100 * share:.1f} %" for label, share in classes))
