@@ -143,6 +143,7 @@ def test_half_precision_for_500_steps(tmp_path, precision):
     assert all(t.isfinite().all() for t in state.values())
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["progress"]["returns"] == 0
+    assert checkpoint["progress"]["skipped"] <= (20 if precision == "fp16" else 0)  # while the loss's scale is found
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])

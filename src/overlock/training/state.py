@@ -72,10 +72,11 @@ class CheckpointStore:
             save(partial)
             if not first_process:
                 return
+            sync(partial)
             if self.last.exists():
                 self.last.replace(self.previous)
             partial.replace(self.last)
-            sync_folder(self.folder)
+            sync(self.folder)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 partial.unlink()
@@ -123,9 +124,9 @@ def check_archive(path: Path) -> str | None:
     return f"{path} is damaged (in {damaged})" if damaged else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
