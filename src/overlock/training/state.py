@@ -83,9 +83,9 @@ class CheckpointStore:
             raise ValueError(self._why_not(error)) from None
 
     def _why_not(self, error: Exception) -> str:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "file write failed" in str(
-            error
-        )
+        torch_says = ("file write failed", "unexpected pos")
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = full or any(words in str(error) for words in torch_says)
         reason = "the disk is full" if full else " ".join(str(error).split())[:200]
         kept = f"the run can go on from {self.last}" if self.last.exists() else "there is none yet"
         return f"{self.folder}: a checkpoint cannot be written ({reason}); {kept}: make room and repeat with --resume"
