@@ -11,11 +11,21 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from overlock.deploy.predict import DEFAULT_FILE
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "official"
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("tests")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def default_file() -> Path:
+    """The weights that come with the package."""
+    if not DEFAULT_FILE.is_file():
+        pytest.skip("the package's own weights are not there yet")
+    return DEFAULT_FILE
 
 
 @pytest.fixture(scope="session")

@@ -128,10 +128,22 @@ def test_predict_prints_a_table_and_saves_a_picture(run_folder, tmp_path, capsys
     out = succeeds(capsys, "predict", image, image, "--checkpoint", run_folder, "--save", tmp_path / "p.png")
     assert out.count("image.png") == 2
     assert all(colour in out for colour in COLOURS)
+    assert "…" not in out
     assert Image.open(tmp_path / "p.png").format == "PNG"
     by_file = succeeds(capsys, "predict", image, "--checkpoint", run_folder / MODEL_FILE, "--json")
     by_folder = succeeds(capsys, "predict", image, "--checkpoint", run_folder, "--json")
     assert by_file == by_folder
+
+
+def test_predict_without_a_checkpoint(default_file, run_folder, capsys):
+    """The package's own weights answer; the line about them does not disturb the output."""
+    image = str(run_folder / "image.png")
+    assert main(["predict", image, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert err.startswith("using overlock_atto, trained on CIFAR-10, of the package itself")
+    assert out == succeeds(capsys, "predict", image, "--checkpoint", default_file, "--json")
+    assert all(name in err for name in json.loads(out)[0]["labels"])
 
 
 def test_brackets_in_class_names_are_printed(run_folder, tmp_path, capsys):
@@ -216,6 +228,7 @@ def test_predict_with_the_authors_file(official_file, run_folder, capsys):
         (("convert", "nowhere.pth", "out.safetensors"), "nowhere.pth: no such file"),
         (("convert", "nowhere.pth", "out.pth"), "out.pth: the name of the converted file must end in .safetensors"),
         (("predict", "--checkpoint", "x"), "required: images"),
+        (("predict", "a.png", "--model", "overlock_t"), "what a checkpoint holds; give one with --checkpoint"),
     ],
 )
 def test_faults_of_the_command_line(capsys, tmp_path, monkeypatch, arguments, sentence):

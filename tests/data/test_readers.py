@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -85,6 +89,23 @@ def test_a_folder_as_a_hugging_face_data_set(tmp_path, monkeypatch):
     assert (len(streamed.train), len(streamed.test), streamed.classes) == (12, 6, tuple(COLOURS))
     images = list(streamed.test.make_reader(training=False, batch_size=1, seed=0))
     assert [label for _, label in images] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads addresses with curl")
+def test_shards_at_an_address(tmp_path):
+    pytest.importorskip("webdataset")
+    pack(make_classes(tmp_path / "data", 5), tmp_path / "shards", shard_images=8)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "shards"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        data = load_data(
+            f"wds:http://127.0.0.1:{server.server_port}", train_split="train-{00000..00001}.tar|12",
+            val_split="validation-00000.tar|3", classes=str(tmp_path / "shards" / "classes.txt"),
+        )  # fmt: skip
+        parts = [list(part.make_reader(training=False, batch_size=1, seed=0)) for part in (data.train, data.test)]
+        server.shutdown()
+    assert [len(part) for part in parts] == [12, 3]
+    assert sorted(label for _, label in parts[0]) == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_shards_that_will_not_do(tmp_path):

@@ -31,6 +31,7 @@ GROUPS = dict(
         (dict(pretrained=True, weights="a.pth"), "either pretrained or weights"),
         (dict(model="resnet18", stem_stride=2), "stem_stride is an option of OverLoCK"),
         (dict(machine=dict(strategy="fsdp"), ema=dict(decay=0.9)), "not available with fsdp"),
+        (dict(machine=dict(strategy="fsdp", precision="fp16")), "fp16 is not available with fsdp"),
         (dict(epoch=3), "unknown setting epoch; did you mean epochs"),
         (dict(optim=dict(learning=3)), r"unknown setting optim\.learning; known are betas"),
         (dict(safety=dict(unreadible=3)), r"unknown setting safety\.unreadible; did you mean safety\.unreadable"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from runs import final_state, make_images, run, settings
+from safetensors.torch import load_file
 from torch import nn
 
 from overlock.data.loaders import Share
@@ -69,12 +70,34 @@ def test_two_processes_equal_one(tmp_path, optim):
         assert float((a - b).norm() / a.norm()) < 1e-4
 
 
+SHARDED = dict(machine=dict(strategy="fsdp"), ema=dict(decay=0.0))
+
+
 @pytest.mark.slow
-def test_two_processes_stop_and_go_on(tmp_path):
+@pytest.mark.parametrize("optim", [dict(name="sgd", lr=0.003), dict(eps=1e-3)], ids=["sgd", "adamw"])
+def test_a_network_spread_over_two_processes_equals_one(tmp_path, optim):
+    """Nine images to test on, in batches of four, are two batches for the first process and one for the other."""
+    changes = TWENTY_STEPS | dict(epochs=2, batch_size=4, optim=TWENTY_STEPS["optim"] | dict(lr_batch=4) | optim)
+    make_images(tmp_path / "data", 15)
+    run(settings(tmp_path / "data", tmp_path / "one", **changes | dict(ema=SHARDED["ema"])))
+    process = launch(tmp_path, settings(tmp_path / "data", tmp_path / "two", **changes | SHARDED))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    a, b = (torch.cat([t.flatten().double() for t in state.values()]) for state in (one, two))
+    assert float((a - b).norm() / a.norm()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, SHARDED], ids=["ddp", "fsdp"])
+def test_two_processes_stop_and_go_on(tmp_path, changes):
     make_images(tmp_path / "data", 14)
-    whole = launch(tmp_path, settings(tmp_path / "data", tmp_path / "whole", **TWENTY_STEPS))
+    changes = TWENTY_STEPS | changes
+    whole = launch(tmp_path, settings(tmp_path / "data", tmp_path / "whole", **changes))
     assert whole.wait(timeout=300) == 0
-    config = settings(tmp_path / "data", tmp_path / "run", **TWENTY_STEPS)
+    config = settings(tmp_path / "data", tmp_path / "run", **changes)
     process = launch(tmp_path, config)
     checkpoint = tmp_path / "run" / "checkpoints" / "previous.ckpt"
     while not checkpoint.exists():

@@ -10,7 +10,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from overlock.cli.command import Command
 
@@ -62,7 +62,7 @@ def run(options: Namespace, console: Console) -> None:
         rows = [{name: getattr(result, name) for name in fields} for result in results]
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return
-    table = Table("model", title=f"{len(data.test)} images of {len(data.classes)} classes")
+    table = Table(Column("model", overflow="fold"), title=f"{len(data.test)} images of {len(data.classes)} classes")
     for title in ("parameters, M", "top-1, %", "top-5, %", "images/s", "with loading"):
         table.add_column(title, justify="right")
     for result in results:

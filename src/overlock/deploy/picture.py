@@ -1,4 +1,4 @@
-"""A picture of predictions: each image with its best classes and bars of their probabilities."""
+"""A picture of predictions: each image as a card with its best classes and bars of their probabilities."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from PIL import Image, ImageDraw, ImageFont
 from overlock.deploy.predict import Prediction, as_pil
 from overlock.files import write_atomically
 
-SIDE, MARGIN, LINE = 200, 14, 24
-BARS = 3
+WIDTH, HEIGHT = 272, 216  # of the space for an image
+GAP, INSET = 20, 14  # between cards, and within one
+ROWS, ROW, BAR_HEIGHT = 3, 34, 6
+NAME_ROW = 24
+CARD = HEIGHT + NAME_ROW + ROWS * ROW + INSET  # its height
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-INK, BAR, BEST_BAR = "#202020", "#c9d6e8", "#7aa6e0"
+PAGE, PAPER, FRAME, TRACK = "#eef0f4", "#ffffff", "#1d2129", "#e6e9ef"
+INK, FAINT, BEST_BAR, BAR = "#1d2129", "#7b8494", "#2f6fde", "#a9c1ea"
 
 
 def save_picture(path: str | os.PathLike[str], predictions: Sequence[Prediction]) -> None:
@@ -39,33 +43,45 @@ def save_picture(path: str | os.PathLike[str], predictions: Sequence[Prediction]
 
 
 def draw_picture(predictions: Sequence[Prediction]) -> Image.Image:
-    """A grid, near square, of the images with their three best classes below."""
-    columns = min(len(predictions), math.ceil(math.sqrt(1.5 * len(predictions))))
+    """A grid, wider than high, of cards: an image, its name and its three best classes."""
+    columns = min(len(predictions), math.ceil(math.sqrt(2 * len(predictions))))
     rows = math.ceil(len(predictions) / columns)
-    width, height = SIDE + MARGIN, SIDE + BARS * LINE + 2 * MARGIN
-    picture = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), "white")
+    picture = Image.new("RGB", (columns * (WIDTH + GAP) + GAP, rows * (CARD + GAP) + GAP), PAGE)
     for i, prediction in enumerate(predictions):
-        corner = (MARGIN + i % columns * width, MARGIN + i // columns * height)
-        _draw_one(picture, prediction, corner)
+        corner = (GAP + i % columns * (WIDTH + GAP), GAP + i // columns * (CARD + GAP))
+        _draw_card(picture, prediction, corner)
     return picture
 
 
-def _draw_one(picture: Image.Image, prediction: Prediction, corner: tuple[int, int]) -> None:
+def _draw_card(picture: Image.Image, prediction: Prediction, corner: tuple[int, int]) -> None:
     x, y = corner
-    image = as_pil(prediction.source)
-    scale = SIDE / max(image.size)
-    # Pixels of tiny images stay pixels.
-    smooth = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), smooth)
-    picture.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
-    for i, (label, probability) in enumerate(zip(prediction.labels[:BARS], prediction.probabilities, strict=False)):
-        top = y + SIDE + 6 + i * LINE
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((x, y, x + WIDTH - 1, y + CARD - 1), fill=PAPER)
+    draw.rectangle((x, y, x + WIDTH - 1, y + HEIGHT - 1), fill=FRAME)
+    image = _fit(as_pil(prediction.source))
+    picture.paste(image, (x + (WIDTH - image.width) // 2, y + (HEIGHT - image.height) // 2))
+    left, right = x + INSET, x + WIDTH - INSET
+    small, normal = ImageFont.load_default(12), ImageFont.load_default(15)
+    name = _shorten(Path(prediction.source).name, right - left, draw, small)
+    draw.text((left, y + HEIGHT + NAME_ROW // 2 + 2), name, fill=FAINT, font=small, anchor="lm")
+    for i, (label, probability) in enumerate(zip(prediction.labels[:ROWS], prediction.probabilities, strict=False)):
+        top = y + HEIGHT + NAME_ROW + i * ROW
         percent = f"{100 * probability:.1f} %"
-        draw.rectangle((x, top, x + round(probability * SIDE), top + LINE - 4), fill=BAR if i else BEST_BAR)
-        draw.text((x + SIDE - 4, top + LINE // 2 - 2), percent, fill=INK, font=font, anchor="rm")
-        room = SIDE - 12 - draw.textlength(percent, font=font)
-        draw.text((x + 4, top + LINE // 2 - 2), _shorten(label, room, draw, font), fill=INK, font=font, anchor="lm")
+        draw.text((right, top + 13), percent, fill=FAINT if i else INK, font=normal, anchor="rm")
+        room = right - left - draw.textlength(percent, font=normal) - 8
+        draw.text((left, top + 13), _shorten(label, room, draw, normal), fill=INK, font=normal, anchor="lm")
+        bar = top + 24
+        draw.rectangle((left, bar, right - 1, bar + BAR_HEIGHT - 1), fill=TRACK)
+        filled = round(probability * (right - left))
+        if filled:
+            draw.rectangle((left, bar, left + filled - 1, bar + BAR_HEIGHT - 1), fill=BAR if i else BEST_BAR)
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    """The whole image, as large as the space allows; pixels of tiny images stay pixels."""
+    scale = min(WIDTH / image.width, HEIGHT / image.height)
+    smooth = Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), smooth)
 
 
 def _shorten(text: str, room: float, draw: ImageDraw.ImageDraw, font: Font) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -18,6 +19,8 @@ from overlock.data import make_eval_transform, read_image, to_rgb
 from overlock.fusion import fuse
 from overlock.network import VARIANTS
 
+DEFAULT_FILE = Path(__file__).parent / "assets" / "overlock_atto_cifar10.safetensors"
+"""The weights that come with the package, trained on CIFAR-10."""
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 
 
@@ -42,9 +45,9 @@ class Predictor:
         device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
 
     Example:
-        >>> predictor = Predictor.from_checkpoint("runs/quickstart")  # doctest: +SKIP
-        >>> predictor("seven.png").labels[0]  # doctest: +SKIP
-        '7'
+        >>> predictor = Predictor.default()  # doctest: +SKIP
+        >>> predictor("examples/photos/cat.jpg").labels[0]  # doctest: +SKIP
+        'cat'
     """
 
     def __init__(self, network: nn.Module, record: Record, *, device: str | None = None):
@@ -64,6 +67,14 @@ class Predictor:
             ValueError: for a missing, damaged or foreign file.
         """
         return cls(*load_classifier(path, model=model), device=device)
+
+    @classmethod
+    def default(cls, *, device: str | None = None) -> Predictor:
+        """The network that comes with the package: ``overlock_atto`` for the ten classes of CIFAR-10.
+
+        Whatever an image shows is given one of those ten names.
+        """
+        return cls.from_checkpoint(DEFAULT_FILE, device=device)
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence of str

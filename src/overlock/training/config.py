@@ -230,6 +230,8 @@ class TrainConfig:
             )
         if self.machine.strategy == "fsdp" and self.ema.decay:
             raise ValueError("the average of the weights is not available with fsdp; set ema.decay to 0 or use ddp")
+        if self.machine.strategy == "fsdp" and self.machine.precision == "fp16":
+            raise ValueError("fp16 is not available with fsdp; set machine.precision to bf16 or fp32, or use ddp")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:

@@ -1,7 +1,11 @@
 """The training loop on Lightning Fabric: steps that skip what is not finite, tests, and checkpoints between steps.
 
-The loop is written out, rather than left to Lightning's Trainer, so that every place at which a run can be stopped and
-taken up again is a line of it: between two steps, and within a test.
+Fabric sees to devices, processes and precision. The loop itself is written out, rather than left to Lightning's
+Trainer, since what a run must survive cuts across it: a step that is not finite is undone, the norms' statistics with
+it; after too many of them the run goes back to a checkpoint and on from there with other random changes; it is saved
+and stopped between any two steps and within a test; and a batch follows from the number of its step. In Trainer these
+would be callbacks whose order among Trainer's own decides whether a resumed run is the same to the bit; here each is a
+line.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ from lightning.fabric import Fabric
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from overlock.data.loaders import Batch, TrainBatches, derive_seed
 from overlock.training.config import TrainConfig
+from overlock.training.machine import gathered
 from overlock.training.reports import RunLog, Unreadable
 from overlock.training.state import CheckpointStore, Progress, check_archive
 from overlock.training.stop import RunStoppedError, StopRequest
@@ -96,6 +103,7 @@ class Fit:
         self.loss_sum = torch.zeros((), device=self.fabric.device)
         self.saved_at = time.monotonic()
         self.fresh_checkpoint = False
+        self.sharded = isinstance(self.raw_network, FSDPModule)
         self.scaler = getattr(self.fabric.strategy.precision, "scaler", None)
 
     # The course of a run
@@ -186,6 +194,8 @@ class Fit:
             total += loss.detach()
         limit = self.config.optim.clip_norm or float("inf")
         norm = self.fabric.clip_gradients(self.network, self.optimizer, max_norm=limit, error_if_nonfinite=False)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if norm is not None and bool(norm.isfinite()):
             self.optimizer.step()
             self.loss_sum += total
@@ -247,13 +257,13 @@ class Fit:
     @property
     def tested(self) -> nn.Module:
         """The network that is tested and kept: the average where there is one."""
-        return self.network if self.average is None else self.average.module
+        return self.raw_network if self.average is None else self.average.module
 
     def validate(self) -> dict[str, float]:
         """The measures over all images to test on."""
         network = self.tested.eval()
         sums: Tensor | None = None
-        with torch.no_grad(), self.fabric.autocast():
+        with torch.no_grad(), self.fabric.autocast(), gathered(network):
             for loaded in self.tests:
                 batch = self.place(loaded)
                 if len(batch.labels):
@@ -286,7 +296,8 @@ class Fit:
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
-        state = self.state()
+        # To ask a sharded optimiser for its state before its first step would count as one.
+        state = self.state(optimizer=not self.sharded or bool(self.optimizer.state))
         state |= dict(
             progress=dataclasses.asdict(self.progress),
             loss_sum=float(self.loss_sum),
@@ -299,13 +310,16 @@ class Fit:
         self.saved_at = time.monotonic()
         self.fresh_checkpoint = True
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, optimizer: bool = True) -> dict[str, Any]:
         """What Fabric saves and loads in its own way."""
-        return dict(network=self.network, optimizer=self.optimizer)
+        return dict(network=self.network) | (dict(optimizer=self.optimizer) if optimizer else {})
 
     def load(self, path: Path) -> None:
         """Put everything into the state of a checkpoint."""
-        rest = self.fabric.load(path, self.state(), weights_only=True)
+        begun = "optimizer" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not begun:
+            self.optimizer.state.clear()
+        rest = self.fabric.load(path, self.state(optimizer=begun))
         self.progress = Progress(**rest["progress"])
         self.loss_sum.fill_(rest["loss_sum"])
         self.log.rows = rest["log"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision, TorchCheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.fabric.strategies import DDPStrategy, FSDPStrategy
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from overlock.data.loaders import Share
 from overlock.training.config import MachineConfig, TrainConfig
@@ -20,13 +26,11 @@ PRECISIONS = dict(fp32="32-true", bf16="bf16-mixed", fp16="16-mixed")
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Writes a checkpoint to its path and sees that it is on the disk; reads one without running code in it."""
+    """Writes a checkpoint straight to its path; reads one without running code in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with Path(path).open("wb") as file:
+        with Path(path).open("wb") as file:  # whose errors say what is wrong, unlike those of torch's own writer
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -44,12 +48,15 @@ def make_fabric(config: MachineConfig) -> Fabric:
         raise ValueError(f"machine.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
     several = devices * nodes > 1
     strategy: Any = "auto"
+    plugins: list[Any] = [CheckpointFile()]
     if config.strategy == "fsdp":
-        strategy = FSDPStrategy(state_dict_type="full", sharding_strategy="FULL_SHARD")
+        strategy = ModelParallelStrategy(
+            shard, data_parallel_size=devices * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+        plugins = []  # it writes its own files
     elif several or config.strategy == "ddp":
         # Norms over all processes have the same statistics on each, so that none need be sent around.
         strategy = DDPStrategy(broadcast_buffers=not config.sync_norm, gradient_as_bucket_view=True)
-    plugins: list[Any] = [CheckpointFile()]
     precision: Any = PRECISIONS[config.precision]
     if config.precision == "fp16" and not cuda:
         # Fabric would take bfloat16 on a CPU without being asked.
@@ -108,11 +115,35 @@ def make_share(fabric: Fabric, config: TrainConfig) -> Share:
     return Share(rank=fabric.global_rank, world=world, micro_batch=micro_batch, accumulate=accumulate)
 
 
-def full_state(network: nn.Module, *, sharded: bool) -> dict[str, Any]:
-    """The weights of a network that may be spread over devices, on the CPU; empty but on the first process if so."""
-    if not sharded:
-        return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # noqa: PLC0415
+def shard(network: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Spread the parameters over the processes, block by block; each block's are brought together while it runs."""
+    for name, module in network.named_modules():
+        if re.search(r"\bblocks\.\d+$", name):
+            fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(network, mesh=mesh["data_parallel"])
+    return network
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(network, options=options)
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """All parameters of a sharded network on each process, so that each can pass as many batches through it as it has.
+
+    A network that is not sharded stays as it is.
+    """
+    shards = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(module is not network, recurse=False)
+            module.reshard()
+
+
+def full_state(network: nn.Module) -> dict[str, Any]:
+    """The weights on the CPU; of a sharded network only on the first process, and empty on the others."""
+    if isinstance(network, FSDPModule):
+        return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}

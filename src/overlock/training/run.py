@@ -44,8 +44,10 @@ from overlock.training.task import Classification
 from overlock.weights import load_weights
 
 SETTINGS_FILE, CHECKPOINTS, EXAMPLES, BEST_FILE = "config.yaml", "checkpoints", "examples", "best.safetensors"
-# Settings that may change when a run is resumed: they do not change what is computed, but for rounding.
+# Settings that may change when a run is resumed: they do not change what is computed, but for rounding. The strategy
+# does not either, but it tells how checkpoints are written.
 CHANGEABLE = ("output", "machine.", "safety.")
+FIXED = ("machine.strategy",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +145,10 @@ def prepare(config: TrainConfig, fabric: Fabric, stop: StopRequest, console: Con
     average = make_average(network, config.ema)
     if config.machine.compile:
         network.compile()
-    optimizer = make_optimizer(network, config.optim, batch_size=config.batch_size)
+    wrapped = fabric.setup_module(network)
+    optimizer = make_optimizer(network, config.optim, batch_size=config.batch_size)  # sharding renews the parameters
     schedule = make_schedule(optimizer, config, steps_per_epoch=max(1, len(data.train) // config.batch_size))
-    network, optimizer = fabric.setup(network, optimizer)
+    optimizer = fabric.setup_optimizers(optimizer)
     workers, pin = config.machine.workers, fabric.device.type == "cuda"
     batches = TrainBatches(
         data.train, make_train_transform(record.preprocessing, config.augment, mirror=data.mirrors), share,
@@ -157,7 +160,7 @@ def prepare(config: TrainConfig, fabric: Fabric, stop: StopRequest, console: Con
     )  # fmt: skip
     identity = dict(settings=config.to_dict(), classes=list(data.classes), train=len(data.train), test=len(data.test))
     fit = Fit(
-        fabric=fabric, config=config, task=Classification(config.loss, len(data.classes)), network=network,
+        fabric=fabric, config=config, task=Classification(config.loss, len(data.classes)), network=wrapped,
         frozen=frozen, optimizer=optimizer,
         schedule=schedule, average=average,
         batches=batches, tests=tests, store=CheckpointStore(folder / CHECKPOINTS),
@@ -196,7 +199,9 @@ def take_up(fit: Fit) -> None:
         fit.log.tell(f"{problem}; going on from {path.name}")
     identity = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
     changed = [
-        name for name in differing(identity["settings"], fit.identity["settings"]) if not name.startswith(CHANGEABLE)
+        name
+        for name in differing(identity["settings"], fit.identity["settings"])
+        if name in FIXED or not name.startswith(CHANGEABLE)
     ]
     if changed:
         raise ValueError(
@@ -248,15 +253,10 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
 
 def keep_weights(fit: Fit, record: Record, name: str) -> None:
     """Write the tested weights and their record, without the auxiliary head, to a file of the run's folder."""
-    sharded = fit.config.machine.strategy == "fsdp"
-    state = full_state(fit.network if sharded else _unwrapped(fit), sharded=sharded)
+    state = full_state(fit.tested)
     if fit.fabric.is_global_zero:
         state = {part: t for part, t in state.items() if not part.startswith("aux_head.")}
         save_classifier(Path(fit.config.output) / name, state, record)
-
-
-def _unwrapped(fit: Fit) -> nn.Module:
-    return fit.raw_network if fit.average is None else fit.average.module
 
 
 def finish(fit: Fit, record: Record, data: ImageData) -> None:

@@ -72,19 +72,20 @@ class CheckpointStore:
             save(partial)
             if not first_process:
                 return
+            sync(partial)
             if self.last.exists():
                 self.last.replace(self.previous)
             partial.replace(self.last)
-            sync_folder(self.folder)
+            sync(self.folder)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 partial.unlink()
             raise ValueError(self._why_not(error)) from None
 
     def _why_not(self, error: Exception) -> str:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "file write failed" in str(
-            error
-        )
+        torch_says = ("file write failed", "unexpected pos")
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = full or any(words in str(error) for words in torch_says)
         reason = "the disk is full" if full else " ".join(str(error).split())[:200]
         kept = f"the run can go on from {self.last}" if self.last.exists() else "there is none yet"
         return f"{self.folder}: a checkpoint cannot be written ({reason}); {kept}: make room and repeat with --resume"
@@ -123,9 +124,9 @@ def check_archive(path: Path) -> str | None:
     return f"{path} is damaged (in {damaged})" if damaged else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file's content, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
