@@ -194,6 +194,31 @@ def test_the_same_bits_again(name, device):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_same_gradients_again(name):
+    """Two calls give equal bits on two threads, for many maps and for one, which is cut into pieces."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for call in (dict(height=6, width=7, batch=2), dict(height=9, width=15, groups=1)):
+            inputs = make_inputs(**call, depth=8, kernel_size=5, dtype=torch.float32, requires_grad=True)
+            (_, first), (_, second) = (with_gradients(lambda **x: mix(name, 5, **x), inputs) for _ in range(2))
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_cpu_backend_has_gradients_of_its_own(monkeypatch):
+    """What is held to the reference above is not PyTorch's backward under another name."""
+    if INTERPRETED:
+        pytest.skip("this is the process with the interpreter")
+    monkeypatch.setattr("overlock.ops.portable.Mixing", None)
+    inputs = make_inputs(dtype=torch.float32, requires_grad=True)
+    with_gradients(lambda **x: mix("cpu", 3, **x), inputs)
+    with pytest.raises(TypeError):
+        with_gradients(lambda **x: mix("torch", 3, **x), inputs)
+
+
 # ---- Triton's interpreter -------------------------------------------------------------------------------------------
 
 outside = pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")

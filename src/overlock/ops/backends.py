@@ -88,7 +88,7 @@ BACKENDS: dict[str, Backend] = {
         backward=on_use("triton_mix", "backward"),
         why_not=triton_why_not("triton_mix"),
     ),
-    "cpu": Backend(forward=cpu.forward, backward=portable.backward, why_not=cpu.why_not),
+    "cpu": Backend(forward=cpu.forward, backward=on_use("cpu_backward", "backward"), why_not=cpu.why_not),
     "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
     "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),
 }

@@ -1,7 +1,8 @@
-"""ContMix's dynamic convolution fused for inference on CPU: logits, softmax and weighted sum of a tile in the cache.
+"""ContMix's dynamic convolution fused on CPU: logits, softmax and weighted sum of a tile in the cache.
 
 Compiled by numba at the first call and kept in its cache, so no compiler and no binary bound to a version of PyTorch is
-needed. Float32. The letters of reference.py, and T the tokens of a tile (consecutive in the flattened map).
+needed. Float32; the gradients are in cpu_backward.py. The letters of reference.py, and T the tokens of a tile
+(consecutive in the flattened map).
 
 What bounds it, for one group of 16 channels, K = 13, S = 7: a token takes 2 * 49 * 169 = 16.6 kFLOP of logits and
 2 * 169 * 16 = 5.4 kFLOP of weighted sum, against 64 bytes in and 64 out: arithmetic. Loops are therefore written so

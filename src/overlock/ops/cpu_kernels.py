@@ -6,7 +6,19 @@ import numpy as np
 from numba import carray, njit
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
-from overlock.ops.vectors import LANES, at_least, exp2, largest, load, load_part, spread, store, store_part, total
+from overlock.ops.vectors import (
+    LANES,
+    at_least,
+    exp2,
+    largest,
+    load,
+    load_part,
+    load_spread,
+    spread,
+    store,
+    store_part,
+    total,
+)
 
 PAIR = 2 * LANES  # taps are padded to whole pairs of vectors
 LOG2_E = np.float32(1.4426950408889634)
@@ -22,7 +34,7 @@ def fold_key(keys, weights, depth, regions, used, taps, rows):
         for n in range(0, taps, PAIR):
             a = b = spread(np.float32(0))
             for s in range(regions):
-                x, place, left = spread(keys[d * regions + s]), s * used + n, used - n
+                x, place, left = load_spread(keys, d * regions + s), s * used + n, used - n
                 a, b = a + x * load_part(weights, place, left), b + x * load_part(weights, place + LANES, left - LANES)
             store(rows, d * taps + n, a)
             store(rows, d * taps + n + LANES, b)
@@ -54,13 +66,13 @@ def four_logits(query, depth, rows, taps, biases, out):
         d0, d1 = load(biases, n + 3 * step), load(biases, n + 3 * step + LANES)
         for i in range(depth):
             first, second = load(rows, i * taps + n), load(rows, i * taps + n + LANES)
-            q = spread(query[i])
+            q = load_spread(query, i)
             a0, a1 = a0 + q * first, a1 + q * second
-            q = spread(query[i + depth])
+            q = load_spread(query, i + depth)
             b0, b1 = b0 + q * first, b1 + q * second
-            q = spread(query[i + 2 * depth])
+            q = load_spread(query, i + 2 * depth)
             c0, c1 = c0 + q * first, c1 + q * second
-            q = spread(query[i + 3 * depth])
+            q = load_spread(query, i + 3 * depth)
             d0, d1 = d0 + q * first, d1 + q * second
         store(out, n, a0)
         store(out, n + LANES, a1)
@@ -94,10 +106,10 @@ def weigh_one(values, kernel, taps, window, width, kernel_height, kernel_width, 
     for k in range(kernel_height):
         place, n = (window + k * width) * LANES, taps + k * kernel_width
         for j in range(0, kernel_width - 1, 2):
-            even = even + spread(kernel[n + j]) * load(values, place + j * LANES)
-            odd = odd + spread(kernel[n + j + 1]) * load(values, place + (j + 1) * LANES)
+            even = even + load_spread(kernel, n + j) * load(values, place + j * LANES)
+            odd = odd + load_spread(kernel, n + j + 1) * load(values, place + (j + 1) * LANES)
         if kernel_width % 2:
-            even = even + spread(kernel[n + kernel_width - 1]) * load(values, place + (kernel_width - 1) * LANES)
+            even = even + load_spread(kernel, n + kernel_width - 1) * load(values, place + (kernel_width - 1) * LANES)
     store(mixed, 0, even + odd)
 
 
@@ -109,8 +121,8 @@ def weigh_four_at_one_place(values, kernel, taps, window, width, kernel_height, 
         place, n = (window + k * width) * LANES, k * kernel_width
         for j in range(kernel_width):
             x = load(values, place + j * LANES)
-            a, b = a + spread(kernel[n + j]) * x, b + spread(kernel[n + j + taps]) * x
-            c, d = c + spread(kernel[n + j + 2 * taps]) * x, d + spread(kernel[n + j + 3 * taps]) * x
+            a, b = a + load_spread(kernel, n + j) * x, b + load_spread(kernel, n + j + taps) * x
+            c, d = c + load_spread(kernel, n + j + 2 * taps) * x, d + load_spread(kernel, n + j + 3 * taps) * x
     store(mixed, 0, a)
     store(mixed, LANES, b)
     store(mixed, 2 * LANES, c)
@@ -125,22 +137,22 @@ def weigh_four_in_a_row(values, kernel, taps, window, width, kernel_height, kern
     for k in range(kernel_height):
         place, n = (window + k * width) * LANES, k * kernel_width
         x = load(values, place)
-        a = a + spread(kernel[n]) * x
+        a = a + load_spread(kernel, n) * x
         x = load(values, place + LANES)
-        a, b = a + spread(kernel[n + 1]) * x, b + spread(kernel[n + taps]) * x
+        a, b = a + load_spread(kernel, n + 1) * x, b + load_spread(kernel, n + taps) * x
         x = load(values, place + 2 * LANES)
-        a, b = a + spread(kernel[n + 2]) * x, b + spread(kernel[n + taps + 1]) * x
-        c = c + spread(kernel[n + 2 * taps]) * x
+        a, b = a + load_spread(kernel, n + 2) * x, b + load_spread(kernel, n + taps + 1) * x
+        c = c + load_spread(kernel, n + 2 * taps) * x
         for j in range(3, kernel_width):
             x = load(values, place + j * LANES)
-            a, b = a + spread(kernel[n + j]) * x, b + spread(kernel[n + taps + j - 1]) * x
-            c, d = c + spread(kernel[n + 2 * taps + j - 2]) * x, d + spread(kernel[n + 3 * taps + j - 3]) * x
+            a, b = a + load_spread(kernel, n + j) * x, b + load_spread(kernel, n + taps + j - 1) * x
+            c, d = c + load_spread(kernel, n + 2 * taps + j - 2) * x, d + load_spread(kernel, n + 3 * taps + j - 3) * x
         x = load(values, place + kernel_width * LANES)
-        b, c = b + spread(kernel[n + taps + last]) * x, c + spread(kernel[n + 2 * taps + last - 1]) * x
-        d = d + spread(kernel[n + 3 * taps + last - 2]) * x
+        b, c = b + load_spread(kernel, n + taps + last) * x, c + load_spread(kernel, n + 2 * taps + last - 1) * x
+        d = d + load_spread(kernel, n + 3 * taps + last - 2) * x
         x = load(values, place + (kernel_width + 1) * LANES)
-        c, d = c + spread(kernel[n + 2 * taps + last]) * x, d + spread(kernel[n + 3 * taps + last - 1]) * x
-        d = d + spread(kernel[n + 3 * taps + last]) * load(values, place + (kernel_width + 2) * LANES)
+        c, d = c + load_spread(kernel, n + 2 * taps + last) * x, d + load_spread(kernel, n + 3 * taps + last - 1) * x
+        d = d + load_spread(kernel, n + 3 * taps + last) * load(values, place + (kernel_width + 2) * LANES)
     store(mixed, 0, a)
     store(mixed, LANES, b)
     store(mixed, 2 * LANES, c)
