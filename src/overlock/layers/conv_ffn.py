@@ -6,8 +6,6 @@ import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from torch import Tensor, nn
 
-from overlock.layers.inference import FusedConvFFN, ResponseNorm
-
 
 class LocalConv(nn.Conv2d):
     """Residual 3x3 depthwise convolution: y = x + conv(x). (B, C, H, W) -> (B, C, H, W)."""
@@ -48,9 +46,6 @@ class GlobalResponseNorm(TimmGlobalResponseNorm):
         )
         return torch.addcmul(self.bias.view(1, -1, 1, 1).to(x.dtype), x, scale.to(x.dtype))
 
-    def for_cpu(self) -> ResponseNorm:
-        return ResponseNorm(self.weight, self.bias, self.eps)
-
 
 class ConvFFN(nn.Module):
     """Feed-forward network with a local convolution and a response norm on its hidden width (section 3.1).
@@ -79,9 +74,6 @@ class ConvFFN(nn.Module):
         self.project.bias += self.project.weight.flatten(1) @ self.norm.bias  # type: ignore[operator]
         self.norm.bias.zero_()
         return self
-
-    def for_cpu(self) -> FusedConvFFN:
-        return FusedConvFFN(self.expand, self.local, self.norm, self.project)  # type: ignore[arg-type]
 
 
 class AffineScale(nn.Module):

@@ -11,7 +11,7 @@ from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import LANES, gelu, load, load_part, store, store_part
 
 # What is done in the same pass, added up.
-GELU_BEFORE, GELU_AFTER, SQUARES = 1, 2, 4
+GELU_BEFORE, GELU_AFTER, SQUARES, SUMS = 1, 2, 4, 8
 
 
 @njit(**OPTIONS)
@@ -63,6 +63,8 @@ def write_row(row, width, lanes, steps, out, first, channels, squares):
             value = gelu(value)
         if steps & SQUARES:
             both = both + value * value
+        if steps & SUMS:
+            both = both + value
         store_part(out, first + x * channels, value, lanes)
     store(squares, 0, both)
 
@@ -121,7 +123,7 @@ def depthwise(call, thread, threads):
             write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares)
             for c in range(LANES):
                 sum_of_squares[c] += squares[c]
-        if steps & SQUARES:
+        if steps & (SQUARES | SUMS):
             for c in range(lanes):
                 sums[b, block * LANES + c] = sum_of_squares[c]
 
