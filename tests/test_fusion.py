@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import overlock
 from overlock.blocks import BasicBlock, DynamicBlock
+from overlock.blocks.inference import FusedBlock
 from overlock.layers import (
     GDSA,
     AffineScale,
@@ -28,8 +29,7 @@ from overlock.layers import (
     NormConv,
 )
 from overlock.layers.conv_ffn import ScaledResidual
-from overlock.layers.inference import FusedContMix
-from overlock.ops import backend, cpu_filters, cpu_scales, threads
+from overlock.ops import backend, programs, threads
 
 # Module and shapes of its inputs.
 PARTS = {
@@ -220,13 +220,13 @@ def test_batch_norm_without_statistics_is_refused():
 
 @pytest.fixture
 def on_cpu():
-    """Network and fused network in float32, and images."""
-    module, inputs = make("OverLoCK", torch.float32)
-    return module, overlock.fuse(module), inputs[0]
+    """Network and fused network in float32, and images whose maps have room for the kernels."""
+    module, _ = make("OverLoCK", torch.float32)
+    return module, overlock.fuse(module), images(2, 3, 224, 225)
 
 
 def has_cpu_form(model):
-    return any(isinstance(child, FusedContMix) for child in model.modules())
+    return any(isinstance(child, FusedBlock) for child in model.modules())
 
 
 @torch.no_grad()
@@ -278,9 +278,10 @@ def test_layers_of_other_kinds(make_layer):
 def test_backend_asked_for_is_taken(on_cpu, name, monkeypatch):
     """No kernel of numba's runs under another backend."""
     module, fused, x = on_cpu
-    calls, run = [], threads.run
-    for user in (cpu_filters, cpu_scales, threads):
-        monkeypatch.setattr(user, "run", lambda *a: (calls.append(a), run(*a)))
+    calls = []
+    for user in (programs, threads):
+        start = user.start
+        monkeypatch.setattr(user, "start", lambda *a, start=start: (calls.append(a), start(*a)))
     with backend(name):
         assert relative_error(fused(x), module(x)) < 1e-4
     assert bool(calls) == (name == "cpu")

@@ -1,6 +1,6 @@
 """The inference form: what is linear in evaluation folded into the convolutions beside it, and the device's own layers.
 
-On CPU, 1x1 convolutions become matrix products and depthwise ones our own kernels, over channels_last maps.
+On CPU, a block becomes one operation of our own kernels, over channels_last maps.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     the form that is fastest there. Works in any dtype and on any device; ``model`` stays as it is. Fuse on the device
     of use: the copy runs elsewhere too, slower.
 
-    Each layer that can be simplified has a ``fold`` method that returns its simpler form, and one that has a form for
-    the CPU a ``for_cpu`` method; parts come before wholes.
+    Each layer that can be simplified has a ``fold`` method that returns its simpler form, parts before wholes; one that
+    has a form for the CPU has a ``for_cpu`` method, wholes before parts.
 
     Args:
         kernels: take the CPU's own layers. False leaves plain PyTorch ones, which TorchScript and fx trace too, and
@@ -38,7 +38,7 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     copied = _transform(copy.deepcopy(model).eval().requires_grad_(False), "fold")
     fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters())
     if kernels and fits and numba_installed():
-        copied = _transform(_replace_layers(copied), "for_cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        copied = _for_cpu(copied).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied  # type: ignore[return-value]
 
 
@@ -52,9 +52,11 @@ def _transform(module: nn.Module, method: str) -> nn.Module:
     return module if transform is None else transform().eval().requires_grad_(False)
 
 
-def _replace_layers(module: nn.Module) -> nn.Module:
-    form = cpu_form(module)
+def _for_cpu(module: nn.Module) -> nn.Module:
+    """The module in its form for the CPU, or else with its children in theirs."""
+    make = getattr(module, "for_cpu", None)
+    form = cpu_form(module) if make is None else make()
     if form is module:
         for name, child in module.named_children():
-            setattr(module, name, _replace_layers(child))
-    return form
+            setattr(module, name, _for_cpu(child))
+    return form.eval()

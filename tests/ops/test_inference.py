@@ -1,4 +1,4 @@
-"""The operations of the fused network on CPU against plain PyTorch in float64, and where the kernels cannot run."""
+"""The single layers of the fused network on CPU against plain PyTorch in float64, and where the kernels cannot run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from overlock.ops import backend, contmix, inference, region_centres, threads
+from overlock.ops import inference, threads
 
 TOLERANCE = 2e-6  # of the largest magnitude
 CHANNELS = (1, 8, 15, 16, 17, 33, 64, 100)
@@ -37,44 +37,7 @@ def conv(x, weight, bias, stride, gelu):
     return F.gelu(y) if gelu else y
 
 
-def squeeze_excite(x, other, gate, reduce_weight, reduce_bias, expand_weight, expand_bias):
-    y = x if other is None else x + other
-    hidden = F.gelu(F.linear(y.mean(dim=(2, 3)), reduce_weight, reduce_bias))
-    y = y * F.linear(hidden, expand_weight, expand_bias).sigmoid()[:, :, None, None]
-    return y if gate is None else y * F.silu(gate)
-
-
-def response_norm(x, weight, bias, eps):
-    g = x.square().sum(dim=(2, 3), keepdim=True).sqrt()
-    scale = 1 + weight[:, None, None] * g / (g.mean(dim=1, keepdim=True) + eps)
-    return x * scale + bias[:, None, None]
-
-
-def context_mix(query, context, value, key_weight, key_bias, weights, biases, rpbs, region_grid):
-    groups, sizes = rpbs[0].shape[0], [(rpb.shape[1] + 1) // 2 for rpb in rpbs]
-    key = torch.einsum("oc,bcs->bos", key_weight, region_centres(context, region_grid, max(sizes)).flatten(2))
-    key = key if key_bias is None else key + key_bias[:, None]
-    query, key = query.unflatten(1, (groups, -1)), key.unflatten(1, (groups, -1))
-    with backend("reference"):
-        mixed = [
-            contmix(query, key, part.unflatten(1, (groups, -1)), weight.t(), bias, rpb, size, max(sizes)).flatten(1, 2)
-            for part, weight, bias, rpb, size in zip(
-                value.chunk(len(sizes), 1), weights, biases, rpbs, sizes, strict=True
-            )
-        ]
-    return torch.cat(mixed, dim=1)
-
-
-def conv_ffn(
-    x, expand_weight, expand_bias, local_weight, local_bias, norm_weight, project_weight, project_bias, eps
-):  # fmt: skip
-    hidden = F.gelu(F.conv2d(x, expand_weight[:, :, None, None], expand_bias))
-    hidden = depthwise(hidden, local_weight, local_bias, False)
-    hidden = response_norm(hidden, norm_weight, torch.zeros_like(norm_weight), eps)
-    return F.conv2d(hidden, project_weight[:, :, None, None], project_bias)
-
-
-PLAIN = {f.__name__: f for f in (linear, depthwise, conv, squeeze_excite, response_norm, context_mix, conv_ffn)}
+PLAIN = {f.__name__: f for f in (linear, depthwise, conv)}
 
 
 # Random inputs of each operation for images of a shape.
@@ -95,33 +58,6 @@ def make_depthwise(x, size, variant):
 
 def make_conv(x, size, variant):
     return (x, draw(24, x.shape[1], size, size), draw(24) if variant else None, 1 + variant, bool(variant))
-
-
-def make_squeeze_excite(x, size, variant):
-    other, gate = (torch.empty_like(x).copy_(images(*x.shape, seed=i)) if variant else None for i in (2, 3))
-    return (x, other, gate, draw(16, x.shape[1]), draw(16), draw(x.shape[1], 16), draw(x.shape[1]))
-
-
-def make_response_norm(x, size, variant):
-    return (x, draw(x.shape[1], seed=2), draw(x.shape[1]) * variant, 1e-6)
-
-
-def make_context_mix(x, size, variant):
-    """Two groups of x's channels each, and where ``variant`` is set two sizes and a context of another size."""
-    value = torch.cat([x] * 2 * (1 + variant), dim=1).contiguous(memory_format=torch.channels_last)
-    sizes, grid = [3, size][1 - variant :], 3
-    context = images(x.shape[0], 5, 2 * size, 2 * size) if variant else value
-    parameters = [[draw(grid**2, k * k) for k in sizes], [draw(k * k) for k in sizes]]
-    parameters += [[draw(2, 2 * k - 1, 2 * k - 1) for k in sizes]]
-    query = images(x.shape[0], 6, *x.shape[2:], seed=4) / 4  # logits of order one, whose rounding is small
-    return (query, context, value, draw(6, context.shape[1]), draw(6) if variant else None, *parameters, grid)
-
-
-def make_conv_ffn(x, size, variant):
-    width, channels = x.shape[1] * (2 + variant), x.shape[1]
-    local = images(size, size, width, seed=2) / size
-    parameters = (draw(width, channels), draw(width), local, draw(width), draw(width), draw(channels, width))
-    return (x, *parameters, draw(channels), 1e-6)
 
 
 MAKE = {name: globals()[f"make_{name}"] for name in PLAIN}
@@ -167,9 +103,7 @@ def test_values(name):
         layout = (torch.channels_last, torch.contiguous_format)[i // 5 % 2]
         size = min(size, 7) if name == "conv" else size
         arguments = make(name, (batch, channels, *extent), size, variant, layout)
-        enlarged = name == "context_mix" and min(extent) < size  # by PyTorch, which rounds its coordinates
-        tolerance = 2 * TOLERANCE if enlarged else TOLERANCE
-        check(getattr(inference, name)(*arguments), expected_of(name, arguments), tolerance)
+        check(getattr(inference, name)(*arguments), expected_of(name, arguments))
 
 
 @pytest.mark.parametrize(
@@ -178,27 +112,18 @@ def test_values(name):
         ("linear", (2, 640, 32, 32), 1, 1),
         ("depthwise", (1, 20, 40, 33), 17, 1),
         ("conv", (2, 3, 64, 65), 3, 1),
-        ("squeeze_excite", (1, 40, 40, 30), 1, 1),
-        ("squeeze_excite", (9, 24, 20, 20), 1, 1),
-        ("response_norm", (1, 40, 40, 30), 1, 1),
-        ("context_mix", (1, 17, 40, 30), 13, 1),
-        ("conv_ffn", (2, 96, 31, 33), 3, 1),  # scales to the weights
-        ("conv_ffn", (3, 256, 10, 10), 3, 1),  # scales to the tokens, packed
-        ("conv_ffn", (3, 64, 80, 80), 3, 0),  # several chunks
     ],
 )
 @torch.no_grad()
 def test_values_of_large_calls(name, shape, size, variant, thread_count):
-    """Packed products, several pieces of a map and several chunks of a batch, on one thread and two."""
+    """Packed products and several pieces of a map, on one thread and two."""
     arguments = make(name, shape, size, variant)
     check(getattr(inference, name)(*arguments), expected_of(name, arguments))
 
 
 def test_large_calls_are_large():
-    """The thresholds lie below the sizes above."""
+    """The threshold lies below the size above."""
     assert inference.PACKED_FROM < 2 * 32 * 32 * 640 * 24
-    assert inference.PACKED_FROM < 3 * 10 * 10 * 256 * 768
-    assert inference.CHUNK < 3 * 80 * 80 * 128 * 4
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -300,8 +225,7 @@ def test_gradients(name, which):
 def test_without_numba(name, monkeypatch):
     arguments = make(name)
     monkeypatch.setattr(inference, "numba_installed", lambda: False)
-    with backend("torch"):  # contmix asks for itself
-        check(getattr(inference, name)(*arguments), expected_of(name, arguments))
+    check(getattr(inference, name)(*arguments), expected_of(name, arguments))
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -323,14 +247,6 @@ def test_default_type_is_no_matter(name):
     finally:
         torch.set_default_dtype(torch.float32)
     check(actual, expected)
-
-
-@torch.no_grad()
-def test_context_smaller_than_the_kernel_is_enlarged():
-    """A context has a size of its own."""
-    arguments = list(make("context_mix", size=7))
-    arguments[1] = images(2, 5, 4, 6)
-    check(inference.context_mix(*arguments), expected_of("context_mix", arguments))
 
 
 @torch.no_grad()
@@ -386,12 +302,11 @@ def test_what_follows_each_operation(name):
     arguments = make(name, (2, 8, 9, 9))
     call, (x, *others) = getattr(inference, name), arguments
     expected = expected_of(name, arguments)
-    if name not in ("context_mix", "squeeze_excite"):  # other images come with the first
-        check(torch.func.vmap(lambda image: call(image[None], *others)[0])(x), expected)
-        check(torch.jit.trace(lambda image: call(image, *others), (x,))(x), expected)
+    check(torch.func.vmap(lambda image: call(image[None], *others)[0])(x), expected)
+    check(torch.jit.trace(lambda image: call(image, *others), (x,))(x), expected)
     with FlopCounterMode(display=False) as counter:
         call(*arguments)
-    assert counter.get_total_flops() > 0 or name == "response_norm"
+    assert counter.get_total_flops() > 0
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = call(*each_tensor(mode.from_tensor, arguments))
     assert fake.shape == expected.shape

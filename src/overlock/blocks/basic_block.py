@@ -5,6 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
+from overlock.blocks.inference import FusedBasicBlock
 from overlock.layers import ConvFFN, ConvNorm, DilatedRepConv, LocalConv
 from overlock.layers.conv_ffn import fold_residual, make_residual
 from overlock.layers.gdsa import make_squeeze_excite
@@ -57,3 +58,6 @@ class BasicBlock(nn.Module):
     def fold(self) -> BasicBlock:
         self.residual = fold_residual(self.residual, self.ffn.project)  # type: ignore[assignment]
         return self
+
+    def for_cpu(self) -> FusedBasicBlock:
+        return FusedBasicBlock(self)

@@ -6,6 +6,7 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
+from overlock.blocks.inference import FusedContMixBlock, FusedDynamicBlock
 from overlock.layers import GDSA, AffineScale, Aggregator, ContMix, ConvFFN, LocalConv
 from overlock.layers.conv_ffn import ScaledResidual, fold_residual, make_residual
 
@@ -132,6 +133,9 @@ class DynamicBlock(MixerBlock):
         x, context = y.split(self.split, dim=1)
         return x, context
 
+    def for_cpu(self) -> FusedDynamicBlock:
+        return FusedDynamicBlock(self)
+
 
 class SelfMixer(nn.Module):
     """The aggregator on features that ask about themselves: query, context and gate all come from one map."""
@@ -191,3 +195,6 @@ class ContMixBlock(MixerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x)
+
+    def for_cpu(self) -> FusedContMixBlock:
+        return FusedContMixBlock(self)

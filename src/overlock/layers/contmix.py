@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from overlock.layers.conv_norm import ConvNorm
-from overlock.layers.inference import FusedContMix
 from overlock.ops import contmix, region_centres
 
 torch.fx.wrap("contmix")
@@ -114,14 +113,6 @@ class ContMix(nn.Module):
         first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)
         second = contmix(query, key, second, weight[taps:], bias[taps:], self.rpb_large, large, large)
         return self.out(torch.cat([first.flatten(1, 2), second.flatten(1, 2)], dim=1))
-
-    def for_cpu(self) -> FusedContMix:
-        rpbs = [self.rpb_large] if self.rpb_small is None else [self.rpb_small, self.rpb_large]
-        return FusedContMix(
-            self.query, self.key, self.value, self.out,  # type: ignore[arg-type]
-            weight=self.kernels.weight, bias=self.kernels.bias, rpbs=rpbs,  # type: ignore[arg-type]
-            scale=self.scale, region_grid=self.region_grid,
-        )  # fmt: skip
 
     def _split(self, value: Tensor) -> Tensor:
         """(B, C', H, W) -> (B, G, C' / G, H, W)."""

@@ -8,7 +8,6 @@ import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from torch import Tensor, nn
 
-from overlock.layers.inference import FusedConvFFN, ResponseNorm
 from overlock.ops import local_conv, response_norm
 
 torch.fx.wrap("local_conv")
@@ -53,9 +52,6 @@ class GlobalResponseNorm(TimmGlobalResponseNorm):
     def forward(self, x: Tensor) -> Tensor:
         return response_norm(x, self.weight, self.bias, self.eps)
 
-    def for_cpu(self) -> ResponseNorm:
-        return ResponseNorm(self.weight, self.bias, self.eps)
-
 
 class ConvFFN(nn.Module):
     """Feed-forward network with a local convolution and a response norm on its hidden width (section 3.1).
@@ -82,9 +78,6 @@ class ConvFFN(nn.Module):
         self.project.bias += self.project.weight.flatten(1) @ self.norm.bias  # type: ignore[operator]
         self.norm.bias.zero_()
         return self
-
-    def for_cpu(self) -> FusedConvFFN:
-        return FusedConvFFN(self.expand, self.local.conv, self.norm, self.project)  # type: ignore[arg-type]
 
 
 class AffineScale(nn.Module):

@@ -12,7 +12,6 @@ from overlock.layers.conv_ffn import GlobalResponseNorm
 from overlock.layers.conv_norm import ConvNorm, NormConv
 from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.dilated_repconv import DilatedRepConv
-from overlock.layers.inference import FusedAggregator, join_gelu
 
 
 def make_squeeze_excite(channels: int) -> SqueezeExcite:
@@ -46,9 +45,6 @@ class Aggregator(nn.Module):
     def forward(self, features: Tensor, query: Tensor, context: Tensor) -> Tensor:
         mixed = self.mixer(features, query, context) + self.large_kernel(features)
         return self.proj(self.se(mixed) * self.gate_act(self.gate(features)))
-
-    def for_cpu(self) -> FusedAggregator:
-        return FusedAggregator(self.mixer, self.large_kernel, self.se, self.gate, self.proj)  # type: ignore[arg-type]
 
 
 class GDSA(nn.Module):
@@ -96,7 +92,3 @@ class GDSA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, context = x.split(self.split, dim=1)
         return self.aggregator(self.fusion(x), query, context)
-
-    def for_cpu(self) -> GDSA:
-        join_gelu(self.fusion)
-        return self

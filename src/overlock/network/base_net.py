@@ -33,9 +33,8 @@ class Stem(nn.Sequential):
             layers += [make_embedding(widths[i], widths[i + 1], step), nn.GELU()]
         super().__init__(*layers[:-1])
 
-    def for_cpu(self) -> Stem:
-        join_gelu(self)
-        return self
+    def for_cpu(self) -> nn.Sequential:
+        return join_gelu(self)
 
 
 class BlockStack(nn.Module):

@@ -49,9 +49,14 @@ def forward(
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = value.new_empty(value.shape)
     queries, values = query.flatten(3), value.flatten(3)
-    tensors = (queries, key.contiguous(), values, *prepare(weight, bias, rpb, groups, kernel_height, kernel_width), out)
+    tensors = (queries, key, values, *prepare(weight, bias, rpb, groups, kernel_height, kernel_width), out)
     sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
-    mix_into(tensors, sizes, weight.shape[1], (*queries.stride(), *values.stride(), *out.flatten(3).stride()))
+    mix_into(
+        tensors,
+        sizes,
+        weight.shape[1],
+        (*queries.stride(), *values.stride(), *out.flatten(3).stride(), *tensors[1].stride()),
+    )
     return out
 
 
@@ -72,12 +77,16 @@ def mix_into(tensors: tuple[Tensor | int, ...], sizes: tuple[int, ...], regions:
         tensors: queries, keys, values, weight, bias, rpb and out, or their addresses.
         sizes: B, G, D, C, H, W, Kh, Kw.
         regions: S^2.
-        strides: of queries, values and out as (B, G, D or C, H W).
+        strides: of queries, values and out as (B, G, D or C, H W), and of keys as (B, G, D, S^2).
     """
     from overlock.ops.cpu_kernels import mix  # noqa: PLC0415
     from overlock.ops.threads import run  # noqa: PLC0415
 
-    maps, positions = sizes[0] * sizes[1], sizes[4] * sizes[5]
-    # A map is cut only where there are too few for the threads: each piece folds the key and packs values anew.
-    pieces = max(1, min(2 * torch.get_num_threads() // maps, positions // 64))
+    maps = sizes[0] * sizes[1]
+    pieces = map_pieces(maps, sizes[4] * sizes[5])
     run(mix, maps * pieces, *tensors, *sizes, regions, pieces, *strides)
+
+
+def map_pieces(maps: int, positions: int) -> int:
+    """Into how many each map is cut: only where they are too few for the threads, for each folds the key anew."""
+    return max(1, min(2 * torch.get_num_threads() // maps, positions // 64))

@@ -1,4 +1,4 @@
-"""The numba code of inference.py: depthwise filters with what comes before and after them in one pass over memory."""
+"""Depthwise filters on CPU by numba, with what comes before and after them in one pass over memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, store, store_part
 
 # What is done in the same pass, added up.
-GELU_BEFORE, GELU_AFTER, SQUARES, GELU_GRADIENT = 1, 2, 4, 8
+GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
 
 
 @njit(**OPTIONS)
@@ -65,6 +65,8 @@ def write_row(row, width, lanes, steps, out, first, channels, squares, others):
             value = value * gelu_gradient(load_part(others, first + x * channels, lanes))
         if steps & SQUARES:
             both = both + value * value
+        if steps & SUMS:
+            both = both + value
         store_part(out, first + x * channels, value, lanes)
     store(squares, 0, both)
 
@@ -74,9 +76,9 @@ def depthwise(call, thread, threads):
     """Filter images (B, H, W, C) with weights (K K, C) and bias (C), zeros around them, into out (B, H, W, C).
 
     ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, C), which takes the sums of
-    the squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1 where ``out`` is ``images`` or
-    there are sums to take; the dilation; and the address of other images, which GELU_GRADIENT reads. LANES channels of
-    the rows that a filter spans are kept at hand, so that it can write over what it reads.
+    the results or of their squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1 where
+    ``out`` is ``images`` or there are sums to take; the dilation; and the address of other images, which GELU_GRADIENT
+    reads. LANES channels of the rows that a filter spans are kept at hand, so that it can write over what it reads.
     """
     p = carray(call, 16)
     batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
@@ -125,7 +127,7 @@ def depthwise(call, thread, threads):
             write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares, others)
             for c in range(LANES):
                 sum_of_squares[c] += squares[c]
-        if steps & SQUARES:
+        if steps & (SQUARES | SUMS):
             for c in range(lanes):
                 sums[b, block * LANES + c] = sum_of_squares[c]
 

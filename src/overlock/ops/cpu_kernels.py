@@ -25,16 +25,17 @@ LOG2_E = np.float32(1.4426950408889634)
 
 
 @njit(**OPTIONS)
-def fold_key(keys, weights, depth, regions, used, taps, rows):
+def fold_key(keys, first, by_depth, by_region, weights, depth, regions, used, taps, rows):
     """rows (D, N) = key (D, S2) @ weights (S2, N): weight @ (key^T query) = rows^T query, D numbers a tap, not S2.
 
-    ``used`` taps of the weights become ``taps`` of the rows, zeros beyond.
+    The key begins at ``first`` and has any strides; ``used`` taps of the weights become ``taps`` of the rows, zeros
+    beyond.
     """
     for d in range(depth):
         for n in range(0, taps, PAIR):
             a = b = spread(np.float32(0))
             for s in range(regions):
-                x, place, left = load_spread(keys, d * regions + s), s * used + n, used - n
+                x, place, left = spread(keys[first + d * by_depth + s * by_region]), s * used + n, used - n
                 a, b = a + x * load_part(weights, place, left), b + x * load_part(weights, place + LANES, left - LANES)
             store(rows, d * taps + n, a)
             store(rows, d * taps + n + LANES, b)
@@ -200,20 +201,20 @@ def unpack(mixed, place, scale, out, first, by_channel, width):
 
 @kernel
 def mix(call, thread, threads):
-    """Fill out (B, G, C, H W) from queries (B, G, D, H W) and values (B, G, C, H W), all of any strides.
+    """Fill out (B, G, C, H W) from queries (B, G, D, H W), keys (B, G, D, S2) and values (B, G, C, H W) of any strides.
 
-    ``call`` holds from index 2 on: the addresses of queries, keys (B, G, D, S2), values, weights (S2, N), bias (N), rpb
+    ``call`` holds from index 2 on: the addresses of queries, keys, values, weights (S2, N), bias (N), rpb
     (G, 2 Kh - 1, 2 Kw - 1) and out; B, G, D, C, H, W, Kh, Kw, S2 and the pieces that a map is cut into; strides of
-    queries, values and out.
+    queries, values, out and keys.
     """
-    p = carray(call, 32)
-    batch, groups, depth, channels = p[9], p[10], p[11], p[12]
+    p = carray(call, 35)
+    groups, depth, channels = p[10], p[11], p[12]
     height, width, kernel_height, kernel_width, regions, pieces = p[13], p[14], p[15], p[16], p[17], p[18]
     everything = (1 << 60,)
     queries, values, out = floats(p[2], everything), floats(p[4], everything), floats(p[8], everything)
     size, blocks, used = height * width, (channels + LANES - 1) // LANES, kernel_height * kernel_width
     taps, side = (used + PAIR - 1) // PAIR * PAIR, (2 * kernel_height - 1) * (2 * kernel_width - 1)
-    keys, weights = floats(p[3], (batch * groups, depth * regions)), floats(p[5], (regions * used,))
+    keys, weights = floats(p[3], everything), floats(p[5], (regions * used,))
     biases, tables = floats(p[6], (used,)), floats(p[7], (groups, side))
 
     rows, packed = np.empty(depth * taps, np.float32), np.empty(blocks * size * LANES, np.float32)
@@ -228,7 +229,7 @@ def mix(call, thread, threads):
         bg, piece = job // pieces, job % pieces
         b, g = bg // groups, bg % groups
         first, last = size * piece // pieces, size * (piece + 1) // pieces
-        fold_key(keys[bg], weights, depth, regions, used, taps, rows)
+        fold_key(keys, b * p[31] + g * p[32], p[33], p[34], weights, depth, regions, used, taps, rows)
         held[:] = -1
         for i in range(side):
             table[i] = tables[g, i] * LOG2_E

@@ -47,13 +47,18 @@ def run(compiled: Any, jobs: int, *arguments: Tensor | int) -> None:
     """
     numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     call = (ctypes.c_int64 * (2 + len(numbers)))(compiled.address, jobs, *numbers)
+    start(compiled.address, jobs, ctypes.addressof(call))
+
+
+def start(address: int, jobs: int, call: int) -> None:
+    """Call the kernel at an address with the call at another, as :func:`run` does."""
     threads = max(1, min(torch.get_num_threads(), jobs))
     region = _parallel_region()
     if region is not None:
-        start, trampoline, _ = region
-        start(trampoline, call, threads, 0)
+        begin, trampoline, _ = region
+        begin(trampoline, call, threads, 0)
         return
-    function = C_KERNEL(compiled.address)
+    function = C_KERNEL(address)
     pool = _pool(os.getpid())
     others = [pool.submit(function, call, i, threads) for i in range(1, threads)]
     function(call, 0, threads)

@@ -1,0 +1,267 @@
+"""Whole blocks of the fused network as one operation each, on CPU in float32 without gradients.
+
+An operation takes the parameters of a folded block and packs them once for its kernels (cpu_blocks.py). To
+``torch.compile`` and ``torch.export`` it is one node; it has no gradient. Images are (B, C, H, W) in channels_last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from overlock.ops.backends import AUTO, asked_for
+from overlock.ops.cpu import numba_installed
+
+CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
+PROGRAMS = 64  # sizes of images that a block keeps its calls for
+
+
+Layer = Any  # a module with a weight and a bias, or the two; where it has none, or is absent, they are None
+
+
+class Parameters(NamedTuple):
+    """Of a layer."""
+
+    weight: Any
+    bias: Any
+
+
+class BasicLayers(NamedTuple):
+    """Those of a folded basic block, in the order of the operation's arguments."""
+
+    local: Layer
+    norm: Layer
+    large: Layer
+    reduce: Layer
+    excite: Layer
+    expand: Layer
+    hidden: Layer
+    response: Layer
+    project: Layer
+    residual: Layer
+
+
+class MixerLayers(NamedTuple):
+    """Those of a folded mixer block, which may lack the context's update, the fusion and the value."""
+
+    alpha: Layer
+    beta: Layer
+    local1: Layer
+    norm1: Layer
+    fusion: Layer
+    fusion_project: Layer
+    fusion_norm: Layer
+    query: Layer
+    key: Layer
+    value: Layer
+    kernels: Layer
+    out: Layer
+    large: Layer
+    reduce: Layer
+    excite: Layer
+    gate: Layer
+    project: Layer
+    residual1: Layer
+    local2: Layer
+    norm2: Layer
+    expand: Layer
+    hidden: Layer
+    response: Layer
+    ffn_project: Layer
+    residual2: Layer
+
+
+def parameters_of(layers: Iterable[Layer]) -> list[Tensor | None]:
+    """Weight and bias of each layer."""
+    return [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
+
+
+def _layers(parameters: list[Tensor | None]) -> Iterator[Parameters]:
+    return map(Parameters, parameters[::2], parameters[1::2])
+
+
+class _Prepared:
+    """A block of cpu_blocks.py made of parameters, and its programs for the sizes of images that came."""
+
+    def __init__(self, block: Any, key: tuple[Any, ...], held: list[Tensor]):
+        self.block, self.key, self.held = block, key, held
+        self._programs: dict[Any, Any] = {}
+
+    def program(self, *size: Any) -> Any:
+        """As the threads are now."""
+        known = self._programs.get((size, torch.get_num_threads()))
+        if known is None:
+            if len(self._programs) >= PROGRAMS:
+                self._programs.clear()
+            known = self._programs[size, torch.get_num_threads()] = self.block.program(*size)
+        return known
+
+
+_prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _prepare_once(parameters: list[Tensor | None], make: Callable[[], Any]) -> _Prepared:
+    """The block made of parameters, kept as long as one of them lives and none changes.
+
+    A parameter that ``Module.to`` gives other memory has the version that it had; the old memory is held, lest the new
+    should come to lie at its address.
+    """
+    given = [x for x in parameters if x is not None]
+    key = tuple([x.data_ptr() if x.is_inference() else (x.data_ptr(), x._version) for x in given])
+    owner = given[0]
+    known = _prepared.get(owner)
+    if known is None or known.key != key:
+        known = _prepared[owner] = _Prepared(make(), key, [x.detach() for x in given])
+    return known
+
+
+def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
+    """Images whose tokens lie one stride apart, each token's channels side by side; and the stride."""
+    batch, channels, height, width = x.shape
+    stride = x.stride(3)
+    even = x.stride(1) == 1 and x.stride(2) == width * stride and (batch == 1 or x.stride(0) == height * x.stride(2))
+    if even and stride >= channels:
+        return x, stride
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), channels
+
+
+def _run(prepared: _Prepared, out_channels: int, inputs: list[Tensor], *rest: Any) -> Tensor:
+    """Some images at a time, so that what they need beside input and output stays in the cache."""
+    from overlock.ops.cpu_blocks import Size  # noqa: PLC0415
+
+    batch, _, height, width = inputs[0].shape
+    out = inputs[0].new_empty(batch, height, width, out_channels)
+    one = 4 * prepared.program(Size(1, height, width), *rest).peak
+    parts = -(-batch // max(1, CHUNK // one))
+    for i in range(parts):
+        first, last = batch * i // parts, batch * (i + 1) // parts
+        part = [x[first:last] for x in (*inputs, out)] if parts > 1 else (*inputs, out)
+        prepared.program(Size(last - first, height, width), *rest).run(*part)
+    return out.permute(0, 3, 1, 2)
+
+
+def _basic_block(x: Tensor, parameters: list[Tensor | None], eps: float) -> Tensor:
+    def make() -> Any:
+        from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+        p = BasicLayers(*_layers(parameters))
+        return cpu.BasicBlock(
+            cpu.LocalNorm(cpu.Filter(*p.local), p.norm, eps), cpu.Filter(*p.large), cpu.Excite(p.reduce, p.excite),
+            _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
+        )  # fmt: skip
+
+    x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return _run(_prepare_once(parameters, make), x.shape[1], [x])
+
+
+def _mixer_block(
+    x: Tensor, context: Tensor | None, prior: Tensor | None, parameters: list[Tensor | None], rpbs: list[Tensor],
+    scale: float, region_grid: int, eps: float,
+) -> Tensor:  # fmt: skip
+    def make() -> Any:
+        from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+        p = MixerLayers(*_layers(parameters))
+        fusion, update, value = None, None, None
+        if p.fusion.weight is not None:
+            fusion = cpu.Fusion(cpu.Filter(*p.fusion), cpu.Product(*p.fusion_project), p.fusion_norm, eps)
+        if p.alpha.weight is not None:
+            update = cpu.Update(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
+        if p.value.weight is not None:
+            value = cpu.Product(*p.value)
+        mix = cpu.Mix(
+            cpu.Product(p.query.weight * scale, p.query.bias * scale),
+            cpu.Product(*p.key),
+            value,
+            p.kernels,
+            rpbs,
+            region_grid,
+        )
+        return cpu.MixerBlock(
+            update=update, local1=cpu.LocalNorm(cpu.Filter(*p.local1), p.norm1, eps), fusion=fusion, mix=mix,
+            out=cpu.Product(*p.out), large=cpu.Filter(*p.large), excite=cpu.Excite(p.reduce, p.excite),
+            gate=cpu.Product(*p.gate), project=cpu.Product(*p.project), share1=_share(p.residual1, p.norm1),
+            local2=cpu.LocalNorm(cpu.Filter(*p.local2), p.norm2, eps),
+            ffn=_feed_forward(p.expand, p.hidden, p.response, p.ffn_project, eps), share2=_share(p.residual2, p.norm2),
+            context_channels=0 if context is None else context.shape[1],
+        )  # fmt: skip
+
+    prepared = _prepare_once([*parameters, *rpbs], make)
+    given = [y for y in (x, context, prior) if y is not None]
+    inputs, strides = zip(*map(_as_tokens, given), strict=True)
+    return _run(prepared, _width(x, context), list(inputs), strides)
+
+
+def _width(x: Tensor, context: Tensor | None) -> int:
+    return x.shape[1] + (0 if context is None else context.shape[1])
+
+
+def _feed_forward(expand: Layer, hidden: Layer, response: Layer, project: Layer, eps: float) -> Any:
+    from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+    return cpu.FeedForward(
+        cpu.Product(*expand), cpu.Filter(*hidden), response.weight, eps, cpu.Product(*project)
+    )  # fmt: skip
+
+
+def _share(residual: Layer, norm: Layer) -> Tensor:
+    """What a residual keeps of the identity."""
+    return torch.ones_like(norm.weight) if residual.weight is None else residual.weight.flatten().contiguous()
+
+
+def kernels_apply(inputs: list[Tensor], parameters: list[Tensor | None]) -> bool:
+    """Whether a call is one for the kernels: float32 on CPU, no gradient wanted, no other backend asked for."""
+    tensors = [*inputs, *(x for x in parameters if x is not None)]
+    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return inputs[0].shape[0] > 0 and _is_wanted() and (torch.compiler.is_compiling() or not is_watched())
+
+
+@torch.compiler.assume_constant_result
+def _is_wanted() -> bool:
+    """Whether numba is there, and no other backend asked for; a graph keeps the answer of its compilation."""
+    return numba_installed() and asked_for() in (AUTO, "cpu")
+
+
+def is_watched() -> bool:
+    """Whether each operation is to be seen by a trace, a mode (such as a counter of FLOPs) or a transform (vmap)."""
+    return (
+        torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )  # fmt: skip
+
+
+def _define(
+    name: str, arguments: str, run: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Register an operation for graphs; outside of them its function is called at once, which saves a detour."""
+    torch.library.define(f"overlock::{name}", f"({arguments}) -> Tensor")
+    torch.library.impl(f"overlock::{name}", "cpu", run)
+    torch.library.register_fake(f"overlock::{name}", fake)
+    operator = getattr(torch.ops.overlock, name).default
+
+    def call(*inputs: Any) -> Tensor:
+        return operator(*inputs) if torch.compiler.is_compiling() else run(*inputs)
+
+    return call
+
+
+def _images(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty(x.shape[0], *x.shape[2:], channels).permute(0, 3, 1, 2)
+
+
+basic_block = _define(
+    "basic_block", "Tensor x, Tensor?[] parameters, float eps", _basic_block, lambda x, *_: _images(x, x.shape[1])
+)
+mixer_block = _define(
+    "mixer_block",
+    "Tensor x, Tensor? context, Tensor? prior, Tensor?[] parameters, Tensor[] rpbs, float scale, int region_grid,"
+    " float eps",
+    _mixer_block, lambda x, context, *_: _images(x, _width(x, context)),
+)  # fmt: skip

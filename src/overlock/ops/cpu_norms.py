@@ -1,0 +1,147 @@
+"""The numba code of blocks.py around products and filters: local convolution with layer norm, regions, contexts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray, njit
+
+from overlock.ops.cpu_filters import filter_one, filter_seven, read_row
+from overlock.ops.threads import OPTIONS, floats, kernel, share
+from overlock.ops.vectors import LANES, load, load_part, spread, store_part, total
+
+LOCAL = 3  # rows of a local convolution
+
+
+@njit(**OPTIONS)
+def normalise(row, width, channels, ones, weight, bias, eps, out, first):
+    """Layer norm of a row held as (blocks, width, LANES) with zeros beyond the channels; ``ones`` has them too."""
+    for x in range(width):
+        both = spread(np.float32(0))
+        for c in range(0, channels, LANES):
+            both = both + load(row, c * width + x * LANES)
+        mean = spread(total(both) / np.float32(channels))
+        both = spread(np.float32(0))
+        for c in range(0, channels, LANES):
+            off = (load(row, c * width + x * LANES) - mean) * load(ones, c)
+            both = both + off * off
+        scale = spread(np.float32(1) / np.float32(math.sqrt(total(both) / np.float32(channels) + eps)))
+        for c in range(0, channels, LANES):
+            value = (load(row, c * width + x * LANES) - mean) * scale
+            value = value * load(weight, c) + load(bias, c)
+            store_part(out, first + x * channels + c, value, min(LANES, channels - c))
+
+
+@kernel
+def local_and_norm(call, thread, threads):
+    """A local convolution of images (B, H, W, C) with weight (9, C) and bias, and the layer norm of its result.
+
+    ``call`` holds from index 2 on: the addresses of the images, the convolution's weight and bias, the norm's weight,
+    bias and eps, of the result and of the normed result; B, H, W, C and the pieces that the rows are cut into.
+    """
+    p = carray(call, 15)
+    batch, height, width, channels, pieces = p[10], p[11], p[12], p[13], p[14]
+    numbers, blocks = (batch * height * width * channels,), (channels + LANES - 1) // LANES
+    images, filtered, normed = floats(p[2], numbers), floats(p[8], numbers), floats(p[9], numbers)
+    weights, biases, eps = floats(p[3], (9, channels)), floats(p[4], (channels,)), floats(p[7], (1,))[0]
+    whole = np.zeros((3, blocks * LANES), np.float32)
+    whole[0, :channels], whole[1, :channels], whole[2, :channels] = (
+        1,
+        floats(p[5], (channels,)),
+        floats(p[6], (channels,)),
+    )
+    taps = np.zeros((blocks, 10 * LANES), np.float32)
+    for c in range(channels):
+        for n in range(9):
+            taps[c // LANES, n * LANES + c % LANES] = weights[n, c]
+        taps[c // LANES, 9 * LANES + c % LANES] = biases[c]
+    stride = (width + 2) * LANES
+    lines, order = np.zeros((blocks, LOCAL * stride), np.float32), np.zeros(LOCAL, np.int64)
+    row = np.zeros(blocks * width * LANES, np.float32)
+    begin, end = share(p, thread, threads)
+    for job in range(begin, end):
+        origin, piece = job // pieces * height * width * channels, job % pieces
+        first, last = height * piece // pieces, height * (piece + 1) // pieces
+        ready = max(first - 1, 0)
+        for y in range(first, last):
+            while ready < min(y + 2, height):
+                for block in range(blocks):
+                    c = block * LANES
+                    at = origin + ready * width * channels + c
+                    place = ready % LOCAL * stride + LANES
+                    read_row(images, at, channels, width, min(LANES, channels - c), 0, lines[block], place)
+                ready += 1
+            top, bottom = max(1 - y, 0), min(LOCAL, height - y + 1)
+            for k in range(top, bottom):
+                order[k] = (y - 1 + k) % LOCAL
+            for block in range(blocks):
+                line, tap, to = lines[block], taps[block], block * width * LANES
+                for x in range(0, width - 6, 7):
+                    filter_seven(line, tap, order, top, bottom, LOCAL, LANES, stride, x * LANES, row, to + x * LANES)
+                for x in range(width - width % 7, width):
+                    filter_one(line, tap, order, top, bottom, LOCAL, LANES, stride, x * LANES, row, to + x * LANES)
+                at, lanes = origin + y * width * channels + block * LANES, min(LANES, channels - block * LANES)
+                for x in range(width):
+                    store_part(filtered, at + x * channels, load(row, to + x * LANES), lanes)
+            at = origin + y * width * channels
+            normalise(row, width, channels, whole[0], whole[1], whole[2], eps, normed, at)
+
+
+@kernel
+def average_regions(call, thread, threads):
+    """Means (B, S S, C) of images (B, H, W, C) over S x S regions.
+
+    ``call`` holds from index 2 on: the addresses of the images and the means; B, H, W, C, the stride of images' tokens
+    and S.
+    """
+    p = carray(call, 10)
+    batch, height, width, channels, stride, grid = p[4], p[5], p[6], p[7], p[8], p[9]
+    images, means = floats(p[2], (1 << 60,)), floats(p[3], (batch * grid * grid * channels,))
+    begin, end = share(p, thread, threads)
+    for job in range(begin, end):
+        b, i, j = job // (grid * grid), job // grid % grid, job % grid
+        top, bottom = height * i // grid, (height * (i + 1) + grid - 1) // grid
+        left, right = width * j // grid, (width * (j + 1) + grid - 1) // grid
+        for c in range(0, channels, LANES):
+            lanes, both = min(LANES, channels - c), spread(np.float32(0))
+            for y in range(top, bottom):
+                line = spread(np.float32(0))
+                for x in range(left, right):
+                    line = line + load_part(images, ((b * height + y) * width + x) * stride + c, lanes)
+                both = both + line
+            both = both * spread(np.float32(1) / np.float32((bottom - top) * (right - left)))
+            store_part(means, job * channels + c, both, lanes)
+
+
+@kernel
+def join(call, thread, threads):
+    """out (B, T, C + Cc) = features beside share * context + weight * prior + bias, the last two terms if asked for.
+
+    ``call`` holds from index 2 on: the addresses of features, context, prior, share, weight, bias (Cc each) and out;
+    the tokens B T, C, Cc; the strides of the tokens of features, context and prior; whether to add the prior; and the
+    pieces.
+    """
+    p = carray(call, 17)
+    tokens, channels, beside = p[9], p[10], p[11]
+    everything = (1 << 60,)
+    features, context, prior = floats(p[2], everything), floats(p[3], everything), floats(p[4], everything)
+    kept, weight, bias, out = (
+        floats(p[5], everything),
+        floats(p[6], everything),
+        floats(p[7], everything),
+        floats(p[8], everything),
+    )
+    begin, end = share(p, thread, threads)
+    for t in range(tokens * begin // p[16], tokens * end // p[16]):
+        place = t * (channels + beside)
+        for c in range(0, channels, LANES):
+            lanes = min(LANES, channels - c)
+            store_part(out, place + c, load_part(features, t * p[12] + c, lanes), lanes)
+        for c in range(0, beside, LANES):
+            lanes = min(LANES, beside - c)
+            value = load_part(context, t * p[13] + c, lanes)
+            if p[15]:
+                value = value * load_part(kept, c, lanes) + load_part(bias, c, lanes)
+                value = value + load_part(prior, t * p[14] + c, lanes) * load_part(weight, c, lanes)
+            store_part(out, place + channels + c, value, lanes)

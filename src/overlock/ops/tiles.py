@@ -1,0 +1,107 @@
+"""The inner loop of a matrix product as a numba value: a tile of the result that stays in registers.
+
+ROWS x PANEL numbers of the result are as many vectors as there are registers, less those for the operands. Each step
+reads PANEL weights and one number of each row, so a tile's arithmetic covers its reads from the second cache. Rows are
+STRIDE numbers apart, so that all of them are reached from one address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from overlock.ops.vectors import LANES, VECTOR, _place, _spread
+
+ROWS = 12 if LANES == 16 else 6
+PANEL = 2 * LANES
+DEPTH = 256  # of rows at one place
+STRIDE = DEPTH + LANES  # no power of two, or rows would share lines of the cache
+INDEX = ir.IntType(64)
+
+
+class _Builder:
+    """What the loops need of LLVM, beside an ``IRBuilder``."""
+
+    def __init__(self, context: Any, builder: Any, kinds: Any, arguments: Any):
+        self.builder = builder
+        self.rows, x, x_first, weight, weight_first, self.depth, tile, tile_first = arguments
+        self.x = _place(context, builder, kinds[1], x, x_first)
+        self.weight = _place(context, builder, kinds[3], weight, weight_first)
+        self.tile = _place(context, builder, kinds[6], tile, tile_first)
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+        name = f"llvm.fma.v{LANES}f32"
+        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def at(self, place: Any, offset: Any) -> Any:
+        """The address ``offset`` numbers on."""
+        offset = INDEX(offset) if isinstance(offset, int) else offset
+        numbers = self.builder.bitcast(place, ir.FloatType().as_pointer())
+        return self.builder.bitcast(self.builder.gep(numbers, [offset]), VECTOR.as_pointer())
+
+    def load(self, place: Any, offset: Any) -> Any:
+        loaded = self.builder.load(self.at(place, offset))
+        loaded.align = 4
+        return loaded
+
+    def store(self, value: Any, place: Any, offset: Any) -> None:
+        self.builder.store(value, self.at(place, offset)).align = 4
+
+    def spread(self, place: Any, offset: Any) -> Any:
+        """The number at an address, in all lanes."""
+        number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
+        return _spread(self.builder, self.builder.load(number), VECTOR)
+
+    def multiply(self, rows: int, vectors: int, end: Any) -> Any:
+        """A loop over the depth for a count of rows; returns the block that begins it."""
+        builder, places = self.builder, [(r, v) for r in range(rows) for v in range(vectors)]
+        begin, loop, done = (builder.append_basic_block(name) for name in ("begin", "loop", "done"))
+        builder.position_at_end(begin)
+        sums = [self.load(self.tile, r * PANEL + v * LANES) for r, v in places]
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        step, held = builder.phi(INDEX), [builder.phi(VECTOR) for _ in places]
+        weights = self.at(self.weight, builder.mul(step, INDEX(PANEL)))
+        columns = [self.load(weights, v * LANES) for v in range(vectors)]
+        x = self.at(self.x, step)
+        added = []
+        for r in range(rows):
+            number = self.spread(x, r * STRIDE)
+            for v in range(vectors):
+                added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
+        following = builder.add(step, INDEX(1))
+        for phi, first, later in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
+            phi.add_incoming(first, begin)
+            phi.add_incoming(later, loop)
+        builder.cbranch(builder.icmp_signed("<", following, self.depth), loop, done)
+
+        builder.position_at_end(done)
+        for (r, v), total in zip(places, added, strict=True):
+            self.store(total, self.tile, r * PANEL + v * LANES)
+        builder.branch(end)
+        return begin
+
+
+def _tile_product(vectors: int) -> Any:
+    @intrinsic
+    def multiply(_typing_context, rows, x, x_first, weight, weight_first, depth, tile, tile_first):  # noqa: ARG001
+        def generate(context, builder, signature, arguments):
+            loops, end = _Builder(context, builder, signature.args, arguments), builder.append_basic_block("end")
+            choice = builder.switch(arguments[0], end)
+            for count in range(1, ROWS + 1):
+                choice.add_case(INDEX(count), loops.multiply(count, vectors, end))
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        index = types.int64
+        return types.void(index, x, index, weight, index, index, tile, index), generate
+
+    return multiply
+
+
+# tile (rows, PANEL) += x (rows, depth) @ weight (depth, PANEL), each from an index of a flat array on; x's rows are
+# STRIDE apart, 1 <= rows <= ROWS and depth >= 1. The second does the first LANES columns alone.
+multiply_panel, multiply_half = _tile_product(2), _tile_product(1)

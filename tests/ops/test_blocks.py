@@ -1,0 +1,323 @@
+"""The blocks of the fused network as operations on CPU: against the blocks in float64, and where they do not apply."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+
+import pytest
+import torch
+from helpers import images, randomise, relative_error
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import overlock
+from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
+from overlock.ops import blocks, threads
+
+TOLERANCE = 1e-5  # of the largest magnitude, after a dozen layers
+
+
+def basic(channels=24, kernel_size=7, size=(2, 14, 9), **options):
+    return BasicBlock(channels, kernel_size=kernel_size, **options), [(channels, *size[1:])], size[0]
+
+
+def dynamic(channels=24, beside=20, groups=3, kernel_size=7, size=(2, 14, 9), **options):
+    block = DynamicBlock(channels, beside, groups=groups, kernel_size=kernel_size, **options)
+    return block, [(channels, *size[1:]), *[(beside, *size[1:])] * 2], size[0]
+
+
+def plugin(channels=24, groups=3, kernel_size=7, size=(2, 14, 9), **options):
+    block = ContMixBlock(channels, groups=groups, kernel_size=kernel_size, **options)
+    return block, [(channels, *size[1:])], size[0]
+
+
+KINDS = {"basic": basic, "dynamic": dynamic, "plugin": plugin}
+CASES = [
+    lambda: basic(size=(1, 1, 1)),
+    lambda: basic(8, 3, (3, 1, 9), scaled=True),
+    lambda: basic(17, 17, (2, 8, 1)),
+    lambda: basic(64, 5, (5, 7, 7), scaled=True, ffn_ratio=3),
+    lambda: basic(100, 13, (1, 30, 33)),
+    lambda: basic(56, 15, (1, 56, 40)),
+    lambda: basic(336, 7, (2, 7, 7), scaled=True),
+    lambda: dynamic(first=True),
+    lambda: dynamic(64, 24, 4, 9, (1, 16, 31)),
+    lambda: dynamic(8, 4, 2, 7, (3, 7, 7)),
+    lambda: dynamic(40, 7, 5, 11, (2, 12, 11), ffn_ratio=2),
+    lambda: dynamic(336, 84, 12, 7, (2, 7, 8)),
+    lambda: plugin(scaled=True),
+    lambda: plugin(64, 4, 9, (1, 33, 9), small_kernel=None),
+    lambda: plugin(8, 1, 7, (3, 7, 7), region_grid=3),
+]
+
+
+def make(kind, seed=0, **options):
+    """Block, fused block and inputs."""
+    block, shapes, batch = KINDS[kind](**options) if isinstance(kind, str) else kind()
+    block = randomise(block, seed)
+    return block, overlock.fuse(block), [images(batch, *shape, seed=i) for i, shape in enumerate(shapes)]
+
+
+def joined(outputs):
+    return outputs if isinstance(outputs, Tensor) else torch.cat(outputs, dim=1)
+
+
+def expected_of(block, inputs):
+    return joined(copy.deepcopy(block).double()(*[x.detach().double() for x in inputs]))
+
+
+def check(actual, expected, tolerance=TOLERANCE):
+    assert relative_error(joined(actual).double(), expected) <= tolerance
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Those of the operations."""
+    seen = []
+    for name in ("basic_block", "mixer_block"):
+        run = getattr(blocks, name)
+        monkeypatch.setattr(blocks, name, lambda *a, run=run: (seen.append(a), run(*a))[1])
+    return seen
+
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@torch.no_grad()
+def test_values(case, layout, calls):
+    """Counts of channels, maps, batches and kernels of all kinds."""
+    block, fused, inputs = make(case)
+    result = fused(*[x.contiguous(memory_format=layout) for x in inputs])
+    check(result, expected_of(block, inputs))
+    assert len(calls) == 1
+    assert joined(result).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def test_views():
+    """Features and context as the block before gives them, side by side."""
+    block, fused, (x, context, prior) = make("dynamic")
+    both = torch.cat([x, context], dim=1).contiguous(memory_format=torch.channels_last)
+    x, context = both.split([24, 20], dim=1)
+    check(fused(x, context, prior), expected_of(block, [x, context, prior]))
+    transposed = [y.mT for y in (x, context, prior)]
+    check(fused(*transposed), expected_of(block, transposed))
+
+
+@kinds
+@torch.no_grad()
+def test_parts_of_a_batch(kind, monkeypatch):
+    """Some images at a time, in parts of two sizes."""
+    block, fused, inputs = make(kind, size=(7, 14, 9))
+    expected = fused(*inputs)
+    monkeypatch.setattr(blocks, "CHUNK", 300_000)
+    check(fused(*inputs), expected_of(block, inputs))
+    assert torch.equal(joined(fused(*inputs)), joined(fused(*inputs)))
+    check(fused(*inputs), joined(expected).double(), 1e-6)
+
+
+@kinds
+@torch.no_grad()
+def test_threads_agree_and_runs_repeat(kind, monkeypatch):
+    """The same numbers at every run; one thread, two, five, and two without OpenMP differ by rounding at most."""
+    _, fused, inputs = make(kind, size=(1, 30, 20))
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 5, 2):
+            torch.set_num_threads(count)
+            results.append(joined(fused(*inputs)))
+            assert torch.equal(joined(fused(*inputs)), results[-1])
+        monkeypatch.setattr(threads, "_parallel_region", lambda: None)
+        assert torch.equal(joined(fused(*inputs)), results[-1])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        check(result, results[0].double(), 1e-6)
+
+
+def run_all(results):
+    torch.set_num_threads(1)
+    results.put({kind: run(kind) for kind in KINDS})
+
+
+@torch.no_grad()
+def run(kind):
+    _, fused, inputs = make(kind)
+    return joined(fused(*inputs)).sum().item()
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_forked_process():
+    """On one thread, as in a worker of DataLoader: more than one hang in OpenMP, PyTorch's operations too."""
+    expected = {kind: run(kind) for kind in KINDS}
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=run_all, args=(results,))
+    process.start()
+    try:
+        assert results.get(timeout=60) == pytest.approx(expected, rel=1e-4)
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@kinds
+@torch.no_grad()
+def test_what_is_not_finite_comes_out(kind, value):
+    """In the image that has it, not in the other."""
+    block, fused, inputs = make(kind)
+    inputs[0][1, 3, 6, 4] = value
+    actual, expected = joined(fused(*inputs)), expected_of(block, inputs)
+    assert not expected[1].isfinite().any(dim=0).all()
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+
+
+# Where they do not apply
+
+
+@kinds
+@torch.no_grad()
+def test_other_types(kind, calls):
+    """The block itself, folded in float32."""
+    block, fused, inputs = make(kind)
+    check(fused.double()(*[x.double() for x in inputs]), expected_of(block, inputs))
+    assert not calls
+
+
+@pytest.mark.parametrize("which", ["images", "parameters"])
+@kinds
+def test_gradients(kind, which, calls):
+    """Those of the block, to the images and to parameters that want them."""
+    block, fused, inputs = make(kind)
+    grads = []
+    for module, cast in ((fused, Tensor.float), (overlock.fuse(copy.deepcopy(block).double()), Tensor.double)):
+        given = [cast(x).clone() for x in inputs]
+        leaves = (
+            given if which == "images" else [p for name, p in module.named_parameters() if name.endswith("fc1.bias")]
+        )
+        for leaf in leaves:
+            leaf.requires_grad_()
+        joined(module(*given)).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert grads[0]
+    assert not calls
+    for actual, expected in zip(*grads, strict=True):
+        check(actual, expected, 1e-4)
+
+
+@kinds
+@torch.no_grad()
+def test_without_numba(kind, monkeypatch, calls):
+    block, fused, inputs = make(kind)
+    monkeypatch.setattr(blocks, "numba_installed", lambda: False)
+    check(fused(*inputs), expected_of(block, inputs))
+    assert not calls
+
+
+@kinds
+@torch.no_grad()
+def test_empty_batch(kind):
+    _, fused, inputs = make(kind)
+    assert joined(fused(*[x[:0] for x in inputs])).shape == (0, *joined(fused(*inputs)).shape[1:])
+
+
+@kinds
+@torch.no_grad()
+def test_default_type_is_no_matter(kind):
+    """A default of float64 does not change what the kernels read and write."""
+    block, fused, inputs = make(kind)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(fused(*inputs), expected_of(block, inputs))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "plugin"])
+@torch.no_grad()
+def test_maps_smaller_than_the_kernel(kind, calls):
+    """They are enlarged, which the block does."""
+    block, fused, inputs = make(kind, size=(2, 5, 9))
+    check(fused(*inputs), expected_of(block, inputs))
+    assert not calls
+
+
+@kinds
+@torch.no_grad()
+def test_a_changed_parameter_takes_effect(kind):
+    """Changed in place, given other memory as Module.to does, or loaded."""
+    block, fused, inputs = make(kind)
+    fused(*inputs)
+    for name in ("local1.weight", "local.weight", "ffn.project.bias"):
+        for parameter in (dict(fused.block.named_parameters()).get(name), dict(block.named_parameters()).get(name)):
+            if parameter is not None:
+                parameter.data = parameter.data * 1
+    check(fused.double().float()(*inputs), expected_of(block, inputs))
+    other, fused_other, _ = make(kind, seed=1)
+    fused.load_state_dict(fused_other.state_dict())
+    check(fused(*inputs), expected_of(other, inputs))
+    with torch.inference_mode():
+        check(fused(*inputs), expected_of(other, inputs))
+
+
+@torch.inference_mode()
+def test_parameters_made_in_inference_mode():
+    """They have no versions to ask for."""
+    block, fused, inputs = make("basic")
+    check(fused(*inputs), expected_of(block, inputs))
+
+
+# PyTorch's tools
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@kinds
+def test_registration(kind, layout, calls):
+    """PyTorch's own checks of an operation: schema, shapes without data, dispatch, graphs."""
+    _, fused, inputs = make(kind)
+    with torch.no_grad():
+        fused(*[x.contiguous(memory_format=layout) for x in inputs])
+    name = "basic_block" if kind == "basic" else "mixer_block"
+    torch.library.opcheck(getattr(torch.ops.overlock, name).default, calls[0])
+
+
+@kinds
+@torch.no_grad()
+def test_one_node_of_a_graph(kind):
+    """Compiled for any batch, without a break; exported."""
+    _, fused, inputs = make(kind)
+    nodes = []
+
+    def look(graph, _):
+        nodes.append([str(node.target) for node in graph.graph.nodes if "overlock" in str(node.target)])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend=look, fullgraph=True, dynamic=True)
+    for batch in (2, 5):
+        given = [x[:1].repeat(batch, 1, 1, 1) for x in inputs]
+        check(compiled(*given), joined(fused(*given)).double(), 1e-6)
+    assert [len(x) for x in nodes] == [1]
+
+
+@kinds
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*")
+def test_what_follows_each_operation(kind, calls):
+    """A trace, a transform, a mode: they get PyTorch's operations, which they know."""
+    block, fused, inputs = make(kind)
+    expected = expected_of(block, inputs)
+    mapped = torch.func.vmap(lambda *x: joined(fused(*[y[None] for y in x]))[0])(*inputs)
+    check(mapped, expected)
+    check(torch.jit.trace(fused, tuple(inputs), check_trace=False)(*inputs), expected)
+    with FlopCounterMode(display=False) as counter:
+        fused(*inputs)
+    assert counter.get_total_flops() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = joined(fused(*[mode.from_tensor(x) for x in inputs]))
+    assert fake.shape == expected.shape
+    assert not calls
