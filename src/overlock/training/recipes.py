@@ -88,7 +88,7 @@ def cifar10(data: str) -> TrainConfig:
         model="overlock_atto",
         image_size=32,
         stem_stride=2,
-        epochs=6,
+        epochs=30,
         batch_size=128,
         validate_every=2,
         augment=Augmentation(padding=4),
