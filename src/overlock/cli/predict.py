@@ -25,8 +25,8 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--checkpoint",
         type=str | None,
         default=None,
-        help="Folder of a run, its model.safetensors, or a file of weights; without it a small model that comes with "
-        "the package and knows the ten classes of CIFAR-10.",
+        help="Folder of a run, its model.safetensors, or a file of weights; without it the package's own small "
+        "model of the ten classes of CIFAR-10, in builds that have one.",
     )
     parser.add_argument("--model", type=str | None, default=None, help="Model of a checkpoint that does not say.")
     parser.add_argument("--top", type=int, default=5, help="How many classes to show.")
