@@ -1,8 +1,8 @@
-"""Depthwise convolution by kernels of our own where they are faster: large ones on CUDA, and training on CPU.
+"""Depthwise convolution by kernels of our own: large ones on CUDA, where they are faster, and in training on CPU.
 
 On CUDA each part of the work, forward and the two gradients, is timed once for each shape, dtype and layout when it
-first runs, Triton's kernel against PyTorch's. On CPU PyTorch's weight gradient takes up to 60 times as long as ours,
-and its dilated convolutions up to 8 times.
+first runs, Triton's kernel against PyTorch's. On CPU it is the gradients and dilated convolutions that gain
+(docs/performance.md).
 """
 
 from __future__ import annotations
