@@ -35,21 +35,21 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     Returns:
         The copy, in evaluation mode, its parameters frozen.
     """
-    copied = _transform(copy.deepcopy(model).eval().requires_grad_(False), "fold")
+    copied = _fold(copy.deepcopy(model).eval().requires_grad_(False))
     fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters())
     if kernels and fits and numba_installed():
         copied = _for_cpu(copied).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return copied  # type: ignore[return-value]
 
 
-def _transform(module: nn.Module, method: str) -> nn.Module:
-    """The module in the form that a method gives, its children transformed before it."""
+def _fold(module: nn.Module) -> nn.Module:
+    """The module in its folded form, its children folded before it."""
     for name, child in module.named_children():
-        form = _transform(child, method)
+        form = _fold(child)
         if form is not child:
             setattr(module, name, form)
-    transform = getattr(module, method, None)
-    return module if transform is None else transform().eval().requires_grad_(False)
+    fold = getattr(module, "fold", None)
+    return module if fold is None else fold().eval().requires_grad_(False)
 
 
 def _for_cpu(module: nn.Module) -> nn.Module:

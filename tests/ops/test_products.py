@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from overlock.ops.cpu_blocks import Product
-from overlock.ops.cpu_products import GELU, SILU
+from overlock.ops.cpu_products import SILU
 from overlock.ops.programs import Program, input_place
 from overlock.ops.tiles import DEPTH, PANEL, ROWS
 
@@ -67,8 +67,7 @@ def test_steps():
     program.compile().run(wide, out, scale, gate, other)
     scaled = x.double() * scale.double().repeat_interleave(tokens, 0) * gate.double()
     check(out, F.linear(scaled, weight.double(), bias.double()) + share.double() * other.double())
-    for step, activation in ((GELU, F.gelu), (SILU, F.silu)):
-        program = Program()
-        product.add(program, rows, input_place(0), input_place(1), stride=50, after=step)
-        program.compile().run(wide, out)
-        check(out, activation(F.linear(x.double(), weight.double(), bias.double())))
+    program = Program()
+    product.add(program, rows, input_place(0), input_place(1), stride=50, after=SILU)
+    program.compile().run(wide, out)
+    check(out, F.silu(F.linear(x.double(), weight.double(), bias.double())))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from overlock.ops import inference as ops
+from overlock.ops.cpu import to_images
 
 
 def cpu_form(module: nn.Module) -> nn.Module:
@@ -37,7 +38,7 @@ class Pointwise(nn.Module):
         self.bias = None if conv.bias is None else _frozen(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.to_images(ops.linear(x.permute(0, 2, 3, 1), self.weight, self.bias))
+        return to_images(ops.linear(x.permute(0, 2, 3, 1), self.weight, self.bias))
 
 
 class Depthwise(nn.Module):

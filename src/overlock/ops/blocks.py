@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.ops.backends import AUTO, asked_for
-from overlock.ops.cpu import numba_installed
+from overlock.ops.cpu import numba_installed, to_images, to_tokens
 
 CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
 PROGRAMS = 64  # sizes of images that a block keeps its calls for
@@ -126,7 +126,7 @@ def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
     even = x.stride(1) == 1 and x.stride(2) == width * stride and (batch == 1 or x.stride(0) == height * x.stride(2))
     if even and stride >= channels:
         return x, stride
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), channels
+    return to_images(to_tokens(x)), channels
 
 
 def _run(prepared: _Prepared, out_channels: int, inputs: list[Tensor], *rest: Any) -> Tensor:
@@ -154,7 +154,7 @@ def _basic_block(x: Tensor, parameters: list[Tensor | None], eps: float) -> Tens
             _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
         )  # fmt: skip
 
-    x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    x = to_images(to_tokens(x))
     return _run(_prepare_once(parameters, make), x.shape[1], [x])
 
 

@@ -33,6 +33,16 @@ def why_not(
     return None
 
 
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) as contiguous (B, H, W, C)."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def to_images(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) as (B, C, H, W) in channels_last."""
+    return tokens.permute(0, 3, 1, 2)
+
+
 @functools.lru_cache(maxsize=1)
 def numba_installed() -> bool:
     """Whether the kernels written for numba can be compiled."""

@@ -9,6 +9,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
+from overlock.ops.cpu import to_images, to_tokens
 from overlock.ops.cpu_filters import GELU_BEFORE, filter_tokens, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import LANES, load, spread, store
@@ -144,21 +145,15 @@ def correlate(call, thread, threads):
                     out[piece, k * size + n, block * LANES + c] = sums[at + c]
 
 
-def _to_tokens(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
     """Images (B, C, H, W) filtered with weights (C, K, K), channels last."""
-    tokens, bias = _to_tokens(x), x.new_zeros(x.shape[1]) if bias is None else bias
-    return filter_tokens(tokens, weight.permute(1, 2, 0), bias, torch.empty_like(tokens), **settings).permute(
-        0, 3, 1, 2
-    )
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    return to_images(filter_tokens(to_tokens(x), weight.permute(1, 2, 0), bias, **settings))
 
 
 def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, steps: int = 0) -> Tensor:
     """Gradient (C, 1, K, K) of the weights that x (B, C, H, W) is filtered with."""
-    grads, images = _to_tokens(grad), _to_tokens(x)
+    grads, images = to_tokens(grad), to_tokens(x)
     batch, height, width, channels = images.shape
     blocks = -(-channels // LANES)
     pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
@@ -197,5 +192,5 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Te
 
 def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """Gradients of local_conv with respect to x, channels last, and weight."""
-    of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=_to_tokens(x) if gelu else None)
+    of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
     return of_x, _correlate(grad, x, weight.shape[3], 1, GELU_BEFORE if gelu else 0)

@@ -133,24 +133,18 @@ def depthwise(call, thread, threads):
 
 
 def filter_tokens(
-    tokens: Tensor, weight: Tensor, bias: Tensor, out: Tensor, steps: int = 0, squares: Tensor | None = None,
-    dilation: int = 1, before_gelu: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C) into ``out``, which may be ``tokens``.
+    tokens: Tensor, weight: Tensor, bias: Tensor, steps: int = 0, dilation: int = 1, before_gelu: Tensor | None = None
+) -> Tensor:
+    """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C).
 
     Args:
         steps: GELU_BEFORE, GELU_AFTER or both, added up.
-        squares: (B, C), takes each channel's sum of squares of the result.
         dilation: distance of a filter's neighbours.
         before_gelu: (B, H, W, C); multiply the result by GELU's derivative there.
     """
-    height = tokens.shape[1]
-    jobs = tokens.shape[0] * -(-tokens.shape[3] // LANES)
-    pieces = 1
-    if squares is None and out is not tokens:
-        pieces = max(1, min(2 * torch.get_num_threads() // jobs, height // 8))
-    sums, steps = (out, steps) if squares is None else (squares, steps | SQUARES)
+    out, jobs = torch.empty_like(tokens), tokens.shape[0] * -(-tokens.shape[3] // LANES)
+    pieces = max(1, min(2 * torch.get_num_threads() // jobs, tokens.shape[1] // 8))
     steps = steps if before_gelu is None else steps | GELU_GRADIENT
     sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation, tokens if before_gelu is None else before_gelu)
-    run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, sums, *sizes)
+    run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, out, *sizes)
     return out

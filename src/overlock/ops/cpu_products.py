@@ -13,10 +13,10 @@ from torch import Tensor
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.tiles import DEPTH, PANEL, ROWS, STRIDE, multiply_half, multiply_panel
-from overlock.ops.vectors import LANES, gelu, load, load_part, silu, store, store_part
+from overlock.ops.vectors import LANES, load, load_part, silu, store, store_part
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
-SCALED, GATED, RESIDUAL, GELU, SILU = 1, 2, 4, 8, 16
+SCALED, GATED, RESIDUAL, SILU = 1, 2, 4, 8
 ROOM = 1 << 16  # numbers of packed tokens: half of a second cache, with weights and results beside them
 
 
@@ -54,8 +54,6 @@ def finish(value, other, other_first, share, column, lanes, steps):
     """The last steps of a vector of the result."""
     if steps & RESIDUAL:
         value = value + load_part(other, other_first, lanes) * load_part(share, column, lanes)
-    if steps & GELU:
-        value = gelu(value)
     if steps & SILU:
         value = silu(value)
     return value

@@ -7,6 +7,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from overlock.ops.cpu import to_images, to_tokens
 from overlock.ops.threads import floats, kernel, run, share
 from overlock.ops.vectors import LANES, load, load_part, spread, store, store_part
 
@@ -64,7 +65,7 @@ def scale_and_sum(call, thread, threads):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous().flatten(1, 2)
+    return to_tokens(x).flatten(1, 2)
 
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
@@ -87,4 +88,4 @@ def scale_and_add(a: Tensor, scale: Tensor, b: Tensor | None, other: Tensor) -> 
     out = torch.empty_like(first)
     tensors = (first, scale.contiguous(), second, other.contiguous(), out)
     run(scale_and_sum, batch * pieces, *tensors, batch, tokens, channels, pieces, b is not None)
-    return out.unflatten(1, a.shape[2:]).permute(0, 3, 1, 2)
+    return to_images(out.unflatten(1, a.shape[2:]))

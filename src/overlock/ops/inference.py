@@ -17,19 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.ops.backends import AUTO, asked_for
 from overlock.ops.blocks import is_watched
-from overlock.ops.cpu import numba_installed
+from overlock.ops.cpu import numba_installed, to_images, to_tokens
 
 PACKED_FROM = 15_000_000  # multiply-adds of a product from which on a packed weight outweighs oneDNN's longer call
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) as contiguous (B, H, W, C)."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def to_images(tokens: Tensor) -> Tensor:
-    """(B, H, W, C) as (B, C, H, W) in channels_last."""
-    return tokens.permute(0, 3, 1, 2)
 
 
 def _has_kernels(x: Tensor, *others: Tensor | None) -> bool:
@@ -76,8 +66,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
         return to_images(to_tokens(F.gelu(y) if gelu else y))
     from overlock.ops.cpu_filters import GELU_AFTER, filter_tokens  # noqa: PLC0415
 
-    tokens = to_tokens(x)
-    return to_images(filter_tokens(tokens, weight, bias, torch.empty_like(tokens), GELU_AFTER if gelu else 0))
+    return to_images(filter_tokens(to_tokens(x), weight, bias, GELU_AFTER if gelu else 0))
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -121,8 +110,7 @@ def _define(
 
 
 def _want_gradients(inputs: tuple[Any, ...]) -> bool:
-    tensors = [x for group in inputs for x in (group if isinstance(group, list) else [group])]
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
 def _images_like(x: Tensor, channels: int, stride: int = 1) -> Tensor:

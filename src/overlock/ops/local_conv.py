@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.backends import asked_for, on_use
-from overlock.ops.register import register
+from overlock.ops.register import register, register_backward
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 filter_by_kernel, gradients_by_kernel = (
@@ -51,11 +49,13 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tens
     return to_layout_of(x, run(x, weight, bias, gelu))
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """Of x and weight."""
+def _gradients(
+    grad: Tensor, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     run = gradients_by_kernel if takes_kernels(backend, x, weight) else _plain_gradients
     of_x, of_weight = run(grad, x, weight, gelu)
-    return to_layout_of(x, of_x), to_layout_of(weight, of_weight)
+    of_bias = x.new_empty(0) if bias is None else grad.sum((0, 2, 3))
+    return to_layout_of(x, of_x), to_layout_of(weight, of_weight), of_bias
 
 
 def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
@@ -66,25 +66,8 @@ def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tup
     return torch.ops.aten.gelu_backward(of_a, x) if gelu else of_a, of_weight
 
 
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool gelu"
 register(
-    "local_conv", "(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
-    _forward, lambda x, *_: torch.empty_like(x),
-    batched=1, cast=3,
+    "local_conv", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1, cast=3
 )  # fmt: skip
-register(
-    "local_conv_backward", "(Tensor grad, Tensor x, Tensor weight, bool gelu, str backend) -> (Tensor, Tensor)",
-    _gradients, lambda _, x, weight, *__: (torch.empty_like(x), torch.empty_like(weight)),
-)  # fmt: skip
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:2])
-    ctx.gelu, ctx.backend = inputs[3], asked_for()
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    of_x, of_weight = torch.ops.overlock.local_conv_backward(grad, *ctx.saved_tensors, ctx.gelu, ctx.backend)
-    return of_x, of_weight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
-
-
-torch.library.register_autograd("overlock::local_conv", _backward, setup_context=_save)
+register_backward("local_conv", _ARGUMENTS, _gradients, tensors=3, note=asked_for)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from overlock.ops.backends import asked_for, on_use
-from overlock.ops.register import register
+from overlock.ops.register import register, register_backward
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 products_by_kernel, scale_by_kernel = on_use("cpu_response", "sum_products"), on_use("cpu_response", "scale_and_add")
@@ -65,7 +63,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return to_layout_of(x, _scale_and_add(backend, x, scale, None, bias.expand_as(scale)))
 
 
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    grad: Tensor, backend: str, x: Tensor, weight: Tensor, _bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, weight and bias. With n the norms and m their mean + eps, the scale is s = 1 + weight n / m."""
     norms = _sum_products(backend, x, x).sqrt()
     mean = norms.mean(dim=1, keepdim=True) + eps
@@ -77,26 +77,6 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, eps: float, backend: str
     return to_layout_of(x, of_x), (of_scale * (norms / mean)).sum(dim=0), grad.sum(dim=(0, 2, 3))
 
 
-register(
-    "global_response_norm", "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
-    _forward, lambda x, *_: torch.empty_like(x),
-    batched=1, cast=0,
-)  # fmt: skip
-register(
-    "global_response_norm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-    _gradients,
-    lambda _, x, weight, *__: (torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)),
-)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:  # noqa: ARG001
-    ctx.save_for_backward(*inputs[:2])
-    ctx.eps, ctx.backend = inputs[3], asked_for()
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *torch.ops.overlock.global_response_norm_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.backend), None
-
-
-torch.library.register_autograd("overlock::global_response_norm", _backward, setup_context=_save)
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps"
+register("global_response_norm", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1)
+register_backward("global_response_norm", _ARGUMENTS, _gradients, tensors=3, note=asked_for)
