@@ -279,9 +279,9 @@ def test_backend_asked_for_is_taken(on_cpu, name, monkeypatch):
     """No kernel of numba's runs under another backend."""
     module, fused, x = on_cpu
     calls = []
-    for user in (programs, threads):
-        start = user.start
-        monkeypatch.setattr(user, "start", lambda *a, start=start: (calls.append(a), start(*a)))
+    for user, start in ((programs, "run_all"), (threads, "start")):
+        call = getattr(user, start)
+        monkeypatch.setattr(user, start, lambda *a, call=call: (calls.append(a), call(*a)))
     with backend(name):
         assert relative_error(fused(x), module(x)) < 1e-4
     assert bool(calls) == (name == "cpu")

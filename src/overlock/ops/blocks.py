@@ -77,7 +77,14 @@ class MixerLayers(NamedTuple):
 
 def parameters_of(layers: Iterable[Layer]) -> list[Tensor | None]:
     """Weight and bias of each layer."""
-    return [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
+    return [_tensor_of(layer, name) for layer in layers for name in ("weight", "bias")]
+
+
+def _tensor_of(layer: Layer, name: str) -> Tensor | None:
+    """What ``getattr`` would give, without a module's slow search."""
+    if layer is None:
+        return None
+    return layer._parameters[name] if name in layer._parameters else layer._buffers.get(name)
 
 
 def _layers(parameters: list[Tensor | None]) -> Iterator[Parameters]:
@@ -215,11 +222,10 @@ def _share(residual: Layer, norm: Layer) -> Tensor:
 
 def kernels_apply(inputs: list[Tensor], parameters: list[Tensor | None]) -> bool:
     """Whether a call is one for the kernels: float32 on CPU, no gradient wanted, no other backend asked for."""
-    tensors = [*inputs, *(x for x in parameters if x is not None)]
-    if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in tensors):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return False
+    with_gradients = torch.is_grad_enabled()
+    for x in (*inputs, *parameters):
+        if x is not None and (not x.is_cpu or x.dtype != torch.float32 or (with_gradients and x.requires_grad)):
+            return False
     return inputs[0].shape[0] > 0 and _is_wanted() and (torch.compiler.is_compiling() or not is_watched())
 
 

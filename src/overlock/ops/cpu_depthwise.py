@@ -12,7 +12,7 @@ from torch import Tensor
 from overlock.ops.cpu import to_images, to_tokens
 from overlock.ops.cpu_filters import GELU_BEFORE, filter_tokens, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
-from overlock.ops.vectors import LANES, load, spread, store
+from overlock.ops.vectors import LANES, load, spread, store, zeros
 
 ZERO = np.float32(0)
 
@@ -110,8 +110,8 @@ def correlate(call, thread, threads):
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     step, padded = dilation * LANES, size + 6
     stride = (width + span - 1 + 6 * dilation) * LANES
-    lines, order = np.zeros((span + 1) * stride, np.float32), np.zeros(size, np.int64)
-    row, sums = np.zeros(width * LANES, np.float32), np.zeros(size * padded * LANES, np.float32)
+    lines, order = zeros((span + 1) * stride), np.zeros(size, np.int64)
+    row, sums = zeros(width * LANES), zeros(size * padded * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         piece, block = job // blocks, job % blocks

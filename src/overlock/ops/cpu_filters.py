@@ -8,7 +8,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
-from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, store, store_part
+from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, store, store_part, zeros
 
 # What is done in the same pass, added up.
 GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
@@ -44,6 +44,63 @@ def filter_seven(lines, weights, order, begin, end, size, step, stride, place, o
 
 
 @njit(**OPTIONS)
+def filter_seven_twice(lines, weights, order, begin, end, size, stride, place, out, to, step):
+    """The same in two rows, the second ``step`` numbers after the first in ``out``: each input is read once for both.
+
+    ``order`` goes on by one row, the last of the second's.
+    """
+    a = b = c = d = e = f = g = h = i = j = k = m = n = o = load(weights, size * size * LANES)
+    for row in range(begin, end):
+        x, first, second = order[row] * stride + place, row * size * LANES, (row - 1) * size * LANES
+        if 0 < row < size:
+            for column in range(0, size * LANES, LANES):
+                v, w, at = load(weights, first + column), load(weights, second + column), x + column
+                y = load(lines, at)
+                a, h = a + v * y, h + w * y
+                y = load(lines, at + LANES)
+                b, i = b + v * y, i + w * y
+                y = load(lines, at + 2 * LANES)
+                c, j = c + v * y, j + w * y
+                y = load(lines, at + 3 * LANES)
+                d, k = d + v * y, k + w * y
+                y = load(lines, at + 4 * LANES)
+                e, m = e + v * y, m + w * y
+                y = load(lines, at + 5 * LANES)
+                f, n = f + v * y, n + w * y
+                y = load(lines, at + 6 * LANES)
+                g, o = g + v * y, o + w * y
+        elif row == 0:
+            for column in range(0, size * LANES, LANES):
+                v, at = load(weights, first + column), x + column
+                a, b = a + v * load(lines, at), b + v * load(lines, at + LANES)
+                c, d = c + v * load(lines, at + 2 * LANES), d + v * load(lines, at + 3 * LANES)
+                e, f = e + v * load(lines, at + 4 * LANES), f + v * load(lines, at + 5 * LANES)
+                g = g + v * load(lines, at + 6 * LANES)
+        else:
+            for column in range(0, size * LANES, LANES):
+                w, at = load(weights, second + column), x + column
+                h, i = h + w * load(lines, at), i + w * load(lines, at + LANES)
+                j, k = j + w * load(lines, at + 2 * LANES), k + w * load(lines, at + 3 * LANES)
+                m, n = m + w * load(lines, at + 4 * LANES), n + w * load(lines, at + 5 * LANES)
+                o = o + w * load(lines, at + 6 * LANES)
+    store(out, to, a)
+    store(out, to + LANES, b)
+    store(out, to + 2 * LANES, c)
+    store(out, to + 3 * LANES, d)
+    store(out, to + 4 * LANES, e)
+    store(out, to + 5 * LANES, f)
+    store(out, to + 6 * LANES, g)
+    to += step
+    store(out, to, h)
+    store(out, to + LANES, i)
+    store(out, to + 2 * LANES, j)
+    store(out, to + 3 * LANES, k)
+    store(out, to + 4 * LANES, m)
+    store(out, to + 5 * LANES, n)
+    store(out, to + 6 * LANES, o)
+
+
+@njit(**OPTIONS)
 def filter_one(lines, weights, order, begin, end, size, step, stride, place, out, to):
     a = load(weights, size * size * LANES)
     for k in range(begin, end):
@@ -54,11 +111,28 @@ def filter_one(lines, weights, order, begin, end, size, step, stride, place, out
 
 
 @njit(**OPTIONS)
-def write_row(row, width, lanes, steps, out, first, channels, squares, others):
+def filter_row(lines, weights, order, begin, end, size, step, stride, width, out, to):
+    """One row of results."""
+    for x in range(0, width - 6, 7):
+        filter_seven(lines, weights, order, begin, end, size, step, stride, x * LANES, out, to + x * LANES)
+    for x in range(width - width % 7, width):
+        filter_one(lines, weights, order, begin, end, size, step, stride, x * LANES, out, to + x * LANES)
+
+
+@njit(**OPTIONS)
+def filter_two_rows(lines, weights, order, begin, end, size, stride, width, out):
+    """Two rows of results of at least seven columns, one after the other."""
+    for x in range(0, width, 7):
+        at = min(x, width - 7) * LANES  # the last seven may overlap those before
+        filter_seven_twice(lines, weights, order, begin, end, size, stride, at, out, at, width * LANES)
+
+
+@njit(**OPTIONS)
+def write_row(row, begin, width, lanes, steps, out, first, channels, squares, others):
     """A filtered row to its place, and its squares to those of the rows before."""
     both = load(squares, 0)
     for x in range(width):
-        value = load(row, x * LANES)
+        value = load(row, begin + x * LANES)
         if steps & GELU_AFTER:
             value = gelu(value)
         if steps & GELU_GRADIENT:
@@ -85,15 +159,15 @@ def depthwise(call, thread, threads):
     dilation, others = p[14], floats(p[15], (batch * height * width * channels,))
     images, out = floats(p[2], (batch * height * width * channels,)), floats(p[5], (batch * height * width * channels,))
     weights, bias, sums = (
-        floats(p[3], (size * size, channels)),
+        floats(p[3], (size * size * channels,)),
         floats(p[4], (channels,)),
         floats(p[6], (batch, channels)),
     )
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
-    stride = (width + span - 1) * LANES
-    lines, order = np.zeros(span * stride, np.float32), np.zeros(size, np.int64)
-    row, taps = np.zeros(width * LANES, np.float32), np.zeros((size * size + 1) * LANES, np.float32)
-    squares, sum_of_squares = np.zeros(LANES, np.float32), np.zeros(LANES, np.float64)
+    stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
+    lines, order = zeros(held * stride), np.zeros(size + 1, np.int64)
+    rows, taps = zeros(2 * width * LANES), zeros((size * size + 1) * LANES)
+    squares, sum_of_squares = zeros(LANES), np.zeros(LANES, np.float64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         b, block, piece = job // (blocks * pieces), job // pieces % blocks, job % pieces
@@ -102,31 +176,35 @@ def depthwise(call, thread, threads):
             height * piece // pieces,
             height * (piece + 1) // pieces,
         )
-        for c in range(lanes):
-            for n in range(size * size):
-                taps[n * LANES + c] = weights[n, block * LANES + c]
-            taps[size * size * LANES + c] = bias[block * LANES + c]
+        for n in range(size * size):
+            store(taps, n * LANES, load_part(weights, n * channels + block * LANES, lanes))
+        store(taps, size * size * LANES, load_part(bias, block * LANES, lanes))
         origin = b * height * width * channels + block * LANES
         sum_of_squares[:] = 0
-        ready = max(first_row - half, 0)
-        for y in range(first_row, last_row):
-            while ready < min(y + half + 1, height):
+        ready, y = max(first_row - half, 0), first_row
+        while y < last_row:
+            count = 2 if paired and y + 1 < last_row else 1
+            while ready < min(y + half + count, height):
                 read_row(
                     images, origin + ready * width * channels, channels, width, lanes, steps, lines,
-                    ready % span * stride + half * LANES,
+                    ready % held * stride + half * LANES,
                 )  # fmt: skip
                 ready += 1
-            top, bottom = max(-((y - half) // dilation), 0), min(size, (height - 1 - y + half) // dilation + 1)
+            top = max(-((y - half) // dilation), 0)
+            bottom = min(size + count - 1, (height - 1 - y + half) // dilation + 1)
             for k in range(top, bottom):
-                order[k] = (y - half + k * dilation) % span
-            for x in range(0, width - 6, 7):
-                filter_seven(lines, taps, order, top, bottom, size, dilation * LANES, stride, x * LANES, row, x * LANES)
-            for x in range(width - width % 7, width):
-                filter_one(lines, taps, order, top, bottom, size, dilation * LANES, stride, x * LANES, row, x * LANES)
+                order[k] = (y - half + k * dilation) % held
+            if count == 2:
+                filter_two_rows(lines, taps, order, top, bottom, size, stride, width, rows)
+            else:
+                filter_row(lines, taps, order, top, bottom, size, dilation * LANES, stride, width, rows, 0)
             squares[:] = 0
-            write_row(row, width, lanes, steps, out, origin + y * width * channels, channels, squares, others)
+            for i in range(count):
+                at = origin + (y + i) * width * channels
+                write_row(rows, i * width * LANES, width, lanes, steps, out, at, channels, squares, others)
             for c in range(LANES):
                 sum_of_squares[c] += squares[c]
+            y += count
         if steps & (SQUARES | SUMS):
             for c in range(lanes):
                 sums[b, block * LANES + c] = sum_of_squares[c]

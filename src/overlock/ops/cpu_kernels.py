@@ -18,6 +18,7 @@ from overlock.ops.vectors import (
     store,
     store_part,
     total,
+    zeros,
 )
 
 PAIR = 2 * LANES  # taps are padded to whole pairs of vectors
@@ -217,12 +218,12 @@ def mix(call, thread, threads):
     keys, weights = floats(p[3], everything), floats(p[5], (regions * used,))
     biases, tables = floats(p[6], (used,)), floats(p[7], (groups, side))
 
-    rows, packed = np.empty(depth * taps, np.float32), np.empty(blocks * size * LANES, np.float32)
-    bias, table = np.zeros(used + LANES, np.float32), np.zeros(side + LANES, np.float32)
+    rows, packed = zeros(depth * taps), zeros(blocks * size * LANES)
+    bias, table = zeros(used + LANES), zeros(side + LANES)
     for n in range(used):
         bias[n] = biases[n] * LOG2_E
-    query, logits = np.zeros(4 * depth, np.float32), np.empty(4 * taps, np.float32)
-    start, mixed = np.zeros((4, taps + LANES), np.float32), np.empty(4 * LANES, np.float32)
+    query, logits = zeros(4 * depth), zeros(4 * taps)
+    start, mixed = zeros(4 * (taps + LANES)).reshape(4, taps + LANES), zeros(4 * LANES)
     window, scale, held = np.zeros(4, np.int64), np.zeros(4, np.float32), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):

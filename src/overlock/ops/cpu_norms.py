@@ -7,9 +7,9 @@ import math
 import numpy as np
 from numba import carray, njit
 
-from overlock.ops.cpu_filters import filter_one, filter_seven, read_row
+from overlock.ops.cpu_filters import filter_row, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, share
-from overlock.ops.vectors import LANES, load, load_part, spread, store_part, total
+from overlock.ops.vectors import LANES, load, load_part, spread, store_part, total, zeros
 
 LOCAL = 3  # rows of a local convolution
 
@@ -45,20 +45,20 @@ def local_and_norm(call, thread, threads):
     numbers, blocks = (batch * height * width * channels,), (channels + LANES - 1) // LANES
     images, filtered, normed = floats(p[2], numbers), floats(p[8], numbers), floats(p[9], numbers)
     weights, biases, eps = floats(p[3], (9, channels)), floats(p[4], (channels,)), floats(p[7], (1,))[0]
-    whole = np.zeros((3, blocks * LANES), np.float32)
+    whole = zeros(3 * blocks * LANES).reshape(3, blocks * LANES)
     whole[0, :channels], whole[1, :channels], whole[2, :channels] = (
         1,
         floats(p[5], (channels,)),
         floats(p[6], (channels,)),
     )
-    taps = np.zeros((blocks, 10 * LANES), np.float32)
+    taps = zeros(blocks * 10 * LANES).reshape(blocks, 10 * LANES)
     for c in range(channels):
         for n in range(9):
             taps[c // LANES, n * LANES + c % LANES] = weights[n, c]
         taps[c // LANES, 9 * LANES + c % LANES] = biases[c]
     stride = (width + 2) * LANES
-    lines, order = np.zeros((blocks, LOCAL * stride), np.float32), np.zeros(LOCAL, np.int64)
-    row = np.zeros(blocks * width * LANES, np.float32)
+    lines, order = zeros(blocks * LOCAL * stride).reshape(blocks, LOCAL * stride), np.zeros(LOCAL, np.int64)
+    row = zeros(blocks * width * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         origin, piece = job // pieces * height * width * channels, job % pieces
@@ -77,10 +77,7 @@ def local_and_norm(call, thread, threads):
                 order[k] = (y - 1 + k) % LOCAL
             for block in range(blocks):
                 line, tap, to = lines[block], taps[block], block * width * LANES
-                for x in range(0, width - 6, 7):
-                    filter_seven(line, tap, order, top, bottom, LOCAL, LANES, stride, x * LANES, row, to + x * LANES)
-                for x in range(width - width % 7, width):
-                    filter_one(line, tap, order, top, bottom, LOCAL, LANES, stride, x * LANES, row, to + x * LANES)
+                filter_row(line, tap, order, top, bottom, LOCAL, LANES, stride, width, row, to)
                 at, lanes = origin + y * width * channels + block * LANES, min(LANES, channels - block * LANES)
                 for x in range(width):
                     store_part(filtered, at + x * channels, load(row, to + x * LANES), lanes)

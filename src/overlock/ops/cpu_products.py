@@ -6,14 +6,13 @@ after another; each tile of the result passes through its last steps while it is
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from numba import carray, njit
 from torch import Tensor
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.tiles import DEPTH, PANEL, ROWS, STRIDE, multiply_half, multiply_panel
-from overlock.ops.vectors import LANES, load, load_part, silu, store, store_part
+from overlock.ops.vectors import LANES, load, load_part, silu, store, store_part, zeros
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
 SCALED, GATED, RESIDUAL, SILU = 1, 2, 4, 8
@@ -34,29 +33,36 @@ def pack_row(x, first, scale, scale_first, gate, gate_first, depth, steps, packe
 
 
 @njit(**OPTIONS)
-def multiply(rows, packed, place, depth, weight, panel, width, tile):
-    """tile (rows, PANEL) = bias + packed rows @ a panel of the weights, of whose columns ``width`` are used."""
-    first = panel * (depth + 1) * PANEL
-    for r in range(rows):
-        store(tile, r * PANEL, load(weight, first))
-        store(tile, r * PANEL + LANES, load(weight, first + LANES))
-    first += PANEL
+def multiply(rows, packed, depth, panel, width, tile, out, out_step):
+    """out (rows, PANEL) = bias + packed rows @ a panel of the weights, of whose columns ``width`` are used.
+
+    All are addresses; the tile has room for the sums of a part of the depth.
+    """
+    start, start_step = panel, 0  # the bias comes first, the same for all rows
     for k in range(0, depth, DEPTH):
-        x, steps = place + k * ROWS * STRIDE // DEPTH, min(DEPTH, depth - k)
+        x, weight, steps = packed + 4 * (k // DEPTH) * ROWS * STRIDE, panel + 4 * (k + 1) * PANEL, min(DEPTH, depth - k)
+        last = k + DEPTH >= depth
+        to, to_step = (out, out_step) if last else (tile, PANEL)
         if width > LANES:
-            multiply_panel(rows, packed, x, weight, first + k * PANEL, steps, tile, 0)
+            multiply_panel(rows, x, weight, steps, start, start_step, to, to_step)
         else:
-            multiply_half(rows, packed, x, weight, first + k * PANEL, steps, tile, 0)
+            multiply_half(rows, x, weight, steps, start, start_step, to, to_step)
+        start, start_step = tile, PANEL
 
 
 @njit(**OPTIONS)
-def finish(value, other, other_first, share, column, lanes, steps):
-    """The last steps of a vector of the result."""
-    if steps & RESIDUAL:
-        value = value + load_part(other, other_first, lanes) * load_part(share, column, lanes)
-    if steps & SILU:
-        value = silu(value)
-    return value
+def write_tile(tile, rows, width, other, other_first, other_step, share, column, out, out_first, out_step, steps):
+    """The last steps of a tile of the result, and then to its place."""
+    for c in range(0, min(PANEL, width), LANES):
+        lanes = min(LANES, width - c)
+        part = load_part(share, column + c, lanes)
+        for r in range(rows):
+            value = load(tile, r * PANEL + c)
+            if steps & RESIDUAL:
+                value = value + load_part(other, other_first + r * other_step + c, lanes) * part
+            if steps & SILU:
+                value = silu(value)
+            store_part(out, out_first + r * out_step + c, value, lanes)
 
 
 @kernel
@@ -71,15 +77,11 @@ def product(call, thread, threads):
     rows, depth, width, tokens, steps = p[9], p[10], p[11], p[12], p[17]
     everything, panels = (1 << 60,), (width + PANEL - 1) // PANEL
     x, scale, gate, weight = floats(p[2], everything), floats(p[3], everything), floats(p[4], everything), p[5]
-    weights, other, part, out = (
-        floats(weight, everything),
-        floats(p[6], everything),
-        floats(p[7], everything),
-        floats(p[8], everything),
-    )
+    other, part, out = floats(p[6], everything), floats(p[7], everything), floats(p[8], everything)
     size = (depth + DEPTH - 1) // DEPTH * ROWS * STRIDE
     room = max(1, ROOM // size)
-    packed, tile = np.empty(room * size, np.float32), np.empty(ROWS * PANEL, np.float32)
+    packed, tile = zeros(room * size), zeros(ROWS * PANEL)
+    packed_at, tile_at = packed.ctypes.data, tile.ctypes.data
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         row_piece, panel_piece = job // p[19], job % p[19]
@@ -95,18 +97,20 @@ def product(call, thread, threads):
             for panel in range(panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]):
                 column = panel * PANEL
                 used = width - column
+                at_once = steps & (RESIDUAL | SILU) == 0 and (used >= PANEL or used == LANES)
                 for block in range(start, stop):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
-                    multiply(last - first, packed, (block - start) * size, depth, weights, panel, used, tile)
-                    for r in range(first, last):
-                        for c in range(0, min(PANEL, used), LANES):
-                            lanes, at = min(LANES, used - c), column + c
-                            value = load(tile, (r - first) * PANEL + c)
-                            value = finish(value, other, r * p[15] + at, part, at, lanes, steps)
-                            if lanes == LANES:
-                                store(out, r * p[16] + at, value)
-                            else:
-                                store_part(out, r * p[16] + at, value, lanes)
+                    x_at = packed_at + 4 * (block - start) * size
+                    panel_at = weight + 4 * panel * (depth + 1) * PANEL
+                    if at_once:
+                        to = p[8] + 4 * (first * p[16] + column)
+                        multiply(last - first, x_at, depth, panel_at, used, tile_at, to, p[16])
+                    else:
+                        multiply(last - first, x_at, depth, panel_at, used, tile_at, tile_at, PANEL)
+                        write_tile(
+                            tile, last - first, used, other, first * p[15] + column, p[15], part, column,
+                            out, first * p[16] + column, p[16], steps,
+                        )  # fmt: skip
 
 
 def pack_weight(weight: Tensor, bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from numba import carray, njit
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
-from overlock.ops.vectors import LANES, load, load_part, spread, store, store_part
+from overlock.ops.vectors import LANES, load, load_part, spread, store, store_part, zeros
 
 LONGEST = 64  # tokens summed up in float32 before they join a sum in float64
 
@@ -27,7 +27,7 @@ def sum_up(call, thread, threads):
     batch, tokens, channels, pieces = p[4], p[5], p[6], p[7]
     x, sums = floats(p[2], (batch * tokens * channels,)), floats(p[3], (batch, pieces, channels))
     begin, end = share(p, thread, threads)
-    lane, exact = np.zeros(LANES, np.float32), np.zeros(channels + LANES, np.float64)
+    lane, exact = zeros(LANES), np.zeros(channels + LANES, np.float64)
     for job in range(begin, end):
         b, piece = job // pieces, job % pieces
         first, last = tokens * piece // pieces, tokens * (piece + 1) // pieces
@@ -121,7 +121,7 @@ def scale_by_response(call, thread, threads):
         floats(p[5], numbers),
     )
     sums, eps = floats(p[6], (batch, parts, channels)), floats(p[7], (1,))[0]
-    scale, shift = np.zeros(channels + LANES, np.float32), np.zeros(channels + LANES, np.float32)
+    scale, shift = zeros(channels + LANES), zeros(channels + LANES)
     shift[:channels] = bias
     begin, end = share(p, thread, threads)
     for job in range(begin, end):

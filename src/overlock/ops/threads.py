@@ -14,8 +14,9 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
@@ -55,8 +56,7 @@ def start(address: int, jobs: int, call: int) -> None:
     threads = max(1, min(torch.get_num_threads(), jobs))
     region = _parallel_region()
     if region is not None:
-        begin, trampoline, _ = region
-        begin(trampoline, call, threads, 0)
+        region.begin(region.one.address, call, threads, 0)
         return
     function = C_KERNEL(address)
     pool = _pool(os.getpid())
@@ -66,18 +66,37 @@ def start(address: int, jobs: int, call: int) -> None:
         other.result()
 
 
+def run_all(calls: np.ndarray) -> None:
+    """Make calls (N, SLOTS), one after another; without a new start of the threads for each where OpenMP is there."""
+    count, slots = calls.shape
+    region, first = _parallel_region(), calls.ctypes.data
+    if region is None:
+        for i in range(count):
+            start(int(calls[i, 0]), int(calls[i, 1]), first + 8 * slots * i)
+        return
+    order = (ctypes.c_int64 * 3)(first, count, slots)
+    threads = min(torch.get_num_threads(), max(calls[:, 1].tolist()))
+    region.begin(region.several.address, ctypes.addressof(order), max(1, threads), 0)
+
+
 @njit(**OPTIONS)
 def share(call, thread, threads):
     """First and last (exclusive) job of a thread."""
     return call[1] * thread // threads, call[1] * (thread + 1) // threads
 
 
-@intrinsic
-def _float_pointer(_typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+def _pointer(kind: Any) -> Any:
+    @intrinsic
+    def point(_typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(address), generate
+        return types.CPointer(kind)(address), generate
+
+    return point
+
+
+_float_pointer, _integer_pointer = _pointer(types.float32), _pointer(types.int64)
 
 
 @njit(**OPTIONS)
@@ -101,25 +120,39 @@ def _call_address(_typing_context: Any, address: Any, call: Any, thread: Any, th
     return types.void(address, call, thread, threads), generate
 
 
-@functools.cache
-def _parallel_region() -> tuple[Any, int, Any] | None:
-    """OpenMP's entry point, the address of a function for it that tells a kernel its thread, and that function.
+class _Region(NamedTuple):
+    """OpenMP's entry point, and functions for it that tell one kernel, or several in turn, their thread."""
 
-    None without OpenMP.
-    """
+    begin: Any
+    one: Any
+    several: Any
+
+
+@functools.cache
+def _parallel_region() -> _Region | None:
+    """None without OpenMP."""
     try:
-        start = ctypes.CDLL(None).GOMP_parallel
+        begin = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):
         return None
-    start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    begin.argtypes, begin.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
     number = types.ExternalFunction("omp_get_thread_num", types.int32())
     count = types.ExternalFunction("omp_get_num_threads", types.int32())
+    wait = types.ExternalFunction("GOMP_barrier", types.void())
 
     @cfunc(types.void(CALL))
-    def trampoline(call):
+    def one(call):
         _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
 
-    return start, trampoline.address, trampoline
+    @cfunc(types.void(CALL))
+    def several(order):
+        first, calls, slots = carray(order, 3)
+        for i in range(calls):
+            call = _integer_pointer(first + 8 * slots * i)
+            _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
+            wait()
+
+    return _Region(begin, one, several)
 
 
 @functools.cache

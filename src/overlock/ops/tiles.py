@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from overlock.ops.vectors import LANES, VECTOR, _place, _spread
+from overlock.ops.vectors import LANES, VECTOR, _spread
 
 ROWS = 12 if LANES == 16 else 6
 PANEL = 2 * LANES
@@ -25,12 +25,12 @@ INDEX = ir.IntType(64)
 class _Builder:
     """What the loops need of LLVM, beside an ``IRBuilder``."""
 
-    def __init__(self, context: Any, builder: Any, kinds: Any, arguments: Any):
+    def __init__(self, builder: Any, arguments: Any):
         self.builder = builder
-        self.rows, x, x_first, weight, weight_first, self.depth, tile, tile_first = arguments
-        self.x = _place(context, builder, kinds[1], x, x_first)
-        self.weight = _place(context, builder, kinds[3], weight, weight_first)
-        self.tile = _place(context, builder, kinds[6], tile, tile_first)
+        _, x, weight, self.depth, start, self.start_step, out, self.out_step = arguments
+        self.x, self.weight, self.start, self.out = (
+            builder.inttoptr(address, VECTOR.as_pointer()) for address in (x, weight, start, out)
+        )
         kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         name = f"llvm.fma.v{LANES}f32"
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -49,6 +49,10 @@ class _Builder:
     def store(self, value: Any, place: Any, offset: Any) -> None:
         self.builder.store(value, self.at(place, offset)).align = 4
 
+    def row(self, r: int, step: Any, v: int) -> Any:
+        """Numbers from a place to a vector of a row of those ``step`` apart."""
+        return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * LANES))
+
     def spread(self, place: Any, offset: Any) -> Any:
         """The number at an address, in all lanes."""
         number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
@@ -59,7 +63,7 @@ class _Builder:
         builder, places = self.builder, [(r, v) for r in range(rows) for v in range(vectors)]
         begin, loop, done = (builder.append_basic_block(name) for name in ("begin", "loop", "done"))
         builder.position_at_end(begin)
-        sums = [self.load(self.tile, r * PANEL + v * LANES) for r, v in places]
+        sums = [self.load(self.start, self.row(r, self.start_step, v)) for r, v in places]
         builder.branch(loop)
 
         builder.position_at_end(loop)
@@ -80,28 +84,28 @@ class _Builder:
 
         builder.position_at_end(done)
         for (r, v), total in zip(places, added, strict=True):
-            self.store(total, self.tile, r * PANEL + v * LANES)
+            self.store(total, self.out, self.row(r, self.out_step, v))
         builder.branch(end)
         return begin
 
 
 def _tile_product(vectors: int) -> Any:
     @intrinsic
-    def multiply(_typing_context, rows, x, x_first, weight, weight_first, depth, tile, tile_first):  # noqa: ARG001
-        def generate(context, builder, signature, arguments):
-            loops, end = _Builder(context, builder, signature.args, arguments), builder.append_basic_block("end")
+    def multiply(_typing_context, rows, x, weight, depth, start, start_step, out, out_step):  # noqa: ARG001
+        def generate(context, builder, _signature, arguments):
+            loops, end = _Builder(builder, arguments), builder.append_basic_block("end")
             choice = builder.switch(arguments[0], end)
             for count in range(1, ROWS + 1):
                 choice.add_case(INDEX(count), loops.multiply(count, vectors, end))
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        index = types.int64
-        return types.void(index, x, index, weight, index, index, tile, index), generate
+        return types.void(*[types.int64] * 8), generate
 
     return multiply
 
 
-# tile (rows, PANEL) += x (rows, depth) @ weight (depth, PANEL), each from an index of a flat array on; x's rows are
-# STRIDE apart, 1 <= rows <= ROWS and depth >= 1. The second does the first LANES columns alone.
+# out (rows, PANEL) = start (rows, PANEL) + x (rows, depth) @ weight (depth, PANEL), each at an address; x's rows are
+# STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= ROWS and depth >= 1. The second does
+# the first LANES columns alone.
 multiply_panel, multiply_half = _tile_product(2), _tile_product(1)

@@ -19,6 +19,7 @@ from numba.extending import intrinsic, models, overload, register_model
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+LINE = 64  # bytes of the cache
 
 
 class VectorType(types.Type):
@@ -242,6 +243,14 @@ def _across(name: str) -> Any:
 total, largest = _across("sum"), _across("largest")
 
 LOWEST = np.float32(-100)  # 2^-100 is nothing beside the largest term of a softmax, 1
+
+
+@njit(error_model="numpy", nogil=True)
+def zeros(count):
+    """Zeros from the begin of a line of the cache on: a vector that straddles two lines takes two reads."""
+    held = np.zeros(count + LINE // 4, np.float32)
+    skipped = -held.ctypes.data % LINE // 4
+    return held[skipped : skipped + count]
 
 
 @njit(error_model="numpy", nogil=True)
