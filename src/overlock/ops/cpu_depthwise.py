@@ -12,7 +12,7 @@ from torch import Tensor
 from overlock.ops.cpu import to_images, to_tokens
 from overlock.ops.cpu_filters import GELU_BEFORE, filter_tokens, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
-from overlock.ops.vectors import LANES, load, spread, store, zeros
+from overlock.ops.vectors import LANES, load, spread, store, store_part, zeros
 
 ZERO = np.float32(0)
 
@@ -94,7 +94,9 @@ def correlate_row(row, lines, order, begin, end, size, padded, step, stride, wid
 
 @kernel
 def correlate(call, thread, threads):
-    """Gradients (pieces, K K, C) of depthwise filters from images and gradients (B, H, W, C), zeros around the images.
+    """Gradients (pieces, K K + 1, C) of depthwise filters and, last, their biases, from images and gradients (B, H, W, C).
+
+    Around the images are zeros.
 
     ``call`` holds from index 2 on: the addresses of images, gradients and out; B, H, W, C, K, the dilation, the pieces
     that the images are cut into, each with sums of its own, and GELU_BEFORE if that is done to the images. The rows
@@ -106,12 +108,13 @@ def correlate(call, thread, threads):
         floats(p[2], (batch * height * width * channels,)),
         floats(p[3], (batch * height * width * channels,)),
     )
-    out = floats(p[4], (pieces, size * size, channels))
+    out = floats(p[4], (pieces * (size * size + 1) * channels,))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     step, padded = dilation * LANES, size + 6
+    biases = size * padded * LANES
     stride = (width + span - 1 + 6 * dilation) * LANES
     lines, order = zeros((span + 1) * stride), np.zeros(size, np.int64)
-    row, sums = zeros(width * LANES), zeros(size * padded * LANES)
+    row, sums = zeros(width * LANES), zeros((size * padded + 1) * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         piece, block = job // blocks, job % blocks
@@ -125,6 +128,10 @@ def correlate(call, thread, threads):
                     read_row(images, first, channels, width, lanes, p[12], lines, ready % span * stride + half * LANES)
                     ready += 1
                 read_row(grads, origin + y * width * channels, channels, width, lanes, 0, row, 0)
+                both = load(sums, biases)
+                for x in range(width):
+                    both = both + load(row, x * LANES)
+                store(sums, biases, both)
                 for k in range(size):
                     at = y - half + k * dilation
                     order[k] = at % span if 0 <= at < height else span  # the last line holds zeros
@@ -138,11 +145,12 @@ def correlate(call, thread, threads):
                     while bottom > top and order[bottom - 1] == span:
                         bottom -= 1
                     correlate_row(row, lines, order, top, bottom, size, padded, step, stride, width, sums)
+        to = piece * (size * size + 1) * channels + block * LANES
         for k in range(size):
             for n in range(size):
                 at = (k * size + n if size == 3 else k * padded + n) * LANES
-                for c in range(lanes):
-                    out[piece, k * size + n, block * LANES + c] = sums[at + c]
+                store_part(out, to + (k * size + n) * channels, load(sums, at), lanes)
+        store_part(out, to + size * size * channels, load(sums, biases), lanes)
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
@@ -151,16 +159,17 @@ def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> 
     return to_images(filter_tokens(to_tokens(x), weight.permute(1, 2, 0), bias, **settings))
 
 
-def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, steps: int = 0) -> Tensor:
-    """Gradient (C, 1, K, K) of the weights that x (B, C, H, W) is filtered with."""
+def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, steps: int = 0) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights (C, 1, K, K) and biases (C) that x (B, C, H, W) is filtered with."""
     grads, images = to_tokens(grad), to_tokens(x)
     batch, height, width, channels = images.shape
     blocks = -(-channels // LANES)
     pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
-    out = images.new_empty(pieces, size, size, channels)
+    out = images.new_empty(pieces, size * size + 1, channels)
     sizes = (batch, height, width, channels, size, dilation, pieces, steps)
     run(correlate, pieces * blocks, images, grads, out, *sizes)
-    return out.sum(dim=0).permute(2, 0, 1)[:, None]
+    both = out.sum(dim=0)
+    return both[:-1].view(size, size, channels).permute(2, 0, 1)[:, None], both[-1]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -175,7 +184,7 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Te
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """Gradient of the convolution with respect to its weight (C, 1, K, K)."""
-    return _correlate(grad, x, weight.shape[3], dilation)
+    return _correlate(grad, x, weight.shape[3], dilation)[0]
 
 
 def _with_residual(weight: Tensor) -> Tensor:
@@ -190,7 +199,7 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Te
     return _filter(x, _with_residual(weight), bias, steps=GELU_BEFORE if gelu else 0)
 
 
-def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of local_conv with respect to x, channels last, and weight."""
+def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of local_conv with respect to x, channels last, weight and bias."""
     of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
-    return of_x, _correlate(grad, x, weight.shape[3], 1, GELU_BEFORE if gelu else 0)
+    return of_x, *_correlate(grad, x, weight.shape[3], 1, GELU_BEFORE if gelu else 0)

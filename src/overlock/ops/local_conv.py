@@ -53,17 +53,17 @@ def _gradients(
     grad: Tensor, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = gradients_by_kernel if takes_kernels(backend, x, weight) else _plain_gradients
-    of_x, of_weight = run(grad, x, weight, gelu)
-    of_bias = x.new_empty(0) if bias is None else grad.sum((0, 2, 3))
-    return to_layout_of(x, of_x), to_layout_of(weight, of_weight), of_bias
+    of_x, of_weight, of_bias = run(grad, x, weight, gelu)
+    return to_layout_of(x, of_x), to_layout_of(weight, of_weight), x.new_empty(0) if bias is None else of_bias.clone()
 
 
-def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     a, padding = F.gelu(x) if gelu else x, [weight.shape[3] // 2] * 2
-    arguments = (grad, a, weight, None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1], [True, True, False])
-    of_a, of_weight, _ = torch.ops.aten.convolution_backward(*arguments)
+    channels = x.shape[1]
+    arguments = (grad, a, weight, [channels], [1, 1], padding, [1, 1], False, [0, 0], channels, [True] * 3)
+    of_a, of_weight, of_bias = torch.ops.aten.convolution_backward(*arguments)
     of_a = of_a + grad
-    return torch.ops.aten.gelu_backward(of_a, x) if gelu else of_a, of_weight
+    return torch.ops.aten.gelu_backward(of_a, x) if gelu else of_a, of_weight, of_bias
 
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool gelu"
