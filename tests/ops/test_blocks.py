@@ -9,11 +9,13 @@ import pytest
 import torch
 from helpers import images, randomise, relative_error
 from torch import Tensor
+from torch.nn import Conv2d
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import overlock
 from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
+from overlock.network.base_net import Stem
 from overlock.ops import blocks, threads
 
 TOLERANCE = 1e-5  # of the largest magnitude, after a dozen layers
@@ -33,7 +35,16 @@ def plugin(channels=24, groups=3, kernel_size=7, size=(2, 14, 9), **options):
     return block, [(channels, *size[1:])], size[0]
 
 
-KINDS = {"basic": basic, "dynamic": dynamic, "plugin": plugin}
+def stem(channels=24, size=(2, 14, 9), stride=4):
+    return Stem(5, channels, stride), [(5, *size[1:])], size[0]
+
+
+def convolution(channels, width, kernel_size, stride=1, size=(2, 9, 8), bias=True):
+    padding = kernel_size // 2
+    return Conv2d(channels, width, kernel_size, stride, padding, bias=bias), [(channels, *size[1:])], size[0]
+
+
+KINDS = {"basic": basic, "dynamic": dynamic, "plugin": plugin, "stem": stem}
 CASES = [
     lambda: basic(size=(1, 1, 1)),
     lambda: basic(8, 3, (3, 1, 9), scaled=True),
@@ -50,6 +61,15 @@ CASES = [
     lambda: plugin(scaled=True),
     lambda: plugin(64, 4, 9, (1, 33, 9), small_kernel=None),
     lambda: plugin(8, 1, 7, (3, 7, 7), region_grid=3),
+    lambda: stem(56, (3, 45, 64)),
+    lambda: stem(8, (1, 1, 3), stride=2),
+    lambda: convolution(1, 1, 3, size=(1, 1, 2)),
+    lambda: convolution(3, 28, 3, 2, (1, 224, 60)),
+    lambda: convolution(28, 33, 5, 2),
+    lambda: convolution(112, 256, 3, 2, bias=False),
+    lambda: convolution(257, 40, 3, 3),  # two spans, one of them padded
+    lambda: convolution(520, 7, 3),
+    lambda: convolution(20, 16, 7, size=(1, 2, 3)),
 ]
 
 
@@ -76,7 +96,7 @@ def check(actual, expected, tolerance=TOLERANCE):
 def calls(monkeypatch):
     """Those of the operations."""
     seen = []
-    for name in ("basic_block", "mixer_block"):
+    for name in ("basic_block", "mixer_block", "conv_stack"):
         run = getattr(blocks, name)
         monkeypatch.setattr(blocks, name, lambda *a, run=run: (seen.append(a), run(*a))[1])
     return seen
@@ -197,7 +217,13 @@ def test_gradients(kind, which, calls):
     for module, cast in ((fused, Tensor.float), (overlock.fuse(copy.deepcopy(block).double()), Tensor.double)):
         given = [cast(x).clone() for x in inputs]
         leaves = (
-            given if which == "images" else [p for name, p in module.named_parameters() if name.endswith("fc1.bias")]
+            given
+            if which == "images"
+            else [
+                p
+                for name, p in module.named_parameters()
+                if name.endswith("fc1.bias") or name in ("2.bias", "layers.2.bias")
+            ]
         )
         for leaf in leaves:
             leaf.requires_grad_()
@@ -252,10 +278,9 @@ def test_a_changed_parameter_takes_effect(kind):
     """Changed in place, given other memory as Module.to does, or loaded."""
     block, fused, inputs = make(kind)
     fused(*inputs)
-    for name in ("local1.weight", "local.weight", "ffn.project.bias"):
-        for parameter in (dict(fused.block.named_parameters()).get(name), dict(block.named_parameters()).get(name)):
-            if parameter is not None:
-                parameter.data = parameter.data * 1
+    for name, parameter in (*fused.named_parameters(), *block.named_parameters()):
+        if name.endswith(("local1.weight", "local.weight", "ffn.project.bias", "layers.2.weight")):
+            parameter.data = parameter.data * 1
     check(fused.double().float()(*inputs), expected_of(block, inputs))
     other, fused_other, _ = make(kind, seed=1)
     fused.load_state_dict(fused_other.state_dict())
@@ -281,7 +306,7 @@ def test_registration(kind, layout, calls):
     _, fused, inputs = make(kind)
     with torch.no_grad():
         fused(*[x.contiguous(memory_format=layout) for x in inputs])
-    name = "basic_block" if kind == "basic" else "mixer_block"
+    name = {"basic": "basic_block", "stem": "conv_stack"}.get(kind, "mixer_block")
     torch.library.opcheck(getattr(torch.ops.overlock, name).default, calls[0])
 
 

@@ -32,12 +32,7 @@ def depthwise(x, weight, bias, gelu):
     return F.gelu(y) if gelu else y
 
 
-def conv(x, weight, bias, stride, gelu):
-    y = F.conv2d(x, weight, bias, stride, weight.shape[2] // 2)
-    return F.gelu(y) if gelu else y
-
-
-PLAIN = {f.__name__: f for f in (linear, depthwise, conv)}
+PLAIN = {f.__name__: f for f in (linear, depthwise)}
 
 
 # Random inputs of each operation for images of a shape.
@@ -54,10 +49,6 @@ def make_linear(x, size, variant):
 
 def make_depthwise(x, size, variant):
     return (x, images(size, size, x.shape[1], seed=1) / size, draw(x.shape[1]), bool(variant))
-
-
-def make_conv(x, size, variant):
-    return (x, draw(24, x.shape[1], size, size), draw(24) if variant else None, 1 + variant, bool(variant))
 
 
 MAKE = {name: globals()[f"make_{name}"] for name in PLAIN}
@@ -101,7 +92,6 @@ def test_values(name):
     for i, (channels, extent) in enumerate(cases):
         batch, size, variant = (1, 3)[i % 2], SIZES[i % len(SIZES)], i // 3 % 2
         layout = (torch.channels_last, torch.contiguous_format)[i // 5 % 2]
-        size = min(size, 7) if name == "conv" else size
         arguments = make(name, (batch, channels, *extent), size, variant, layout)
         check(getattr(inference, name)(*arguments), expected_of(name, arguments))
 
@@ -111,7 +101,6 @@ def test_values(name):
     [
         ("linear", (2, 640, 32, 32), 1, 1),
         ("depthwise", (1, 20, 40, 33), 17, 1),
-        ("conv", (2, 3, 64, 65), 3, 1),
     ],
 )
 @torch.no_grad()
@@ -209,8 +198,6 @@ def test_gradients(name, which):
         inputs = each_tensor(lambda x, cast=cast: cast(x.detach()).clone(), arguments)
         tensors = [x for group in inputs for x in (group if isinstance(group, list) else [group])]
         leaves = [x for x in tensors if isinstance(x, Tensor) and (x.dim() == 4) == (which == "images")]
-        if name == "conv" and which == "images":
-            leaves = leaves[:1]
         for leaf in leaves:
             leaf.requires_grad_()
         call(*inputs).square().sum().backward()
@@ -252,19 +239,18 @@ def test_default_type_is_no_matter(name):
 @torch.no_grad()
 def test_a_changed_weight_is_packed_anew():
     """Changed in place, or given other memory as Module.to does."""
-    for name in ("linear", "conv"):
-        arguments = list(make(name, (2, 640, 32, 32), size=3, variant=0))
-        weight = torch.nn.Parameter(arguments[1], requires_grad=False)
-        arguments[1] = weight
-        for change in (
-            lambda w: w.mul_(2),
-            lambda w: setattr(w, "data", w.data * 3),
-            lambda w: setattr(w, "data", w.data.bfloat16()),
-            lambda w: setattr(w, "data", w.data.float()),
-        ):
-            change(weight)
-            if weight.dtype == torch.float32:
-                check(getattr(inference, name)(*arguments), expected_of(name, arguments), 1e-5)
+    arguments = list(make("linear", (2, 640, 32, 32), variant=0))
+    weight = torch.nn.Parameter(arguments[1], requires_grad=False)
+    arguments[1] = weight
+    for change in (
+        lambda w: w.mul_(2),
+        lambda w: setattr(w, "data", w.data * 3),
+        lambda w: setattr(w, "data", w.data.bfloat16()),
+        lambda w: setattr(w, "data", w.data.float()),
+    ):
+        change(weight)
+        if weight.dtype == torch.float32:
+            check(inference.linear(*arguments), expected_of("linear", arguments), 1e-5)
 
 
 @torch.inference_mode()
@@ -272,15 +258,6 @@ def test_weight_made_in_inference_mode():
     """It has no version to ask for."""
     arguments = make("linear", (2, 640, 32, 32))
     check(inference.linear(*arguments), expected_of("linear", arguments))
-
-
-@torch.no_grad()
-def test_packed_convolution_takes_maps_of_other_sizes():
-    """It is packed for the first."""
-    _, *others = make("conv", (2, 17, 14, 9), size=3)
-    for shape in ((2, 17, 14, 9), (1, 17, 40, 40), (5, 17, 3, 3)):
-        arguments = (images(*shape), *others)
-        check(inference.conv(*arguments), expected_of("conv", arguments))
 
 
 # PyTorch's tools

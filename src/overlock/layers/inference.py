@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from overlock.ops import blocks
 from overlock.ops import inference as ops
 from overlock.ops.cpu import to_images
 
@@ -20,7 +21,7 @@ def cpu_form(module: nn.Module) -> nn.Module:
     if not square or module.padding != (size // 2, size // 2):
         return module
     if module.groups == 1:
-        return Pointwise(module) if size == stride == 1 else Conv(module)
+        return Pointwise(module) if size == stride == 1 else ConvStack(nn.Sequential(module))
     one_by_one = module.groups == module.in_channels == module.out_channels
     return Depthwise(module) if one_by_one and stride == 1 else module
 
@@ -54,24 +55,20 @@ class Depthwise(nn.Module):
         return ops.depthwise(x, self.weight, self.bias, self.gelu)
 
 
-class Conv(nn.Module):
-    """Convolution of all channels, and GELU after it where ``gelu`` is set."""
+class ConvStack(nn.Module):
+    """Convolutions of all channels, and GELU between them: one operation where its kernels run."""
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, layers: nn.Sequential):
         super().__init__()
-        self.weight = _frozen(conv.weight)
-        self.bias = None if conv.bias is None else _frozen(conv.bias)
-        self.stride = conv.stride[0]
-        self.gelu = False
+        self.layers = layers
+        self._convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+        self.strides = [conv.stride[0] for conv in self._convs]
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.conv(x, self.weight, self.bias, self.stride, self.gelu)
+        parameters = blocks.parameters_of(self._convs)
+        if blocks.kernels_apply([x], parameters):
+            return blocks.conv_stack(x, parameters, self.strides)
+        return self.layers(x)
 
-
-def join_gelu(layers: nn.Sequential) -> nn.Sequential:
-    """The form of convolutions for the CPU, each of which does the GELU after it."""
-    forms = [cpu_form(layer) for layer in layers]
-    for i in range(len(forms) - 1):
-        if isinstance(forms[i], Conv) and isinstance(forms[i + 1], nn.GELU):
-            forms[i].gelu, forms[i + 1] = True, nn.Identity()  # type: ignore[assignment]
-    return nn.Sequential(*forms)
+    def for_cpu(self) -> ConvStack:
+        return self

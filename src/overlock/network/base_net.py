@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
 from overlock.layers import ConvNorm
-from overlock.layers.inference import join_gelu
+from overlock.layers.inference import ConvStack
 from overlock.network.variants import Variant
 
 STEM_STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}
@@ -33,8 +33,8 @@ class Stem(nn.Sequential):
             layers += [make_embedding(widths[i], widths[i + 1], step), nn.GELU()]
         super().__init__(*layers[:-1])
 
-    def for_cpu(self) -> nn.Sequential:
-        return join_gelu(self)
+    def for_cpu(self) -> ConvStack:
+        return ConvStack(self)
 
 
 class BlockStack(nn.Module):

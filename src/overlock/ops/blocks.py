@@ -136,19 +136,43 @@ def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
     return to_images(to_tokens(x)), channels
 
 
-def _run(prepared: _Prepared, out_channels: int, inputs: list[Tensor], *rest: Any) -> Tensor:
+def _run(prepared: _Prepared, out: Tensor, inputs: list[Tensor], *rest: Any) -> Tensor:
     """Some images at a time, so that what they need beside input and output stays in the cache."""
     from overlock.ops.cpu_blocks import Size  # noqa: PLC0415
 
     batch, _, height, width = inputs[0].shape
-    out = inputs[0].new_empty(batch, height, width, out_channels)
     one = 4 * prepared.program(Size(1, height, width), *rest).peak
-    parts = -(-batch // max(1, CHUNK // one))
+    parts = -(-batch // max(1, CHUNK // max(1, one)))
     for i in range(parts):
         first, last = batch * i // parts, batch * (i + 1) // parts
         part = [x[first:last] for x in (*inputs, out)] if parts > 1 else (*inputs, out)
         prepared.program(Size(last - first, height, width), *rest).run(*part)
-    return out.permute(0, 3, 1, 2)
+    return out
+
+
+def _conv_stack(x: Tensor, parameters: list[Tensor | None], strides: list[int]) -> Tensor:
+    def make() -> Any:
+        from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+        layers: Any = zip(_layers(parameters), strides, strict=True)
+        return cpu.ConvStack(
+            [cpu.Convolution(p.weight, _bias(p), stride) for p, stride in layers]
+        )  # fmt: skip
+
+    x = to_images(to_tokens(x))
+    return _run(_prepare_once(parameters, make), _shrunk(x, parameters, strides), [x])
+
+
+def _bias(layer: Parameters) -> Tensor:
+    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+
+
+def _shrunk(x: Tensor, parameters: list[Tensor | None], strides: list[int]) -> Tensor:
+    height, width = x.shape[2:]
+    for stride in strides:
+        height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    last: Any = parameters[-2]
+    return _images(x, last.shape[0], height, width)
 
 
 def _basic_block(x: Tensor, parameters: list[Tensor | None], eps: float) -> Tensor:
@@ -162,7 +186,7 @@ def _basic_block(x: Tensor, parameters: list[Tensor | None], eps: float) -> Tens
         )  # fmt: skip
 
     x = to_images(to_tokens(x))
-    return _run(_prepare_once(parameters, make), x.shape[1], [x])
+    return _run(_prepare_once(parameters, make), _images(x, x.shape[1], *x.shape[2:]), [x])
 
 
 def _mixer_block(
@@ -200,7 +224,7 @@ def _mixer_block(
     prepared = _prepare_once([*parameters, *rpbs], make)
     given = [y for y in (x, context, prior) if y is not None]
     inputs, strides = zip(*map(_as_tokens, given), strict=True)
-    return _run(prepared, _width(x, context), list(inputs), strides)
+    return _run(prepared, _images(x, _width(x, context), *x.shape[2:]), list(inputs), strides)
 
 
 def _width(x: Tensor, context: Tensor | None) -> int:
@@ -258,16 +282,18 @@ def _define(
     return call
 
 
-def _images(x: Tensor, channels: int) -> Tensor:
-    return x.new_empty(x.shape[0], *x.shape[2:], channels).permute(0, 3, 1, 2)
+def _images(x: Tensor, channels: int, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
+conv_stack = _define("conv_stack", "Tensor x, Tensor?[] parameters, int[] strides", _conv_stack, _shrunk)
 basic_block = _define(
-    "basic_block", "Tensor x, Tensor?[] parameters, float eps", _basic_block, lambda x, *_: _images(x, x.shape[1])
-)
+    "basic_block", "Tensor x, Tensor?[] parameters, float eps", _basic_block,
+    lambda x, *_: _images(x, *x.shape[1:]),
+)  # fmt: skip
 mixer_block = _define(
     "mixer_block",
     "Tensor x, Tensor? context, Tensor? prior, Tensor?[] parameters, Tensor[] rpbs, float scale, int region_grid,"
     " float eps",
-    _mixer_block, lambda x, context, *_: _images(x, _width(x, context)),
+    _mixer_block, lambda x, context, *_: _images(x, _width(x, context), *x.shape[2:]),
 )  # fmt: skip

@@ -11,9 +11,21 @@ from overlock.ops.cpu import map_pieces, prepare
 from overlock.ops.cpu_filters import GELU_AFTER, GELU_BEFORE, SQUARES, SUMS, depthwise
 from overlock.ops.cpu_kernels import mix
 from overlock.ops.cpu_norms import average_regions, join, local_and_norm
-from overlock.ops.cpu_products import GATED, RESIDUAL, SCALED, SILU, cut, pack_weight, product
+from overlock.ops.cpu_products import (
+    GATED,
+    GELU,
+    RESIDUAL,
+    SCALED,
+    SILU,
+    cut,
+    pack_weight,
+    pack_windows,
+    product,
+    spans_of,
+)
 from overlock.ops.cpu_scales import excite_images, pieces_of, response_scale, scale_by_response, sum_up
 from overlock.ops.programs import Place, Program, input_place
+from overlock.ops.tiles import DEPTH
 from overlock.ops.vectors import LANES
 
 
@@ -48,13 +60,55 @@ class Product:
     ) -> None:  # fmt: skip
         """out = rows of x, times ``scale`` of their image of some ``tokens``, times a gate; + share * other."""
         steps = after | (SCALED if scale else 0) | (GATED if gate else 0) | (RESIDUAL if other else 0)
-        pieces = cut(rows, self.depth, self.width)
+        pieces = cut(rows, -(-self.depth // DEPTH), self.width)
         share = self.packed if share is None else share
         program.call(
             product, pieces[0] * pieces[1], x, scale or x, gate or x, self.packed, other or x, share, out,
             rows, self.depth, self.width, tokens, stride or self.depth, self.depth, self.width, self.width, steps,
-            *pieces,
+            *pieces, 0, 0, 0, 0, 0, 0, DEPTH,
         )  # fmt: skip
+
+
+class Convolution:
+    """A convolution of all channels, with as much padding as keeps the size at stride 1."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int):
+        self.width, self.channels, self.size, _ = weight.shape
+        self.stride, self.packed = stride, pack_windows(weight, bias)
+
+    def shrunk(self, size: Size) -> Size:
+        return Size(size.batch, (size.height - 1) // self.stride + 1, (size.width - 1) // self.stride + 1)
+
+    def add(self, program: Program, size: Size, x: Place, out: Place, steps: int = 0) -> None:
+        rows, depth, (span, chunk) = self.shrunk(size).rows, self.packed.shape[1] - 1, spans_of(self.channels)
+        pieces = cut(rows, -(-depth // chunk), self.width)
+        program.call(
+            product, pieces[0] * pieces[1], x, x, x, self.packed, x, self.packed, out, rows, depth, self.width,
+            1, 0, 0, self.width, self.width, steps, *pieces, size.height, size.width, self.channels, self.size,
+            self.stride, span, chunk,
+        )  # fmt: skip
+
+
+class ConvStack:
+    """Convolutions one after another, GELU between them."""
+
+    def __init__(self, convolutions: list[Convolution]):
+        self.convolutions = convolutions
+
+    def shrunk(self, size: Size) -> Size:
+        for convolution in self.convolutions:
+            size = convolution.shrunk(size)
+        return size
+
+    def program(self, size: Size) -> Program:
+        """Of input x (B, H, W, C) and output."""
+        program, x, last = Program(), input_place(0), len(self.convolutions) - 1
+        for i, convolution in enumerate(self.convolutions):
+            small = convolution.shrunk(size)
+            out = input_place(1) if i == last else program.room(small.rows, convolution.width)
+            convolution.add(program, size, x, out, 0 if i == last else GELU)
+            x, size = out, small
+        return program.compile()
 
 
 class Filter:

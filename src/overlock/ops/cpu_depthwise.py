@@ -94,7 +94,7 @@ def correlate_row(row, lines, order, begin, end, size, padded, step, stride, wid
 
 @kernel
 def correlate(call, thread, threads):
-    """Gradients (pieces, K K + 1, C) of depthwise filters and, last, their biases, from images and gradients (B, H, W, C).
+    """Gradients (pieces, K K + 1, C) of depthwise filters, and last of biases, from images and gradients (B, H, W, C).
 
     Around the images are zeros.
 

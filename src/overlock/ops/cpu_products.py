@@ -1,7 +1,8 @@
 """Products of tokens and weights for numba, with what comes before and after them in the same pass.
 
 A piece of the tokens is packed for the inner loop (tiles.py), and there is multiplied with one panel of the weights
-after another; each tile of the result passes through its last steps while it is in the cache.
+after another; each tile of the result passes through its last steps while it is in the cache. A convolution is such a
+product too, of the windows of an image, which are made while it is packed.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import torch
 from numba import carray, njit
 from torch import Tensor
+from torch.nn import functional as F
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.tiles import DEPTH, PANEL, ROWS, STRIDE, multiply_half, multiply_panel
-from overlock.ops.vectors import LANES, load, load_part, silu, store, store_part, zeros
+from overlock.ops.vectors import LANES, gelu, load, load_part, silu, store, store_part, zeros
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
-SCALED, GATED, RESIDUAL, SILU = 1, 2, 4, 8
+SCALED, GATED, RESIDUAL, SILU, GELU = 1, 2, 4, 8, 16
 ROOM = 1 << 16  # numbers of packed tokens: half of a second cache, with weights and results beside them
 
 
@@ -33,15 +35,37 @@ def pack_row(x, first, scale, scale_first, gate, gate_first, depth, steps, packe
 
 
 @njit(**OPTIONS)
-def multiply(rows, packed, depth, panel, width, tile, out, out_step):
+def pack_window(x, row, height, width, channels, size, stride, span, chunk, packed, place):
+    """The window of one place of a convolution's result to the tiles' layout, zeros outside of the image.
+
+    ``row`` counts the places of all images (H, W, C). A tap's channels are packed by whole spans, and as many spans
+    together as ``chunk`` has numbers.
+    """
+    out_height, out_width, k = (height - 1) // stride + 1, (width - 1) // stride + 1, 0
+    top, left = row // out_width % out_height * stride - size // 2, row % out_width * stride - size // 2
+    image = row // (out_width * out_height) * height
+    for y in range(top, top + size):
+        for column in range(left, left + size):
+            inside = 0 <= y < height and 0 <= column < width
+            first = ((image + y) * width + column) * channels
+            for start in range(0, channels, span):
+                at = place + k // chunk * ROWS * STRIDE + k % chunk
+                for c in range(0, span, LANES):
+                    lanes = min(LANES, span - c, channels - start - c) if inside else 0
+                    store(packed, at + c, load_part(x, first + start + c, lanes))  # the next span goes over the rest
+                k += span
+
+
+@njit(**OPTIONS)
+def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step):
     """out (rows, PANEL) = bias + packed rows @ a panel of the weights, of whose columns ``width`` are used.
 
-    All are addresses; the tile has room for the sums of a part of the depth.
+    All are addresses; the tile has room for the sums of a part of the depth, which is packed by chunks.
     """
     start, start_step = panel, 0  # the bias comes first, the same for all rows
-    for k in range(0, depth, DEPTH):
-        x, weight, steps = packed + 4 * (k // DEPTH) * ROWS * STRIDE, panel + 4 * (k + 1) * PANEL, min(DEPTH, depth - k)
-        last = k + DEPTH >= depth
+    for k in range(0, depth, chunk):
+        x, weight, steps = packed + 4 * (k // chunk) * ROWS * STRIDE, panel + 4 * (k + 1) * PANEL, min(chunk, depth - k)
+        last = k + chunk >= depth
         to, to_step = (out, out_step) if last else (tile, PANEL)
         if width > LANES:
             multiply_panel(rows, x, weight, steps, start, start_step, to, to_step)
@@ -62,6 +86,8 @@ def write_tile(tile, rows, width, other, other_first, other_step, share, column,
                 value = value + load_part(other, other_first + r * other_step + c, lanes) * part
             if steps & SILU:
                 value = silu(value)
+            if steps & GELU:
+                value = gelu(value)
             store_part(out, out_first + r * out_step + c, value, lanes)
 
 
@@ -71,14 +97,17 @@ def product(call, thread, threads):
 
     ``call`` holds from index 2 on: the addresses of x; scale (images, K); gate; the packed weight and bias; other,
     which is added times its share (N); its share; and out. Then M, K, N, the tokens of an image, the strides of
-    rows of x, gate, other and out, the steps, and the pieces that rows and panels are cut into.
+    rows of x, gate, other and out, the steps, and the pieces that rows and panels are cut into. A convolution's x are
+    images: their height, width and channels, the size of its windows (0 for a plain product) and stride, the span and
+    the chunk that they are packed by.
     """
-    p = carray(call, 20)
+    p = carray(call, 27)
     rows, depth, width, tokens, steps = p[9], p[10], p[11], p[12], p[17]
     everything, panels = (1 << 60,), (width + PANEL - 1) // PANEL
     x, scale, gate, weight = floats(p[2], everything), floats(p[3], everything), floats(p[4], everything), p[5]
     other, part, out = floats(p[6], everything), floats(p[7], everything), floats(p[8], everything)
-    size = (depth + DEPTH - 1) // DEPTH * ROWS * STRIDE
+    chunk = p[26]
+    size = (depth + chunk - 1) // chunk * ROWS * STRIDE
     room = max(1, ROOM // size)
     packed, tile = zeros(room * size), zeros(ROWS * PANEL)
     packed_at, tile_at = packed.ctypes.data, tile.ctypes.data
@@ -93,20 +122,23 @@ def product(call, thread, threads):
                 first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                 for r in range(first, last):
                     place = (block - start) * size + (r - first) * STRIDE
-                    pack_row(x, r * p[13], scale, r // tokens * depth, gate, r * p[14], depth, steps, packed, place)
+                    if p[23]:
+                        pack_window(x, r, p[20], p[21], p[22], p[23], p[24], p[25], chunk, packed, place)
+                    else:
+                        pack_row(x, r * p[13], scale, r // tokens * depth, gate, r * p[14], depth, steps, packed, place)
             for panel in range(panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]):
                 column = panel * PANEL
                 used = width - column
-                at_once = steps & (RESIDUAL | SILU) == 0 and (used >= PANEL or used == LANES)
+                at_once = steps & (RESIDUAL | SILU | GELU) == 0 and (used >= PANEL or used == LANES)
                 for block in range(start, stop):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                     x_at = packed_at + 4 * (block - start) * size
                     panel_at = weight + 4 * panel * (depth + 1) * PANEL
                     if at_once:
                         to = p[8] + 4 * (first * p[16] + column)
-                        multiply(last - first, x_at, depth, panel_at, used, tile_at, to, p[16])
+                        multiply(last - first, x_at, depth, chunk, panel_at, used, tile_at, to, p[16])
                     else:
-                        multiply(last - first, x_at, depth, panel_at, used, tile_at, tile_at, PANEL)
+                        multiply(last - first, x_at, depth, chunk, panel_at, used, tile_at, tile_at, PANEL)
                         write_tile(
                             tile, last - first, used, other, first * p[15] + column, p[15], part, column,
                             out, first * p[16] + column, p[16], steps,
@@ -122,10 +154,23 @@ def pack_weight(weight: Tensor, bias: Tensor) -> Tensor:
     return packed.view(panels, PANEL, 1 + depth).transpose(1, 2).contiguous()
 
 
-def cut(rows: int, depth: int, width: int) -> tuple[int, int]:
+def spans_of(channels: int) -> tuple[int, int]:
+    """How a convolution's windows are packed: equal spans of a tap's channels, and chunks of whole spans."""
+    span = -(-channels // -(-channels // DEPTH))
+    return span, DEPTH // span * span
+
+
+def pack_windows(weight: Tensor, bias: Tensor) -> Tensor:
+    """A convolution's weight (N, C, K, K) and bias (N) as panels, its depth as the windows are packed."""
+    span, _ = spans_of(weight.shape[1])
+    padded = F.pad(weight.permute(0, 2, 3, 1), (0, -weight.shape[1] % span))
+    return pack_weight(padded.flatten(1), bias)
+
+
+def cut(rows: int, chunks: int, width: int) -> tuple[int, int]:
     """Pieces of the rows and of the panels of a product, enough for all threads."""
     threads, panels = torch.get_num_threads(), -(-width // PANEL)
     if rows < ROWS * threads:
         return 1, min(threads, panels)
-    room = max(1, ROOM // (-(-depth // DEPTH) * ROWS * STRIDE)) * ROWS
+    room = max(1, ROOM // (chunks * ROWS * STRIDE)) * ROWS
     return -(-max(1, -(-rows // room)) // threads) * threads, 1

@@ -73,23 +73,6 @@ def _filter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight.permute(2, 0, 1)[:, None], bias, padding=weight.shape[0] // 2, groups=x.shape[1])
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, gelu: bool) -> Tensor:
-    padding = weight.shape[2] // 2
-    if not _is_packable(x, weight, bias):
-        y = F.conv2d(x, weight, bias, stride, padding)
-        return to_images(to_tokens(F.gelu(y) if gelu else y))
-    shape, ones = list(x.shape), [1, 1]
-
-    def pack(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, [padding] * 2, [stride] * 2, ones, 1, shape)
-
-    y = torch.ops.mkldnn._convolution_pointwise(
-        x.contiguous(memory_format=torch.channels_last), _pack_once(weight, pack), bias, [padding] * 2, [stride] * 2,
-        ones, 1, "gelu" if gelu else "none", [], "none",
-    )  # fmt: skip
-    return to_images(to_tokens(y))
-
-
 def _define(
     name: str, arguments: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
@@ -113,8 +96,9 @@ def _want_gradients(inputs: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
-def _images_like(x: Tensor, channels: int, stride: int = 1) -> Tensor:
-    return to_images(x.new_empty(x.shape[0], -(-x.shape[2] // stride), -(-x.shape[3] // stride), channels))
+def _images_like(x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    return to_images(x.new_empty(batch, height, width, channels))
 
 
 linear = _define(
@@ -123,9 +107,5 @@ linear = _define(
 )  # fmt: skip
 depthwise = _define(
     "depthwise", "Tensor x, Tensor weight, Tensor bias, bool gelu", _depthwise,
-    lambda x, *_: _images_like(x, x.shape[1]),
-)  # fmt: skip
-conv = _define(
-    "conv", "Tensor x, Tensor weight, Tensor? bias, int stride, bool gelu", _conv,
-    lambda x, weight, _bias, stride, _gelu: _images_like(x, weight.shape[0], stride),
+    lambda x, *_: _images_like(x),
 )  # fmt: skip
