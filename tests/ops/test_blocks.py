@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import images, randomise, relative_error
 from torch import Tensor
-from torch.nn import Conv2d
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
 import overlock

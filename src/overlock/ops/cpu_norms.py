@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import carray, njit
 
-from overlock.ops.cpu_filters import filter_row, read_row
+from overlock.ops.cpu_filters import filter_row, filter_two_rows, read_row
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.vectors import LANES, load, load_part, spread, store_part, total, zeros
 
@@ -56,33 +56,38 @@ def local_and_norm(call, thread, threads):
         for n in range(9):
             taps[c // LANES, n * LANES + c % LANES] = weights[n, c]
         taps[c // LANES, 9 * LANES + c % LANES] = biases[c]
-    stride = (width + 2) * LANES
-    lines, order = zeros(blocks * LOCAL * stride).reshape(blocks, LOCAL * stride), np.zeros(LOCAL, np.int64)
-    row = zeros(blocks * width * LANES)
+    stride, held = (width + 2) * LANES, LOCAL + 1
+    lines, order = zeros(blocks * held * stride).reshape(blocks, held * stride), np.zeros(held, np.int64)
+    rows = zeros(blocks * 2 * width * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         origin, piece = job // pieces * height * width * channels, job % pieces
-        first, last = height * piece // pieces, height * (piece + 1) // pieces
-        ready = max(first - 1, 0)
-        for y in range(first, last):
-            while ready < min(y + 2, height):
+        y, last = height * piece // pieces, height * (piece + 1) // pieces
+        ready = max(y - 1, 0)
+        while y < last:
+            count = 2 if width >= 7 and y + 1 < last else 1
+            while ready < min(y + 1 + count, height):
                 for block in range(blocks):
                     c = block * LANES
                     at = origin + ready * width * channels + c
-                    place = ready % LOCAL * stride + LANES
+                    place = ready % held * stride + LANES
                     read_row(images, at, channels, width, min(LANES, channels - c), 0, lines[block], place)
                 ready += 1
-            top, bottom = max(1 - y, 0), min(LOCAL, height - y + 1)
+            top, bottom = max(1 - y, 0), min(LOCAL + count - 1, height - y + 1)
             for k in range(top, bottom):
-                order[k] = (y - 1 + k) % LOCAL
+                order[k] = (y - 1 + k) % held
+            tokens, first = count * width, origin + y * width * channels
             for block in range(blocks):
-                line, tap, to = lines[block], taps[block], block * width * LANES
-                filter_row(line, tap, order, top, bottom, LOCAL, LANES, stride, width, row, to)
-                at, lanes = origin + y * width * channels + block * LANES, min(LANES, channels - block * LANES)
-                for x in range(width):
-                    store_part(filtered, at + x * channels, load(row, to + x * LANES), lanes)
-            at = origin + y * width * channels
-            normalise(row, width, channels, whole[0], whole[1], whole[2], eps, normed, at)
+                line, tap, to = lines[block], taps[block], block * tokens * LANES
+                if count == 2:
+                    filter_two_rows(line, tap, order, top, bottom, LOCAL, stride, width, rows[to:])
+                else:
+                    filter_row(line, tap, order, top, bottom, LOCAL, LANES, stride, width, rows, to)
+                at, lanes = first + block * LANES, min(LANES, channels - block * LANES)
+                for x in range(tokens):
+                    store_part(filtered, at + x * channels, load(rows, to + x * LANES), lanes)
+            normalise(rows, tokens, channels, whole[0], whole[1], whole[2], eps, normed, first)
+            y += count
 
 
 @kernel
