@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from overlock import VARIANTS, ContMix, OverLoCK
-from overlock.analysis import count_cost
+from overlock.analysis import DENSE_TASKS, count_cost, count_dense_cost
 
 
 def by_name(model: str, **kwargs):
@@ -98,3 +98,26 @@ def test_refuses_what_is_unknown_or_too_small():
         count_cost("resnet18")
     with pytest.raises(ValueError, match="at least 32 x 32"):
         count_cost("overlock_atto", image_size=(16, 64))
+
+
+@pytest.mark.parametrize("name", ["overlock_t", "overlock_s", "overlock_b"])
+@pytest.mark.parametrize("task", DENSE_TASKS)
+def test_agrees_with_tables_3_to_5(name, task):
+    total = count_dense_cost(name, task)[-1]
+    macs, params = DENSE_TASKS[task].paper[name]
+    assert total.params / 1e6 == pytest.approx(params, rel=0.015)
+    assert total.macs / 1e9 == pytest.approx(macs, rel=0.015)
+
+
+def test_dense_parts_add_up():
+    *parts, total = count_dense_cost("overlock_atto", "cascade_mask_rcnn", image_size=(128, 96))
+    assert total.macs == sum(part.macs for part in parts)
+    assert [part.name for part in parts].count("mask head 3") == 1
+    box, other = (part for part in parts if part.name in ("box head 1", "box head 2"))
+    assert box.params == other.params > 256 * 49 * 1024
+
+
+@pytest.mark.parametrize(("model", "task"), [("overlock_z", "upernet"), ("overlock_t", "uppernet")])
+def test_unknown_dense_cost(model, task):
+    with pytest.raises(ValueError, match="unknown"):
+        count_dense_cost(model, task)

@@ -54,8 +54,8 @@ def count_cost(model: str, *, image_size: tuple[int, int] = (224, 224), num_clas
     with torch.device("meta"):
         network = OverLoCK(VARIANTS[model], num_classes=num_classes, deploy=True).eval()
         images = torch.empty(1, 3, *image_size)
-    macs = _count(network, images, _kernel_generation)
-    mixing = _count(network, images, _kernel_application, only=torch.ops.overlock.contmix)
+    macs = _count(network, images, count_generation)
+    mixing = _count(network, images, count_applications, only=torch.ops.overlock.contmix)
     costs = [
         Cost(
             name=name,
@@ -85,7 +85,7 @@ def _count(
     }  # fmt: skip
 
 
-def _kernel_generation(
+def count_generation(
     query: Shape,
     key: Shape,
     value: Shape,
@@ -107,7 +107,7 @@ def _kernel_generation(
     return 2 * pairs * _taps(kernel_size, height, width) + pairs * value[2]
 
 
-def _kernel_application(
+def count_applications(
     _query: Shape,
     _key: Shape,
     value: Shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -10,23 +11,46 @@ from rich.table import Table
 
 from overlock.cli.command import Command
 
+CLASSIFY = "classify"
+
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument("model", type=str, metavar="MODEL", help="One of OverLoCK's sizes, such as overlock_t.")
     parser.add_argument(
-        "--image_size", type=int, nargs=2, metavar=("H", "W"), default=[224, 224], help="Height and width in pixels."
+        "--task",
+        type=Literal["classify", "mask_rcnn", "cascade_mask_rcnn", "upernet"],
+        default=CLASSIFY,
+        help="What the network is the backbone of.",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        default=None,
+        help="Height and width in pixels, by default those of the paper's table of the task.",
     )
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.analysis import count_cost  # noqa: PLC0415
+    from overlock.analysis import DENSE_TASKS, count_cost, count_dense_cost  # noqa: PLC0415
     from overlock.checkpoint import check_model_name  # noqa: PLC0415
     from overlock.network import VARIANTS  # noqa: PLC0415
 
     check_model_name(options.model)
-    height, width = options.image_size
-    costs = count_cost(options.model, image_size=(height, width))
-    table = Table("part", title=f"{options.model}, merged, {height} x {width}")
+    if options.task == CLASSIFY:
+        number, usual, figures = 2, (224, 224), VARIANTS[options.model].paper
+        printed = None if figures is None else (figures.macs, figures.params)
+    else:
+        task = DENSE_TASKS[options.task]
+        number, usual, printed = task.table, task.image_size, task.paper.get(options.model)
+    size = usual if options.image_size is None else tuple(options.image_size)
+    if options.task == CLASSIFY:
+        costs = count_cost(options.model, image_size=size)
+    else:
+        costs = count_dense_cost(options.model, options.task, image_size=size)
+    what = options.model if options.task == CLASSIFY else f"{options.task} on {options.model}"
+    table = Table("part", title=f"{what}, merged, {size[0]} x {size[1]}")
     for title in ("parameters, M", "multiply-adds, G", "mixing, G"):
         table.add_column(title, justify="right")
     for cost in costs:
@@ -34,9 +58,9 @@ def run(options: Namespace, console: Console) -> None:
         table.add_row(
             cost.name, f"{cost.params / 1e6:.3f}", f"{cost.macs / 1e9:.3f}", f"{cost.mixing / 1e9:.3f}", style=style
         )
-    paper = VARIANTS[options.model].paper
-    if paper is not None and (height, width) == (224, 224):
-        table.add_row("paper, Table 2", f"{paper.params:g}", f"{paper.macs:g}", "")
+    if printed is not None and size == usual:
+        macs, params = printed
+        table.add_row(f"paper, Table {number}", f"{params:g}", f"{macs:g}", "")
     console.print(table)
     console.print("mixing: the application of the dynamic kernels, which the paper's figures leave out")
 

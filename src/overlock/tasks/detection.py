@@ -1,0 +1,150 @@
+"""Faster and Mask R-CNN on torchvision's detection parts, set up as the released models are (section 4.2)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+from overlock.tasks.features import STRIDES, make_features
+
+LEVELS = ("0", "1", "2", "3")  # the maps of the pyramid that regions are taken from
+WIDTH = 256  # of the pyramid's maps
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone and a feature pyramid on its four features.
+
+    Images (B, 3, H, W) to maps (B, 256, H / stride, W / stride) of strides 4 to 64, by the names that torchvision's
+    heads look for.
+
+    Args:
+        features: the backbone, images to four features.
+        channels: of the features.
+    """
+
+    def __init__(self, features: nn.Module, channels: tuple[int, ...]):
+        super().__init__()
+        self.body = features
+        self.fpn = FeaturePyramidNetwork(list(channels), WIDTH, extra_blocks=LastLevelMaxPool())
+        self.out_channels = WIDTH
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return self.fpn(OrderedDict(zip(LEVELS, self.body(x), strict=True)))
+
+
+class ExactAnchors(AnchorGenerator):
+    """Anchors of three aspect ratios whose sides are not rounded, as the released models have them."""
+
+    def __init__(self) -> None:
+        strides = (*STRIDES, 2 * STRIDES[-1])
+        super().__init__(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+
+    def generate_anchors(
+        self,
+        scales: Any,
+        aspect_ratios: Any,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  # torchvision's signature
+    ) -> Tensor:
+        side = torch.as_tensor(scales, dtype=dtype, device=device)
+        root = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        width, height = (side / root).flatten(), (side * root).flatten()
+        return torch.stack([-width, -height, width, height], dim=1) / 2
+
+
+class AlignedRoIAlign(MultiScaleRoIAlign):
+    """Regions by RoIAlign with the half-pixel shift, and as many samples as a region has pixels.
+
+    Args:
+        output_size: side of the pooled regions.
+    """
+
+    def __init__(self, output_size: int):
+        super().__init__(list(LEVELS), output_size, sampling_ratio=0)
+        self.level_of = LevelMapper(2, 5, self.canonical_scale, self.canonical_level)
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Boxes (N, 4) of each image, in its pixels, to (sum of N, 256, size, size)."""
+        maps = [x[name] for name in self.featmap_names]
+        images = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
+        regions = torch.cat([torch.cat(images), torch.cat(boxes)], dim=1)
+        levels = self.level_of(boxes)
+        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
+            chosen = torch.where(levels == level)[0]
+            taken = roi_align(features, regions[chosen].to(features), self.output_size, 1 / stride, aligned=True)
+            pooled = pooled.index_copy(0, chosen, taken.to(pooled.dtype))
+        return pooled
+
+
+def make_settings(
+    backbone: str, *, pretrained: bool, overview: bool, drop_path: float | None, **options: Any
+) -> dict[str, Any]:
+    """What the detectors have in common, as arguments of torchvision's ``FasterRCNN``."""
+    features = make_features(backbone, pretrained=pretrained, overview=overview, drop_path=drop_path, **options)
+    return dict(
+        backbone=PyramidBackbone(*features),
+        rpn_anchor_generator=ExactAnchors(),
+        rpn_post_nms_top_n_train=1000,
+        box_roi_pool=AlignedRoIAlign(7),
+    )
+
+
+def faster_rcnn(
+    backbone: str = "overlock_t",
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    drop_path: float | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+    **options: Any,
+) -> FasterRCNN:
+    """Faster R-CNN on any backbone that timm knows; torchvision's model, to be called as its own are.
+
+    Args:
+        backbone: name of the backbone.
+        num_classes: of the objects; label 0 is the background, theirs begin at 1.
+        pretrained: load the backbone's ImageNet weights.
+        drop_path: rate of stochastic depth.
+        min_size: what the short side of an image is brought to.
+        max_size: what its long side may be at most.
+        options: further arguments of the backbone.
+
+    Raises:
+        ValueError: for a backbone without four features, or fewer than one class.
+    """
+    settings = make_settings(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
+    return FasterRCNN(num_classes=_with_background(num_classes), min_size=min_size, max_size=max_size, **settings)
+
+
+def mask_rcnn(
+    backbone: str = "overlock_t",
+    *,
+    num_classes: int,
+    pretrained: bool = False,
+    drop_path: float | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+    **options: Any,
+) -> MaskRCNN:
+    """Mask R-CNN on any backbone that timm knows; arguments and errors are those of :func:`faster_rcnn`."""
+    settings = make_settings(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
+    return MaskRCNN(
+        num_classes=_with_background(num_classes), min_size=min_size, max_size=max_size,
+        mask_roi_pool=AlignedRoIAlign(14), **settings,
+    )  # fmt: skip
+
+
+def _with_background(num_classes: int) -> int:
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1 (the background is added), got {num_classes}")
+    return num_classes + 1
