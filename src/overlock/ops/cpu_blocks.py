@@ -80,7 +80,11 @@ class Convolution:
         return Size(size.batch, (size.height - 1) // self.stride + 1, (size.width - 1) // self.stride + 1)
 
     def add(self, program: Program, size: Size, x: Place, out: Place, steps: int = 0) -> None:
-        rows, depth, (span, chunk) = self.shrunk(size).rows, self.packed.shape[1] - 1, spans_of(self.channels)
+        rows, depth, (span, chunk) = (
+            self.shrunk(size).rows,
+            self.packed.shape[1] - 1,
+            spans_of(self.channels, self.size),
+        )
         pieces = cut(rows, -(-depth // chunk), self.width)
         program.call(
             product, pieces[0] * pieces[1], x, x, x, self.packed, x, self.packed, out, rows, depth, self.width,

@@ -8,7 +8,7 @@ from numba import carray, njit
 from torch import Tensor
 
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
-from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, store, store_part, zeros
+from overlock.ops.vectors import LANES, gelu, gelu_gradient, load, load_part, prefetch, store, store_part, zeros
 
 # What is done in the same pass, added up.
 GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
@@ -16,10 +16,20 @@ GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
 
 @njit(**OPTIONS)
 def read_row(images, first, channels, width, lanes, steps, line, place):
-    """One row of up to LANES channels into ``line``, whose margins stay zero."""
+    """One row of up to LANES channels into ``line``, whose margins stay zero.
+
+    The row below, whose numbers lie too far apart for the machine to foresee, is on its way to the cache meanwhile.
+    """
+    prefetch_row(images, first + width * channels, channels, width)
     for x in range(width):
         value = load_part(images, first + x * channels, lanes)
         store(line, place + x * LANES, gelu(value) if steps & GELU_BEFORE else value)
+
+
+@njit(**OPTIONS)
+def prefetch_row(numbers, first, channels, width):
+    for x in range(width):
+        prefetch(numbers, first + x * channels)
 
 
 @njit(**OPTIONS)
@@ -190,6 +200,8 @@ def depthwise(call, thread, threads):
                     ready % held * stride + half * LANES,
                 )  # fmt: skip
                 ready += 1
+            if p[5] != p[2]:
+                prefetch_row(out, origin + y * width * channels, channels, count * width)
             top = max(-((y - half) // dilation), 0)
             bottom = min(size + count - 1, (height - 1 - y + half) // dilation + 1)
             for k in range(top, bottom):

@@ -7,20 +7,25 @@ import math
 import numpy as np
 from numba import carray, njit
 
-from overlock.ops.cpu_filters import filter_row, filter_two_rows, read_row
+from overlock.ops.cpu_filters import filter_row
 from overlock.ops.threads import OPTIONS, floats, kernel, share
-from overlock.ops.vectors import LANES, load, load_part, spread, store_part, total, zeros
+from overlock.ops.vectors import LANES, load, load_part, spread, store, store_part, total, zeros
 
 LOCAL = 3  # rows of a local convolution
 
 
 @njit(**OPTIONS)
-def normalise(row, width, channels, ones, weight, bias, eps, out, first):
-    """Layer norm of a row held as (blocks, width, LANES) with zeros beyond the channels; ``ones`` has them too."""
+def normalise(row, width, channels, ones, weight, bias, eps, plain, out, first):
+    """A row held as (blocks, width, LANES) with zeros beyond the channels, to its place plain and layer-normed.
+
+    ``ones`` has the same zeros.
+    """
     for x in range(width):
         both = spread(np.float32(0))
         for c in range(0, channels, LANES):
-            both = both + load(row, c * width + x * LANES)
+            value = load(row, c * width + x * LANES)
+            store_part(plain, first + x * channels + c, value, min(LANES, channels - c))
+            both = both + value
         mean = spread(total(both) / np.float32(channels))
         both = spread(np.float32(0))
         for c in range(0, channels, LANES):
@@ -31,6 +36,15 @@ def normalise(row, width, channels, ones, weight, bias, eps, out, first):
             value = (load(row, c * width + x * LANES) - mean) * scale
             value = value * load(weight, c) + load(bias, c)
             store_part(out, first + x * channels + c, value, min(LANES, channels - c))
+
+
+@njit(**OPTIONS)
+def read_tokens(images, first, width, channels, lines, place, step):
+    """A row of tokens, LANES channels of each to one of the lines ``step`` apart."""
+    for x in range(width):
+        for c in range(0, channels, LANES):
+            value = load_part(images, first + x * channels + c, min(LANES, channels - c))
+            store(lines, c // LANES * step + place + x * LANES, value)
 
 
 @kernel
@@ -56,38 +70,27 @@ def local_and_norm(call, thread, threads):
         for n in range(9):
             taps[c // LANES, n * LANES + c % LANES] = weights[n, c]
         taps[c // LANES, 9 * LANES + c % LANES] = biases[c]
-    stride, held = (width + 2) * LANES, LOCAL + 1
-    lines, order = zeros(blocks * held * stride).reshape(blocks, held * stride), np.zeros(held, np.int64)
-    rows = zeros(blocks * 2 * width * LANES)
+    stride = (width + 2) * LANES
+    lines, order = zeros(blocks * LOCAL * stride), np.zeros(LOCAL, np.int64)
+    row = zeros(blocks * width * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         origin, piece = job // pieces * height * width * channels, job % pieces
-        y, last = height * piece // pieces, height * (piece + 1) // pieces
-        ready = max(y - 1, 0)
-        while y < last:
-            count = 2 if width >= 7 and y + 1 < last else 1
-            while ready < min(y + 1 + count, height):
-                for block in range(blocks):
-                    c = block * LANES
-                    at = origin + ready * width * channels + c
-                    place = ready % held * stride + LANES
-                    read_row(images, at, channels, width, min(LANES, channels - c), 0, lines[block], place)
+        first, last = height * piece // pieces, height * (piece + 1) // pieces
+        ready = max(first - 1, 0)
+        for y in range(first, last):
+            while ready < min(y + 2, height):
+                at, place = origin + ready * width * channels, ready % LOCAL * stride + LANES
+                read_tokens(images, at, width, channels, lines, place, LOCAL * stride)
                 ready += 1
-            top, bottom = max(1 - y, 0), min(LOCAL + count - 1, height - y + 1)
+            top, bottom = max(1 - y, 0), min(LOCAL, height - y + 1)
             for k in range(top, bottom):
-                order[k] = (y - 1 + k) % held
-            tokens, first = count * width, origin + y * width * channels
+                order[k] = (y - 1 + k) % LOCAL
             for block in range(blocks):
-                line, tap, to = lines[block], taps[block], block * tokens * LANES
-                if count == 2:
-                    filter_two_rows(line, tap, order, top, bottom, LOCAL, stride, width, rows[to:])
-                else:
-                    filter_row(line, tap, order, top, bottom, LOCAL, LANES, stride, width, rows, to)
-                at, lanes = first + block * LANES, min(LANES, channels - block * LANES)
-                for x in range(tokens):
-                    store_part(filtered, at + x * channels, load(rows, to + x * LANES), lanes)
-            normalise(rows, tokens, channels, whole[0], whole[1], whole[2], eps, normed, first)
-            y += count
+                line, to = lines[block * LOCAL * stride :], block * width * LANES
+                filter_row(line, taps[block], order, top, bottom, LOCAL, LANES, stride, width, row, to)
+            at = origin + y * width * channels
+            normalise(row, width, channels, whole[0], whole[1], whole[2], eps, filtered, normed, at)
 
 
 @kernel

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.tiles import DEPTH, PANEL, ROWS, STRIDE, multiply_half, multiply_panel
-from overlock.ops.vectors import LANES, gelu, load, load_part, silu, store, store_part, zeros
+from overlock.ops.vectors import LANES, gelu, load, load_part, prefetch, silu, store, store_part, zeros
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
 SCALED, GATED, RESIDUAL, SILU, GELU = 1, 2, 4, 8, 16
@@ -38,12 +38,21 @@ def pack_row(x, first, scale, scale_first, gate, gate_first, depth, steps, packe
 def pack_window(x, row, height, width, channels, size, stride, span, chunk, packed, place):
     """The window of one place of a convolution's result to the tiles' layout, zeros outside of the image.
 
-    ``row`` counts the places of all images (H, W, C). A tap's channels are packed by whole spans, and as many spans
-    together as ``chunk`` has numbers.
+    ``row`` counts the places of all images (H, W, C). A row of the window is packed by spans of ``span`` numbers, the
+    channels of one tap or a part of them, or whole, and as many spans together as ``chunk`` has numbers.
     """
     out_height, out_width, k = (height - 1) // stride + 1, (width - 1) // stride + 1, 0
     top, left = row // out_width % out_height * stride - size // 2, row % out_width * stride - size // 2
     image = row // (out_width * out_height) * height
+    if span == size * channels and left >= 0 and left + size <= width:  # a row of the window is one piece of memory
+        for y in range(top, top + size):
+            at, first = place + k // chunk * ROWS * STRIDE + k % chunk, ((image + y) * width + left) * channels
+            for c in range(0, span, LANES):
+                lanes = span - c if 0 <= y < height else 0
+                store(packed, at + c, load_part(x, first + c, lanes))
+            k += span
+        return
+    span = min(span, channels)
     for y in range(top, top + size):
         for column in range(left, left + size):
             inside = 0 <= y < height and 0 <= column < width
@@ -134,6 +143,9 @@ def product(call, thread, threads):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                     x_at = packed_at + 4 * (block - start) * size
                     panel_at = weight + 4 * panel * (depth + 1) * PANEL
+                    for r in range(first, last):  # so that the lines are there when the tile is written
+                        for c in range(0, min(PANEL, used), LANES):
+                            prefetch(out, r * p[16] + column + c)
                     if at_once:
                         to = p[8] + 4 * (first * p[16] + column)
                         multiply(last - first, x_at, depth, chunk, panel_at, used, tile_at, to, p[16])
@@ -154,16 +166,16 @@ def pack_weight(weight: Tensor, bias: Tensor) -> Tensor:
     return packed.view(panels, PANEL, 1 + depth).transpose(1, 2).contiguous()
 
 
-def spans_of(channels: int) -> tuple[int, int]:
-    """How a convolution's windows are packed: equal spans of a tap's channels, and chunks of whole spans."""
-    span = -(-channels // -(-channels // DEPTH))
+def spans_of(channels: int, size: int) -> tuple[int, int]:
+    """How a convolution's windows are packed: by whole rows or equal spans of a tap's channels; and chunks of those."""
+    span = size * channels if size * channels <= DEPTH else -(-channels // -(-channels // DEPTH))
     return span, DEPTH // span * span
 
 
 def pack_windows(weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution's weight (N, C, K, K) and bias (N) as panels, its depth as the windows are packed."""
-    span, _ = spans_of(weight.shape[1])
-    padded = F.pad(weight.permute(0, 2, 3, 1), (0, -weight.shape[1] % span))
+    span, _ = spans_of(*weight.shape[1:3])
+    padded = F.pad(weight.permute(0, 2, 3, 1), (0, -weight.shape[1] % min(span, weight.shape[1])))
     return pack_weight(padded.flatten(1), bias)
 
 
