@@ -1,0 +1,124 @@
+"""Scores of detectors and segmenters, from torchmetrics, pycocotools and a confusion matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Result = dict[str, Tensor]
+
+
+class SegmentationScore:
+    """Mean IoU, mean accuracy and accuracy of all pixels, in shares.
+
+    Classes that neither the labels nor the predictions have are left out of the means.
+
+    Args:
+        num_classes: of the labels.
+        ignore_index: label of pixels that do not count.
+    """
+
+    def __init__(self, num_classes: int, *, ignore_index: int = 255):
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def update(self, predicted: Tensor, labels: Tensor) -> None:
+        """Add images.
+
+        Args:
+            predicted: classes of the pixels, of any shape.
+            labels: of the same shape.
+
+        Raises:
+            ValueError: for a label that is neither a class nor ignored, or another shape.
+        """
+        if predicted.shape != labels.shape:
+            raise ValueError(f"predictions of shape {tuple(predicted.shape)} for labels of {tuple(labels.shape)}")
+        counted = labels != self.ignore_index
+        true, guess = labels[counted].long().cpu(), predicted[counted].long().cpu()
+        if true.numel() == 0:
+            return
+        wrong = true[(true < 0) | (true >= self.num_classes)]
+        if wrong.numel() > 0:
+            raise ValueError(
+                f"a label is {int(wrong[0])}, where classes go from 0 to {self.num_classes - 1} "
+                f"and {self.ignore_index} is ignored; check num_classes and the label shift"
+            )
+        pairs = torch.bincount(self.num_classes * true + guess, minlength=self.num_classes**2)
+        self.counts += pairs.view(self.num_classes, self.num_classes)
+
+    def measures(self) -> dict[str, float]:
+        """mIoU, mAcc and aAcc; NaN before the first pixel."""
+        right, true, guessed = self.counts.diag().double(), self.counts.sum(1).double(), self.counts.sum(0).double()
+        return dict(
+            mIoU=float((right / (true + guessed - right)).nanmean()),
+            mAcc=float((right / true).nanmean()),
+            aAcc=float(right.sum() / true.sum()),
+        )
+
+    def iou(self) -> Tensor:
+        """Of each class; NaN for one that is nowhere."""
+        right = self.counts.diag().double()
+        return right / (self.counts.sum(0) + self.counts.sum(1) - right)
+
+
+class DetectionScore:
+    """COCO's average precisions, by pycocotools: AP, AP50, AP75 and those of small, medium and large objects.
+
+    Args:
+        masks: score the masks too.
+
+    Raises:
+        ImportError: without torchmetrics or pycocotools.
+    """
+
+    def __init__(self, *, masks: bool = False):
+        try:
+            from torchmetrics.detection import MeanAveragePrecision  # noqa: PLC0415
+        except ImportError:
+            raise ImportError("detection scores need torchmetrics: pip install 'overlock[detect]'") from None
+        self.kinds: Any = ("bbox", "segm") if masks else ("bbox",)
+        # COCO's own thresholds: torchmetrics' are rounded to float32, which decides where an overlap is just 0.6.
+        self.metric: Any = MeanAveragePrecision(
+            iou_type=self.kinds, backend="pycocotools", iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        )  # fmt: skip
+        self.metric.warn_on_many_detections = False
+
+    def update(self, results: list[Result], targets: list[Result]) -> None:
+        """Add images.
+
+        Args:
+            results: of a detector in evaluation: boxes (N, 4) as left, top, right, bottom, scores, labels, and masks
+                (N, 1, H, W) of shares.
+            targets: boxes, labels, masks (N, H, W), and where known iscrowd and area.
+        """
+        names = ("boxes", "scores", "labels")
+        found = [{name: result[name].cpu() for name in names} for result in results]
+        given = ("boxes", "labels", "iscrowd", "area")
+        wanted = [{name: target[name].cpu() for name in given if name in target} for target in targets]
+        if "segm" in self.kinds:
+            for mine, result in zip(found, results, strict=True):
+                mine["masks"] = result["masks"][:, 0].cpu() > 0.5
+            for mine, target in zip(wanted, targets, strict=True):
+                mine["masks"] = target["masks"].cpu().bool()
+        self.metric.update(found, wanted)
+
+    def measures(self) -> dict[str, float]:
+        """'box_AP', 'box_AP50' and so on, 'mask_AP' and so on; -1 where there are no such objects."""
+        computed, measures = self.metric.compute(), {}
+        for kind, name in zip(self.kinds, ("box", "mask"), strict=False):
+            prefix = f"{kind}_" if len(self.kinds) > 1 else ""
+            for theirs, ours in (
+                ("", ""),
+                ("_50", "50"),
+                ("_75", "75"),
+                ("_small", "S"),
+                ("_medium", "M"),
+                ("_large", "L"),
+            ):
+                measures[f"{name}_AP{ours}"] = float(computed[f"{prefix}map{theirs}"])
+        return measures
