@@ -29,6 +29,15 @@ def default_file() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data sets; tests that need it are skipped where it is absent."""
+    path = SHARED.parent / "data"
+    if not path.is_dir():
+        pytest.skip(f"the data sets are not at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
 def official() -> ModuleType:
     """The generator of the reference weights and images; tests that need it are skipped where it is absent."""
     path = SHARED / "weights.py"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,10 +80,10 @@ class DetectionScore:
             from torchmetrics.detection import MeanAveragePrecision  # noqa: PLC0415
         except ImportError:
             raise ImportError("detection scores need torchmetrics: pip install 'overlock[detect]'") from None
-        self.kinds: Any = ("bbox", "segm") if masks else ("bbox",)
+        self.kinds = ("bbox", "segm") if masks else ("bbox",)
         # COCO's own thresholds: torchmetrics' are rounded to float32, which decides where an overlap is just 0.6.
         self.metric: Any = MeanAveragePrecision(
-            iou_type=self.kinds, backend="pycocotools", iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            iou_type=cast(Any, self.kinds), backend="pycocotools", iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),
         )  # fmt: skip
         self.metric.warn_on_many_detections = False

@@ -1,0 +1,165 @@
+"""From images and their boxes, masks or label maps to what the network takes: the paper's pipelines on torchvision's.
+
+Functions here return transforms of (PIL image, target), whose boxes and masks follow the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from overlock.data.label_maps import IGNORED
+
+
+def _to_tensor(normalise: bool) -> list[v2.Transform]:
+    steps: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return [*steps, v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)] if normalise else steps
+
+
+def make_detection_transform(*, training: bool, multi_scale: bool = False) -> v2.Compose:
+    """For detectors, which normalise and resize by themselves.
+
+    Args:
+        training: mirror half of the images.
+        multi_scale: bring the short side to 480, 512, ... or 800 pixels; or first to 400, 500 or 600 and crop 384 to
+            600 pixels of each side, in half of the images (the 3x schedules). Needs ``training``.
+    """
+    steps: list[v2.Transform] = []
+    if training:
+        steps.append(v2.RandomHorizontalFlip())
+    if training and multi_scale:
+        short = v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)
+        crop = v2.Compose([v2.RandomShortestSize([400, 500, 600], max_size=4200), RandomRangeCrop(384, 600), short])
+        steps.append(v2.RandomChoice([short, crop]))
+    if training:
+        steps.append(v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_of_objects))
+    return v2.Compose([*_to_tensor(normalise=False), *steps])
+
+
+def _of_objects(sample: Any) -> Any:
+    """All that goes when an object's box is cropped away."""
+    target = sample[1] if isinstance(sample, tuple) else sample
+    return tuple(target[name] for name in ("labels", "iscrowd", "area"))
+
+
+def make_segmentation_transform(
+    *, training: bool, crop: int = 512, scale: tuple[int, int] = (2048, 512), ratio: tuple[float, float] = (0.5, 2.0)
+) -> v2.Compose:
+    """For segmenters: normalised images, labels (H, W).
+
+    Args:
+        training: resize at random, crop, mirror and distort the colours; else resize alone.
+        crop: side of the crop; smaller images are padded, with ignored labels.
+        scale: longest and shortest side that an image is brought within, keeping its aspect.
+        ratio: of which a random share of the scale is taken in training.
+    """
+    if not training:
+        return v2.Compose([ResizeWithin(scale), *_to_tensor(normalise=True)])
+    return v2.Compose(
+        [
+            ResizeWithin(scale, ratio),
+            VariedCrop(crop),
+            v2.RandomHorizontalFlip(),
+            v2.RandomPhotometricDistort(brightness=(0.875, 1.125), contrast=(0.5, 1.5), p=0.5),
+            *_to_tensor(normalise=True),
+            PadTo(crop),
+        ]
+    )
+
+
+class ResizeWithin(v2.Transform):
+    """Resize to fit a longest and a shortest side, times a random number where a range is given.
+
+    Label maps are resized without blending; in evaluation they are left as they are, since scores are taken at the
+    images' own size.
+    """
+
+    def __init__(self, scale: tuple[int, int], ratio: tuple[float, float] | None = None):
+        super().__init__()
+        self.scale, self.ratio = scale, ratio
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        factor = 1.0 if self.ratio is None else float(torch.empty(1).uniform_(*self.ratio))
+        times = min(max(self.scale) / max(height, width), min(self.scale) / min(height, width)) * factor
+        return dict(size=[max(1, round(height * times)), max(1, round(width * times))])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if self.ratio is None and isinstance(inpt, tv_tensors.Mask):
+            return inpt
+        return self._call_kernel(v2.functional.resize, inpt, **params, interpolation=v2.InterpolationMode.BILINEAR)
+
+
+class VariedCrop(v2.Transform):
+    """A random crop, drawn again up to ten times while one class has more than three quarters of its pixels."""
+
+    def __init__(self, size: int, most: float = 0.75, tries: int = 10):
+        super().__init__()
+        self.size, self.most, self.tries = size, most, tries
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        labels = next((x for x in flat_inputs if isinstance(x, tv_tensors.Mask)), None)
+        place = dict(height=min(self.size, height), width=min(self.size, width))
+        for _ in range(self.tries):
+            place["top"], place["left"] = _draw(height - place["height"] + 1), _draw(width - place["width"] + 1)
+            if labels is None or self._varied(labels, place):
+                break
+        return place
+
+    def _varied(self, labels: Tensor, place: dict[str, int]) -> bool:
+        top, left = place["top"], place["left"]
+        part = labels[..., top : top + place["height"], left : left + place["width"]]
+        counts = torch.unique(part[part != IGNORED], return_counts=True)[1]
+        return counts.numel() > 1 and float(counts.max() / counts.sum()) < self.most
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class RandomRangeCrop(v2.Transform):
+    """A crop of random size, each side between two numbers or as long as the image."""
+
+    def __init__(self, smallest: int, largest: int):
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sides = v2.functional.get_size(flat_inputs[0])
+        height, width = (
+            min(side, self.smallest + _draw(max(1, min(side, self.largest) - self.smallest + 1))) for side in sides
+        )
+        return dict(top=_draw(sides[0] - height + 1), left=_draw(sides[1] - width + 1), height=height, width=width)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
+class PadTo(v2.Transform):
+    """Pad at the right and below: images with zeros, label maps with what is ignored."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        return dict(padding=[0, 0, max(0, self.size - width), max(0, self.size - height)])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        fill = IGNORED if isinstance(inpt, tv_tensors.Mask) else 0
+        return self._call_kernel(v2.functional.pad, inpt, **params, fill=fill)
+
+
+def _draw(count: int) -> int:
+    """A whole number from 0 to below ``count``, by torch's generator."""
+    return int(torch.randint(count, ()))
+
+
+__all__: Sequence[str] = ["make_detection_transform", "make_segmentation_transform"]
