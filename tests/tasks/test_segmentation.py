@@ -35,6 +35,13 @@ def test_sizes(backbone, size):
         assert model.eval()(x).shape == (2, CLASSES, *size)
 
 
+def test_one_image_to_train_on():
+    """Whose pooled map of one pixel has no variance."""
+    main, auxiliary = build().train()(images(1, 3, 64, 64))
+    (main.square().mean() + auxiliary.square().mean()).backward()
+    assert main.isfinite().all()
+
+
 def test_loss():
     """The mean over the pixels that count, and nothing where none does."""
     main, auxiliary = images(2, CLASSES, 6, 7, seed=1), images(2, CLASSES, 6, 7, seed=2)

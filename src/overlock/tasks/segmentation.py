@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.layers import BatchNorm2d
 from overlock.tasks.features import make_features
 
 AUXILIARY = 2  # the feature of stride 16
@@ -47,6 +48,7 @@ class UperNet(nn.Module):
         self.auxiliary_head = auxiliary(settings, in_channels=list(channels), in_index=AUXILIARY)
         for head in (self.decode_head, self.auxiliary_head):
             head.classifier = nn.Sequential(nn.Dropout2d(drop_rate), head.classifier)
+            _let_train_on_one_image(head)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         features = self.backbone(x)
@@ -54,6 +56,14 @@ class UperNet(nn.Module):
         if not self.training:
             return logits
         return logits, _enlarge(self.auxiliary_head(features), x)
+
+
+def _let_train_on_one_image(head: nn.Module) -> None:
+    """Norms of our own, since the head pools maps to one pixel, which in a single image leaves no variance."""
+    for module in head.modules():
+        norm = getattr(module, "batch_norm", None)
+        if isinstance(norm, nn.BatchNorm2d):
+            module.batch_norm = BatchNorm2d(norm.num_features)
 
 
 def _enlarge(logits: Tensor, images: Tensor) -> Tensor:
