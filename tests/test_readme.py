@@ -45,6 +45,8 @@ def test_python_runs(tmp_path, monkeypatch):
         torch.testing.assert_close(names["fast"](x), model(x), atol=1e-4, rtol=1e-3)
         assert names["y"].shape == (1, 64, 28, 40)
         assert [tuple(m.shape[-2:]) for m in names["maps"]] == [(64, 80), (32, 40), (16, 20), (8, 10)]
+        assert set(names["found"]) == {"boxes", "labels", "scores", "masks"}
+        assert names["pixels"].shape == (1, 150, 256, 320)
         assert names["result"].labels[0] in ("3", "7")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -34,6 +35,21 @@ class CheckpointFile(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, up to 2 GB, for its next step.
+
+    What a step on a CPU frees, the system would take back and give again page by page, which took 6 % of the step
+    (docs/training.md). For glibc alone; elsewhere nothing happens.
+    """
+    no_separate_blocks, kept_at_the_end = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    try:
+        adjust = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # macOS, musl, Windows
+        return
+    for setting in (no_separate_blocks, kept_at_the_end):
+        adjust(*setting)
 
 
 def make_fabric(config: MachineConfig) -> Fabric:

@@ -35,7 +35,7 @@ from overlock.network import VARIANTS
 from overlock.training import reports
 from overlock.training.config import TrainConfig
 from overlock.training.loop import Fit
-from overlock.training.machine import full_state, make_fabric, make_share
+from overlock.training.machine import full_state, keep_freed_memory, make_fabric, make_share
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
@@ -84,6 +84,8 @@ def train(
     with StopRequest() as stop, quiet():
         fabric = make_fabric(config.machine)
         fabric.launch()
+        if fabric.device.type == "cpu":
+            keep_freed_memory()
         if fabric.is_global_zero:
             check_output(folder, overwrite=overwrite, resume=resume)
         fabric.barrier()
