@@ -345,3 +345,17 @@ def test_signals_save_and_end(tmp_path, signum, code):
     assert "stopped and saved at epoch" in out
     assert "--resume" in out
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(("task", "table"), [("mask_rcnn", 3), ("cascade_mask_rcnn", 4), ("upernet", 5)])
+def test_summary_of_dense_models(capsys, task, table):
+    """Beside the paper's figures at its size, without them at another."""
+    out = succeeds(capsys, "summary", "overlock_t", "--task", task)
+    assert f"paper, Table {table}" in out
+    assert "backbone" in out
+    assert (
+        "paper"
+        not in succeeds(capsys, "summary", "overlock_t", "--task", task, "--image_size", 128, 96).partition("mixing:")[
+            0
+        ]
+    )

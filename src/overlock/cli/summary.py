@@ -38,18 +38,18 @@ def run(options: Namespace, console: Console) -> None:
     from overlock.network import VARIANTS  # noqa: PLC0415
 
     check_model_name(options.model)
+    given = None if options.image_size is None else tuple(options.image_size)
     if options.task == CLASSIFY:
-        number, usual, figures = 2, (224, 224), VARIANTS[options.model].paper
+        number, usual, what = 2, (224, 224), options.model
+        costs = count_cost(options.model, image_size=given or usual)
+        figures = VARIANTS[options.model].paper
         printed = None if figures is None else (figures.macs, figures.params)
     else:
         task = DENSE_TASKS[options.task]
-        number, usual, printed = task.table, task.image_size, task.paper.get(options.model)
-    size = usual if options.image_size is None else tuple(options.image_size)
-    if options.task == CLASSIFY:
-        costs = count_cost(options.model, image_size=size)
-    else:
-        costs = count_dense_cost(options.model, options.task, image_size=size)
-    what = options.model if options.task == CLASSIFY else f"{options.task} on {options.model}"
+        number, usual, what = task.table, task.image_size, f"{options.task} on {options.model}"
+        costs = count_dense_cost(options.model, options.task, image_size=given)
+        printed = task.paper.get(options.model)
+    size = given or usual
     table = Table("part", title=f"{what}, merged, {size[0]} x {size[1]}")
     for title in ("parameters, M", "multiply-adds, G", "mixing, G"):
         table.add_column(title, justify="right")
