@@ -28,7 +28,7 @@ from overlock.data import load_test_data, make_train_transform
 from overlock.data.loaders import Batch, Share, TrainBatches
 from overlock.training import RECIPES, TrainConfig
 from overlock.training.loop import Fit
-from overlock.training.machine import make_fabric
+from overlock.training.machine import keep_freed_memory, make_fabric
 from overlock.training.run import prepare, quiet
 from overlock.training.stop import StopRequest
 
@@ -63,6 +63,7 @@ def make_fit(options: argparse.Namespace, folder: Path) -> Fit:
     )
     config = TrainConfig.from_dict(settings)
     with quiet():
+        keep_freed_memory()  # as a run does on CPU
         fit, _, _ = prepare(config, make_fabric(config.machine), StopRequest(), Console(quiet=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
