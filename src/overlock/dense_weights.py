@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.tasks.pyramid import Pyramid
-from overlock.weights import read_checkpoint, translate, unwrap
+from overlock.weights import describe_misfits, load_translated, translate, unwrap
 
 # Their modules and ours; {i} is a number. The first of a cascade is its stage's.
 _DETECTOR = [
@@ -108,13 +108,8 @@ def translate_dense(checkpoint: Mapping[str, object], model: nn.Module) -> dict[
         for name, t in translated.items()
         if name in target and t.shape != target[name].shape
     ]
-    problems = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("missing", missing), ("left over", left_over), ("of another shape", other))
-        if names
-    ]
-    if problems:
-        raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}")
+    if missing or left_over or other:
+        raise ValueError(describe_misfits(missing, left_over, other))
     return translated
 
 
@@ -124,12 +119,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: for an unreadable file, or one that does not fit; then the model is as it was.
     """
-    try:
-        state = translate_dense(read_checkpoint(path), model)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
-    model.load_state_dict(state, strict=False)
+    load_translated(model, path, translate_dense)
 
 
 def _our_name(name: str) -> str | None:

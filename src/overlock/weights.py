@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -288,19 +288,24 @@ def _fit(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Te
         for name in fitted
         if name in target and fitted[name].shape != target[name].shape and not name.endswith("embed.0.conv.weight")
     ]
-    problems = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("missing", missing), ("left over", extra), ("of another shape", other))
-        if names
-    ]
-    if problems:
+    if missing or extra or other:
         hint = ""
         if any(".branches." in name for name in missing) and any(name.endswith(".large.bias") for name in extra):
             hint = ". The file is in the merged form; build the model with deploy=True"
         elif any(name.startswith(("extra_norm.", "norms.")) for name in extra):
             hint = ". The file is that of a dense backbone; load it into overlock.Pyramid"
-        raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}{hint}")
+        raise ValueError(describe_misfits(missing, extra, other) + hint)
     return fitted
+
+
+def describe_misfits(missing: list[str], left_over: list[str], other: list[str]) -> str:
+    """A sentence with the first of each kind of names."""
+    problems = [
+        f"{len(names)} {what} (first: {', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("left over", left_over), ("of another shape", other))
+        if names
+    ]
+    return f"the weights do not fit the model: {'; '.join(problems)}"
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
@@ -335,8 +340,21 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: for an unreadable file, or one that does not fit; then the model is as it was.
     """
+    load_translated(model, path, translate)
+
+
+def load_translated(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    translator: Callable[[Mapping[str, object], nn.Module], dict[str, Tensor]],
+) -> None:
+    """Load a checkpoint file by way of a function from it and the model to the model's names and shapes.
+
+    Raises:
+        ValueError: for an unreadable file, or one that does not fit; then the model is as it was.
+    """
     try:
-        state = translate(read_checkpoint(path), model)
+        state = translator(read_checkpoint(path), model)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None

@@ -53,7 +53,7 @@ def test_loss():
     assert segmentation_loss((main, auxiliary), torch.full_like(labels, 255)) == 0
 
 
-def test_overview_head_classifies_with_what_the_paper_says():
+def test_heads_are_as_the_paper_says():
     """512 channels, an auxiliary head of 256 on the stride-16 feature, dropout of 0.1 before both classifiers."""
     model = upernet("overlock_atto", num_classes=CLASSES)
     assert isinstance(model, UperNet)

@@ -118,8 +118,10 @@ class CocoImages:
 
     def _mask(self, one: dict[str, Any], box: list[float], height: int, width: int) -> Tensor:
         """(H, W), from polygons or run lengths; the box itself where there is neither."""
-        from pycocotools import mask as coco  # noqa: PLC0415
-
+        try:
+            from pycocotools import mask as coco  # noqa: PLC0415
+        except ImportError:
+            raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
         shape = one.get("segmentation")
         if not shape:
             mask = torch.zeros(height, width, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
-from overlock.tasks.detection import WIDTH, AlignedRoIAlign, _with_background, make_settings
+from overlock.tasks.detection import WIDTH, AlignedRoIAlign, make_settings
 
 Target = dict[str, Tensor]
 Maps = dict[str, Tensor]
@@ -181,35 +181,19 @@ def _without(refined: Tensor, boxes: Tensor, given: Tensor) -> Tensor:
     return refined[~own]
 
 
-def cascade_rcnn(
-    backbone: str = "overlock_t",
-    *,
-    num_classes: int,
-    masks: bool = False,
-    pretrained: bool = False,
-    drop_path: float | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
-    **options: Any,
-) -> FasterRCNN:
-    """Cascade R-CNN on any backbone that timm knows, with Swin's heads; called as torchvision's detectors are.
+def cascade_rcnn(backbone: str = "overlock_t", *, num_classes: int, masks: bool = False, **options: Any) -> FasterRCNN:
+    """Cascade R-CNN with Swin's heads, called as torchvision's detectors are.
 
     Args:
-        backbone: name of the backbone.
+        backbone: name of the backbone, any that timm knows.
         num_classes: of the objects; label 0 is the background, theirs begin at 1.
         masks: predict the objects' masks too.
-        pretrained: load the backbone's ImageNet weights.
-        drop_path: rate of stochastic depth.
-        min_size: what the short side of an image is brought to.
-        max_size: what its long side may be at most.
-        options: further arguments of the backbone.
-
-    Raises:
-        ValueError: for a backbone without four features, or fewer than one class.
+        options: further arguments, which like the errors are those of
+            :func:`overlock.tasks.detection.make_settings`.
     """
-    count = _with_background(num_classes)
-    settings = make_settings(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
-    model = FasterRCNN(num_classes=count, min_size=min_size, max_size=max_size, **settings)
+    settings = make_settings(backbone, num_classes=num_classes, **options)
+    count = settings.pop("num_classes")
+    model = FasterRCNN(box_head=nn.Identity(), box_predictor=nn.Identity(), **settings)  # whose place the stages take
     stages = [_make_stage(stage, model.roi_heads, count, masks) for stage in STAGES]
     model.roi_heads = CascadeHeads(stages, [stage.weight for stage in STAGES])
     return model

@@ -86,20 +86,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
 
 
 def make_settings(
-    backbone: str, *, pretrained: bool, overview: bool, drop_path: float | None, **options: Any
-) -> dict[str, Any]:
-    """What the detectors have in common, as arguments of torchvision's ``FasterRCNN``."""
-    features = make_features(backbone, pretrained=pretrained, overview=overview, drop_path=drop_path, **options)
-    return dict(
-        backbone=PyramidBackbone(*features),
-        rpn_anchor_generator=ExactAnchors(),
-        rpn_post_nms_top_n_train=1000,
-        box_roi_pool=AlignedRoIAlign(7),
-    )
-
-
-def faster_rcnn(
-    backbone: str = "overlock_t",
+    backbone: str,
     *,
     num_classes: int,
     pretrained: bool = False,
@@ -107,11 +94,11 @@ def faster_rcnn(
     min_size: int = 800,
     max_size: int = 1333,
     **options: Any,
-) -> FasterRCNN:
-    """Faster R-CNN on any backbone that timm knows; torchvision's model, to be called as its own are.
+) -> dict[str, Any]:
+    """What all detectors have in common, as arguments of torchvision's ``FasterRCNN``.
 
     Args:
-        backbone: name of the backbone.
+        backbone: name of the backbone, any that timm knows.
         num_classes: of the objects; label 0 is the background, theirs begin at 1.
         pretrained: load the backbone's ImageNet weights.
         drop_path: rate of stochastic depth.
@@ -122,29 +109,26 @@ def faster_rcnn(
     Raises:
         ValueError: for a backbone without four features, or fewer than one class.
     """
-    settings = make_settings(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
-    return FasterRCNN(num_classes=_with_background(num_classes), min_size=min_size, max_size=max_size, **settings)
-
-
-def mask_rcnn(
-    backbone: str = "overlock_t",
-    *,
-    num_classes: int,
-    pretrained: bool = False,
-    drop_path: float | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
-    **options: Any,
-) -> MaskRCNN:
-    """Mask R-CNN on any backbone that timm knows; arguments and errors are those of :func:`faster_rcnn`."""
-    settings = make_settings(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
-    return MaskRCNN(
-        num_classes=_with_background(num_classes), min_size=min_size, max_size=max_size,
-        mask_roi_pool=AlignedRoIAlign(14), **settings,
-    )  # fmt: skip
-
-
-def _with_background(num_classes: int) -> int:
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1 (the background is added), got {num_classes}")
-    return num_classes + 1
+    features = make_features(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
+    return dict(
+        backbone=PyramidBackbone(*features),
+        num_classes=num_classes + 1,
+        min_size=min_size,
+        max_size=max_size,
+        rpn_anchor_generator=ExactAnchors(),
+        rpn_post_nms_top_n_train=1000,
+        box_roi_pool=AlignedRoIAlign(7),
+    )
+
+
+def faster_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> FasterRCNN:
+    """Faster R-CNN, torchvision's model; further arguments and errors are those of :func:`make_settings`."""
+    return FasterRCNN(**make_settings(backbone, num_classes=num_classes, **options))
+
+
+def mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> MaskRCNN:
+    """Mask R-CNN, torchvision's model; further arguments and errors are those of :func:`make_settings`."""
+    settings = make_settings(backbone, num_classes=num_classes, **options)
+    return MaskRCNN(mask_roi_pool=AlignedRoIAlign(14), **settings)
