@@ -25,7 +25,7 @@ from PIL import Image
 from rich.console import Console
 
 from overlock.data import load_test_data, make_train_transform
-from overlock.data.loaders import Batch, Share, TrainBatches
+from overlock.data.loaders import Batch, OnImage, Share, TrainBatches
 from overlock.training import RECIPES, TrainConfig
 from overlock.training.loop import Fit
 from overlock.training.machine import keep_freed_memory, make_fabric
@@ -64,7 +64,7 @@ def make_fit(options: argparse.Namespace, folder: Path) -> Fit:
     config = TrainConfig.from_dict(settings)
     with quiet():
         keep_freed_memory()  # as a run does on CPU
-        fit, _, _ = prepare(config, make_fabric(config.machine), StopRequest(), Console(quiet=True))
+        fit, _ = prepare(config, make_fabric(config.machine), StopRequest(), Console(quiet=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
     labels = torch.randint(0, 2, (options.batch_size,), generator=generator)
@@ -126,7 +126,7 @@ def measure_loader(folder: str, *, workers: int, batch_size: int, image_size: in
         input_size=(3, image_size, image_size), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=0.95
     )
     transform = make_train_transform(preprocessing, RECIPES["imagenet_t"]("x").augment)
-    loader = TrainBatches(data.test, transform, Share(micro_batch=batch_size), seed=0, workers=workers)
+    loader = TrainBatches(data.test, OnImage(transform), Share(micro_batch=batch_size), seed=0, workers=workers)
     batches = loader.epoch(0)
     next(batches)
     started = time.perf_counter()

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_classifier
+from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_model
 from overlock.cli import main
 from overlock.weights import to_official
 
@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory):
     record = Record(
         model="overlock_atto", model_args={"num_classes": 3}, classes=tuple(COLOURS), preprocessing=PREPROCESSING
     )
-    save_classifier(folder / MODEL_FILE, network.state_dict(), record)
+    save_model(folder / MODEL_FILE, network.state_dict(), record)
     make_image("red", 0).save(folder / "image.png")
     return folder
 
@@ -151,7 +151,7 @@ def test_brackets_in_class_names_are_printed(run_folder, tmp_path, capsys):
     odd = Record(
         model=record.model, model_args=record.model_args, classes=("[red]", "[/x]", "é"), preprocessing=PREPROCESSING
     )
-    save_classifier(tmp_path / "m.safetensors", network.state_dict(), odd)
+    save_model(tmp_path / "m.safetensors", network.state_dict(), odd)
     out = succeeds(capsys, "predict", run_folder / "image.png", "--checkpoint", tmp_path / "m.safetensors")
     assert all(name in out for name in odd.classes)
 

@@ -12,7 +12,7 @@ import torch
 from helpers import randomise
 from pictures import COLOURS
 
-from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, load_classifier, save_classifier, to_timm_config
+from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, load_classifier, save_model, to_timm_config
 from overlock.hub import CARD_FILE, find_weights, push, write_card
 
 PREPROCESSING = dict(
@@ -26,7 +26,7 @@ def folder(tmp_path) -> Path:
     record = Record(
         model="overlock_atto", model_args={"num_classes": 3}, classes=tuple(COLOURS), preprocessing=PREPROCESSING
     )
-    save_classifier(tmp_path / "run" / MODEL_FILE, network.state_dict(), record)
+    save_model(tmp_path / "run" / MODEL_FILE, network.state_dict(), record)
     (tmp_path / "run" / CONFIG_FILE).write_text(to_timm_config(record))
     write_card(
         tmp_path / "run" / CARD_FILE, record, settings=dict(epochs=3), row=dict(top1=0.5, top5=1.0), data="a/photos"

@@ -14,7 +14,7 @@ from pictures import make_image
 
 from overlock import VARIANTS
 from overlock.analysis import count_cost
-from overlock.checkpoint import MODEL_FILE, Record, save_classifier
+from overlock.checkpoint import MODEL_FILE, Record, save_model
 from overlock.cli import make_parser
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
@@ -31,7 +31,7 @@ def test_python_runs(tmp_path, monkeypatch):
     record = Record(
         model="overlock_atto", model_args={"num_classes": 2}, classes=("3", "7"), preprocessing=preprocessing
     )
-    save_classifier(tmp_path / "runs" / "quickstart" / MODEL_FILE, network.state_dict(), record)
+    save_model(tmp_path / "runs" / "quickstart" / MODEL_FILE, network.state_dict(), record)
     (tmp_path / "runs" / "quickstart" / "examples").mkdir()
     make_image("red", 0).save(tmp_path / "runs" / "quickstart" / "examples" / "7.png")
     names: dict[str, object] = {}

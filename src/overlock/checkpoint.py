@@ -1,12 +1,12 @@
-"""A classifier as a file: weights with all that is needed to build the network and to prepare its images."""
+"""A network as a file: weights with all that is needed to build it and to prepare its images."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import ImageNetInfo, resolve_data_config
 from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
+from overlock.dense_weights import find_head, translate_dense
 from overlock.files import write_atomically
 from overlock.network import VARIANTS
+from overlock.tasks.cascade import cascade_mask_rcnn, cascade_rcnn
+from overlock.tasks.detection import faster_rcnn, mask_rcnn
+from overlock.tasks.segmentation import upernet
 from overlock.weights import read_checkpoint, translate, unwrap
 
+HEADS: dict[str, Callable[..., nn.Module]] = dict(
+    faster_rcnn=faster_rcnn,
+    mask_rcnn=mask_rcnn,
+    cascade_rcnn=cascade_rcnn,
+    cascade_mask_rcnn=cascade_mask_rcnn,
+    upernet=upernet,
+)
+"""What makes a dense model of a backbone, by name."""
+PAPER_SCALE = (2048, 512)  # longest and shortest side of ADE20K's images
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _METADATA_KEY = "overlock"
@@ -31,13 +45,37 @@ class Record:
     """What goes with the weights."""
 
     model: str
-    """timm's name of the model."""
+    """timm's name of the model, or of the backbone under a head."""
+    head: str | None = None
+    """One of HEADS; None for a classifier, which is a model of timm's as it is."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Keywords it is built with."""
     classes: tuple[str, ...]
-    """Names of the classes in the order of the logits."""
-    preprocessing: Mapping[str, Any]
-    """timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct."""
+    """Names of the classes in the order of the logits, without a detector's background."""
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    """Of a classifier timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct; of a
+    segmenter its scale, longest and shortest side; detectors prepare images by themselves."""
+
+    @property
+    def task(self) -> str:
+        """'classify', 'detect' or 'segment'."""
+        return "classify" if self.head is None else "segment" if self.head == "upernet" else "detect"
+
+    @property
+    def name(self) -> str:
+        """Of the model and its head."""
+        return self.model if self.head is None else f"{self.head} on {self.model}"
+
+    def make_network(self) -> nn.Module:
+        """The network, with weights yet to be loaded.
+
+        Raises:
+            ValueError: for a model or keywords that will not do.
+        """
+        if self.head is None:
+            return build(self.model, **self.model_args)
+        check_model_name(self.model)
+        return HEADS[self.head](self.model, num_classes=len(self.classes), **self.model_args)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -49,7 +87,7 @@ class Record:
         return cls(**{**content, "classes": tuple(content["classes"]), "preprocessing": lists_to_tuples})
 
 
-def save_classifier(path: str | os.PathLike[str], state: Mapping[str, Tensor], record: Record) -> None:
+def save_model(path: str | os.PathLike[str], state: Mapping[str, Tensor], record: Record) -> None:
     """Write weights and record into one safetensors file, whole or not at all.
 
     Raises:
@@ -73,10 +111,23 @@ def to_timm_config(record: Record) -> str:
 
 
 def load_classifier(path: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
+    """A trained classifier from a file, as :func:`load_model`.
+
+    Raises:
+        ValueError: for other networks too.
+    """
+    network, record = load_model(path, model=model)
+    if record.head is not None:
+        raise ValueError(f"{path}: this is a {record.name}, not a classifier; predict with --task {record.task}")
+    return network, record
+
+
+def load_model(path: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
     """A trained network from a file.
 
     Args:
-        path: the folder of a run, a safetensors file of ours, or any file of OverLoCK weights, the authors' too.
+        path: the folder of a run, a safetensors file of ours, or any file of OverLoCK weights, the authors' too, of
+            classifiers, detectors and segmenters.
         model: timm's name of the model, for files that do not say and cannot be recognised.
 
     Returns:
@@ -96,10 +147,12 @@ def load_classifier(path: str | os.PathLike[str], *, model: str | None = None) -
         record = infer_record(state, path, model=model)
     elif model is not None and model != record.model:
         raise ValueError(f"{path}: this is a checkpoint of {record.model}, not of {model}; leave --model out")
-    network = build(record.model, **record.model_args)
+    network = record.make_network()
     try:
-        if record.model in VARIANTS:
+        if record.head is None and record.model in VARIANTS:
             state = translate(state, network)
+        elif find_head(state) is not None:
+            state = translate_dense(state, network)
         network.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
@@ -143,20 +196,40 @@ def check_model_name(name: str) -> None:
 
 
 def infer_record(state: Mapping[str, Tensor], path: Path, *, model: str | None = None) -> Record:
-    """Tell size, form, channels and classes of OverLoCK from the shapes in a file of its weights.
+    """Tell size, form, channels, classes and head of OverLoCK from the names and shapes in a file of its weights.
 
     Args:
-        state: the authors' names or ours.
+        state: the authors' names or, of classifiers, ours.
         path: for messages.
         model: the size, where it is known.
 
     Raises:
-        ValueError: where the weights are not those of an OverLoCK classifier.
+        ValueError: where the weights are not those of OverLoCK.
     """
     if model is not None:
         check_model_name(model)
         if model not in VARIANTS:
             raise ValueError(f"{path}: only OverLoCK's weights can be read without a record, not those of {model}")
+    dense = find_head(state)
+    like = _infer_classifier(state, path) if dense is None else _infer_dense(*dense)
+    reason = ""
+    for name in [model] if model else VARIANTS:
+        record = replace(like, model=name)
+        with torch.device("meta"):
+            network = record.make_network()
+        try:
+            (translate if dense is None else translate_dense)(state, network)
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if dense is None:
+            channels = record.model_args["in_chans"]
+            record = replace(record, preprocessing=default_preprocessing(network, in_chans=channels))
+        return record
+    raise ValueError(f"{path}: {reason}" if model else f"{path}: these weights fit none of {', '.join(VARIANTS)}")
+
+
+def _infer_classifier(state: Mapping[str, Tensor], path: Path) -> Record:
     stem = state.get("patch_embed1.0.weight", state.get("base_net.stages.0.embed.0.conv.weight"))
     classifier = state.get("head.4.weight", state.get("head.fc.weight"))
     if stem is None or classifier is None:
@@ -167,22 +240,15 @@ def infer_record(state: Mapping[str, Tensor], path: Path, *, model: str | None =
         deploy=any(name.endswith(("lk_origin.bias", "large.bias")) for name in state),
         aux_head=any(name.startswith("aux_head.") for name in state),
     )
-    reason = ""
-    for name in [model] if model else VARIANTS:
-        with torch.device("meta"):
-            network = timm.create_model(name, **arguments)
-        try:
-            translate(state, network)
-        except ValueError as error:
-            reason = str(error)
-            continue
-        return Record(
-            model=name,
-            model_args=arguments,
-            classes=default_classes(classifier.shape[0]),
-            preprocessing=default_preprocessing(network, in_chans=stem.shape[1]),
-        )
-    raise ValueError(f"{path}: {reason}" if model else f"{path}: these weights fit none of {', '.join(VARIANTS)}")
+    return Record(model="", model_args=arguments, classes=default_classes(classifier.shape[0]))
+
+
+def _infer_dense(head: str, count: int) -> Record:
+    if head == "upernet":
+        return Record(model="", head=head, classes=default_classes(count), preprocessing=dict(scale=PAPER_SCALE))
+    coco = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    coco = tuple(name for name in coco if name not in ("__background__", "N/A"))
+    return Record(model="", head=head, classes=coco if count == len(coco) else default_classes(count))
 
 
 def default_classes(count: int) -> tuple[str, ...]:

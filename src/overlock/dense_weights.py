@@ -79,6 +79,22 @@ _CHANGES = {"fc_cls": _background_first, "fc_reg": _with_room(4), "conv_logits":
 _COMPILED = [(re.compile(re.escape(theirs).replace(r"\{i\}", r"(\d+)") + r"\.(\w+)$"), ours) for theirs, ours in _RULES]
 
 
+def find_head(state: Mapping[str, Tensor]) -> tuple[str, int] | None:
+    """The head whose weights these are, in the authors' names, and the count of its classes; None for other weights.
+
+    Args:
+        state: names and weights.
+    """
+    if "decode_head.conv_seg.weight" in state:
+        return "upernet", len(state["decode_head.conv_seg.weight"])
+    masks = any(name.startswith("roi_head.mask_head.") for name in state)
+    for stage, heads in ((".0", ("cascade_rcnn", "cascade_mask_rcnn")), ("", ("faster_rcnn", "mask_rcnn"))):
+        classifier = state.get(f"roi_head.bbox_head{stage}.fc_cls.weight")
+        if classifier is not None:
+            return heads[masks], len(classifier) - 1  # without the background
+    return None
+
+
 def translate_dense(checkpoint: Mapping[str, object], model: nn.Module) -> dict[str, Tensor]:
     """A checkpoint of the authors in the names and shapes of a detector or segmenter of ours.
 

@@ -84,19 +84,19 @@ def test_detection_in_a_test_is_the_image_itself():
     assert target["boxes"].tolist() == [[10, 20, 60, 80]]
 
 
-@pytest.mark.parametrize("multi_scale", [False, True])
-def test_boxes_and_masks_follow_the_image(multi_scale):
+@pytest.mark.parametrize("crop", [False, True])
+def test_boxes_and_masks_follow_the_image(crop):
     """A mask still fills its box; what has been cut away is gone from boxes, masks and labels alike."""
     image, _ = scene()
-    transform, counts = make_detection_transform(training=True, multi_scale=multi_scale), []
+    transform, counts = make_detection_transform(training=True, crop=crop), []
     for seed in range(12):
         torch.manual_seed(seed)
         tensor, target = transform(
             image, objects([[10, 20, 60, 80], [200, 100, 390, 290], [5, 250, 30, 295]], (300, 400))
         )
         height, width = tensor.shape[1:]
-        if multi_scale:
-            assert 384 <= min(height, width) <= 800
+        if crop:
+            assert min(height, width) in (300, *range(384, 601))
         assert len(target["boxes"]) == len(target["masks"]) == len(target["labels"]) == len(target["area"])
         counts.append(len(target["labels"]))
         for mask, box in zip(target["masks"], target["boxes"], strict=True):
@@ -105,5 +105,5 @@ def test_boxes_and_masks_follow_the_image(multi_scale):
             assert 0 <= top < bottom <= height
             assert float(mask.sum()) == pytest.approx((right - left) * (bottom - top), rel=0.1, abs=40)
     assert max(counts) == 3
-    if multi_scale:
+    if crop:
         assert min(counts) < 3

@@ -9,11 +9,21 @@ from pictures import make_classes, make_image
 
 from overlock.data import Augmentation, load_data, make_eval_transform, make_train_transform
 from overlock.data.images import Samples
-from overlock.data.loaders import Batch, Order, Share, TrainBatches, collate_training, make_test_loader
+from overlock.data.loaders import (
+    Batch,
+    OnImage,
+    Order,
+    Share,
+    TrainBatches,
+    as_lists,
+    collate_training,
+    make_test_loader,
+)
 
 RGB = dict(input_size=(3, 24, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bilinear", crop_pct=1.0)
 SAMPLES = Samples([(make_image("red", i), i) for i in range(23)])
-TRANSFORM = make_train_transform(RGB, Augmentation(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5))
+TRANSFORM = OnImage(make_train_transform(RGB, Augmentation(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5)))
+TEST_TRANSFORM = OnImage(make_eval_transform(RGB))
 
 
 def batches(share: Share, *, seed=0, repeats=1, workers=0, epoch=0, first=0, salt=0) -> list[Batch]:
@@ -75,10 +85,28 @@ def test_repeated_augmentation_changes_an_image_in_several_ways():
 
 
 def test_fewer_images_than_a_batch_are_gone_through_again():
-    order = Order(5, 12, repeats=1, seed=0)
-    assert order.batches == 1
+    order = Order(5, 12, 1, repeats=1, seed=0)
     assert sorted(order.indices(0).tolist()) != order.indices(0).tolist()
     assert np.bincount(order.indices(0)).min() >= 2
+
+
+def test_an_epoch_may_be_longer_or_shorter_than_the_images():
+    """Each image comes as often as any other, but for one; and two epochs are in different orders."""
+    for steps in (3, 16):
+        loader = TrainBatches(SAMPLES, TRANSFORM, ONE, seed=0, epoch_steps=steps)
+        assert loader.steps == steps
+        labels = [torch.cat([batch.labels for batch in loader.epoch(epoch)]) for epoch in range(2)]
+        counts = labels[0].bincount(minlength=23)
+        assert int(counts.sum()) == 4 * steps
+        assert int(counts.max() - counts.min()) == 1
+        assert not torch.equal(*labels)
+
+
+def test_samples_of_several_sizes_stay_lists():
+    samples = [(torch.zeros(3, side, 8), dict(boxes=torch.zeros(side, 4))) for side in (4, 6)]
+    batch = collate_training([*samples, "c: bad"], join=as_lists)
+    assert [len(target["boxes"]) for target in batch.labels] == [4, 6, 4]
+    assert [tuple(image.shape) for image in batch.images] == [(3, 4, 8), (3, 6, 8), (3, 4, 8)]
 
 
 def test_a_readable_image_stands_in_for_an_unreadable_one():
@@ -92,11 +120,10 @@ def test_a_readable_image_stands_in_for_an_unreadable_one():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_image_is_tested_once(workers):
-    transform = make_eval_transform(RGB)
     labels = [
         label
         for rank in range(3)
-        for batch in make_test_loader(SAMPLES, transform, batch_size=4, rank=rank, world=3, workers=workers)
+        for batch in make_test_loader(SAMPLES, TEST_TRANSFORM, batch_size=4, rank=rank, world=3, workers=workers)
         for label in batch.labels.tolist()
     ]
     assert sorted(labels) == list(range(23))
@@ -117,7 +144,7 @@ def test_streams_can_be_begun_anywhere(tmp_path):
     assert len(whole) == 12
     assert same(stream(epoch=1, first=7), whole[7:])
     assert not same(stream(epoch=2), whole)
-    tests = list(make_test_loader(data.test, make_eval_transform(RGB), batch_size=5, workers=1))
+    tests = list(make_test_loader(data.test, TEST_TRANSFORM, batch_size=5, workers=1))
     assert torch.cat([batch.labels for batch in tests]).bincount().tolist() == [4, 4, 4]
 
 

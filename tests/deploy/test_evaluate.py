@@ -36,7 +36,7 @@ class ByColour(nn.Module):
 def by_colour(monkeypatch):
     """The network as if loaded, with its classes in an order of its own, and one more."""
     record = Record(model="by_colour", classes=("red", "blue", "green", "grey"), preprocessing=PREPROCESSING)
-    monkeypatch.setattr(module, "load_model", lambda source, model=None: (ByColour(), record))
+    monkeypatch.setattr(module, "load_by_name", lambda source, model=None: (ByColour(), record))
 
 
 def test_counts(by_colour, tmp_path):

@@ -21,16 +21,10 @@ CLASSES = 3
 
 
 def build(name, *, seed=0, size=64, **options):
+    """With few regions for the heads, which cost most of the time."""
     torch.manual_seed(seed)
-    return lighten(BUILDERS[name]("overlock_atto", num_classes=CLASSES, min_size=size, max_size=4 * size, **options))
-
-
-def lighten(model):
-    """Few regions for the heads, which cost most of the time."""
-    model.rpn._post_nms_top_n = dict(training=20, testing=20)
-    for stage in getattr(model.roi_heads, "stages", [model.roi_heads]):
-        stage.fg_bg_sampler.batch_size_per_image = 8
-    return model
+    few = dict(min_size=size, max_size=4 * size, proposals=20, regions=8)
+    return BUILDERS[name]("overlock_atto", num_classes=CLASSES, **few, **options)
 
 
 def target(boxes, size, labels=None):
@@ -117,10 +111,10 @@ def test_agrees_with_torchvision_set_up_alike():
     torch.manual_seed(0)
     theirs = MaskRCNN(
         PyramidBackbone(*make_features("overlock_atto", overview=True)), CLASSES + 1, min_size=64, max_size=256,
-        rpn_post_nms_top_n_train=1000,
         rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20, box_batch_size_per_image=8,
     )  # fmt: skip
-    randomise(lighten(theirs).backbone)
+    randomise(theirs.backbone)
     ours = build("mask_rcnn", seed=1)
     ours.load_state_dict(sharpen(theirs).state_dict())
     ours.rpn.anchor_generator = theirs.rpn.anchor_generator

@@ -8,7 +8,7 @@ import pytest
 
 from overlock.data import Augmentation
 from overlock.network import VARIANTS
-from overlock.training import RECIPES, TrainConfig
+from overlock.training import CONFIGS, RECIPES, DetectConfig, SegmentConfig, TrainConfig
 from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, SafetyConfig
 
 GROUPS = dict(
@@ -42,12 +42,17 @@ def test_refused(setting, message):
         TrainConfig.from_dict({"data": "digits", **setting})
 
 
-def test_every_field_has_a_line_of_help():
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [("small", TrainConfig), ("small_detect", DetectConfig), ("upernet_t", SegmentConfig)]
+)
+def test_every_field_has_a_line_of_help(recipe, kind):
     from overlock.cli import make_parser
 
-    text = " ".join(make_parser()[1]["train"].format_help().split())
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in GROUPS]
-    names += [f"{group}.{field.name}" for group, kind in GROUPS.items() for field in dataclasses.fields(kind)]
+    text = " ".join(make_parser(["train", recipe])[1]["train"].format_help().split())
+    own = {field.name for field in dataclasses.fields(kind)}
+    groups = {group: kind for group, kind in GROUPS.items() if group in own}
+    names = [name for name in own if name not in groups]
+    names += [f"{group}.{field.name}" for group, kind in groups.items() for field in dataclasses.fields(kind)]
     for name in names:
         _, found, rest = text.rpartition(f" --{name} ")
         assert found
@@ -59,8 +64,32 @@ def test_every_field_has_a_line_of_help():
 def test_recipes_are_whole_and_survive_the_file(name):
     config = RECIPES[name]("somewhere")
     assert RECIPES[name].__doc__
-    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert type(config) is CONFIGS[config.task]
+    assert type(config).from_dict(config.to_dict()) == config
     assert config.model in VARIANTS
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "others"), [("t", 0.2, (0.2, 0.2)), ("s", 0.4, (0.4, 0.3)), ("b", 0.6, (0.6, 0.5))]
+)
+def test_dense_recipes_are_the_papers(size, rate, others):
+    for name, epochs, lr, drops in (
+        (f"mask_rcnn_{size}_1x", 12, 2e-4, (8, 11)),
+        (f"mask_rcnn_{size}_3x", 36, 1e-4, (27, 33)),
+        (f"cascade_{size}_3x", 36, 1e-4, (27, 33)),
+    ):
+        config = RECIPES[name]("somewhere")
+        assert (config.model, config.epochs, config.drop_path) == (f"overlock_{size}", epochs, rate)
+        assert (config.batch_size, config.optim.peak(16), config.optim.drop_epochs) == (16, lr, drops)
+        assert (config.optim.warmup_steps, config.optim.warmup_lr) == (500, pytest.approx(lr / 1000))
+        assert (config.optim.weight_decay, config.min_size, config.max_size) == (0.05, 800, 1333)
+        assert config.multi_scale == (() if name.endswith("1x") else tuple(range(480, 801, 32)))
+        assert config.detector == ("cascade_mask_rcnn" if name.startswith("cascade") else "mask_rcnn")
+    config = RECIPES[f"upernet_{size}"]("somewhere")
+    assert config.epochs * config.epoch_steps == 160_000
+    assert (config.drop_path, config.optim.peak(16), config.optim.weight_decay) == (others[1], 6e-5, 0.01)
+    assert (config.optim.warmup_steps, config.optim.schedule, config.optim.min_lr) == (1500, "line", 0)
+    assert (config.shift, config.crop, config.scale, config.ratio) == (True, 512, (2048, 512), (0.5, 2.0))
 
 
 @pytest.mark.parametrize("size", ["xt", "t", "s", "b"])

@@ -23,9 +23,9 @@ from runs import STEPS, assert_same, final_state, make_images, run, settings
 from torch import Tensor
 
 from overlock.training import TrainConfig
+from overlock.training.classification import Classification
 from overlock.training.loop import Fit
 from overlock.training.machine import CheckpointFile
-from overlock.training.task import Classification
 
 
 @pytest.fixture

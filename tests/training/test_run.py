@@ -18,10 +18,10 @@ from overlock.checkpoint import load_classifier
 from overlock.data.loaders import Batch
 from overlock.deploy import Predictor
 from overlock.training import TrainConfig
+from overlock.training.classification import Classification
 from overlock.training.config import LossConfig, OptimConfig
 from overlock.training.optim import make_optimizer, make_schedule
 from overlock.training.run import train
-from overlock.training.task import Classification
 
 PLAIN = dict(
     augment=dict(rand_augment=None, erasing=0.0, scale=(0.6, 1.0)),
@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 
 def test_learns_colours(trained):
     _, result = trained
-    assert result.accuracy == 1.0
+    assert result.score == 1.0
     predictor = Predictor.from_checkpoint(result.folder)
     for colour in COLOURS:
         assert predictor(make_image(colour, 12345, 50)).labels[0] == colour
@@ -55,7 +55,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(tmp_path):
     predictor = Predictor.from_checkpoint(tmp_path / "run", device="cpu")
     files = sorted((tmp_path / "data" / "val").rglob("*.png"))
     hits = sum(p.labels[0] == f.parent.name for f, p in zip(files, predictor(files), strict=True))
-    assert result.accuracy == pytest.approx(hits / len(files))
+    assert result.score == pytest.approx(hits / len(files))
 
 
 def test_files_of_a_run(trained):
@@ -74,7 +74,7 @@ def test_files_of_a_run(trained):
     lines = (result.folder / "log.csv").read_text().splitlines()
     assert lines[0].startswith("epoch,step,lr,loss,top1,top5,test_loss,skipped")
     assert len(lines) == 9
-    assert float(lines[-1].split(",")[4]) == result.accuracy
+    assert float(lines[-1].split(",")[4]) == result.score
     card = (result.folder / "README.md").read_text()
     assert "100.00" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "timm"
@@ -140,7 +140,7 @@ def test_trains_any_model_of_timm_and_grey_images(tmp_path):
     result = train(
         settings(tmp_path / "data", tmp_path / "run", model="test_convnext", image_size=64, in_chans=1, epochs=1)
     )
-    assert 0 <= result.accuracy <= 1
+    assert 0 <= result.score <= 1
     assert Predictor.from_checkpoint(result.folder)(make_image("red", 0)).labels[0] in COLOURS
 
 
@@ -225,6 +225,29 @@ def test_schedule_and_parameter_groups():
     for group in optimizer.param_groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("optim", "expected"),
+    [
+        (dict(schedule="drops", drop_epochs=(4, 6)), [1.0] * 16 + [0.1] * 8 + [0.01] * 8),
+        (dict(schedule="line", min_lr=0), [1 - i / 32 for i in range(4, 36)]),
+    ],
+)
+def test_schedules_by_steps(optim, expected):
+    """A warm-up of 4 steps, then drops at their epochs, or a line to nothing at the last step."""
+    config = TrainConfig(
+        data="x", epochs=8, batch_size=8, optim=OptimConfig(lr=1.0, lr_batch=8, warmup_steps=4, warmup_lr=0, **optim)
+    )
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim, batch_size=8)
+    schedule = make_schedule(optimizer, config, steps_per_epoch=4)
+    rates = []
+    for step in range(32):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:4] == [0, 0.25, 0.5, 0.75]
+    after = expected[4:] if optim["schedule"] == "drops" else expected[:28]
+    assert rates[4:] == pytest.approx(after)
 
 
 def test_layer_decay_falls_towards_the_images():

@@ -19,7 +19,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.checkpoint import load_classifier, save_classifier  # noqa: PLC0415
+    from overlock.checkpoint import load_classifier, save_model  # noqa: PLC0415
 
     target = Path(options.target)
     if target.suffix != ".safetensors":
@@ -27,7 +27,7 @@ def run(options: Namespace, console: Console) -> None:
     if target.exists() and not options.force:
         raise ValueError(f"{target}: exists already; choose another name or pass --force")
     network, record = load_classifier(options.source, model=options.model)
-    save_classifier(target, network.state_dict(), record)
+    save_model(target, network.state_dict(), record)
     console.print(f"{target}: {record.model}, {len(record.classes)} classes")
 
 

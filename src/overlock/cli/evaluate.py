@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Column, Table
 
 from overlock.cli.command import Command
+
+if TYPE_CHECKING:
+    from overlock.checkpoint import Record
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -37,11 +42,37 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
     parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the arithmetic.")
+    parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
+    parser.add_argument("--ignore_index", type=int, default=255, help="segment: label of pixels that do not count.")
+    parser.add_argument("--scales", type=list[float], default=[1.0], help="segment: e.g. [0.5,1,1.5], their mean.")
+    parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
+    parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
+    parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument("--save", type=str | None, default=None, help="Folder for per-class tables and confusions.")
 
 
 def run(options: Namespace, console: Console) -> None:
+    from overlock.checkpoint import load_model  # noqa: PLC0415
+
+    dense = []
+    for source in options.models:
+        if Path(source).is_dir() or Path(source).is_file():
+            network, record = load_model(source, model=options.model)
+            if record.head is not None:
+                dense.append((source, network, record))
+    if not dense:
+        _evaluate_classifiers(options, console)
+    elif len(dense) == len(options.models) and len({record.task for *_, record in dense}) == 1:
+        _evaluate_dense(dense, options, console)
+    else:
+        raise ValueError(
+            "models of different tasks have no table in common; evaluate classifiers, detectors and "
+            "segmenters each by themselves"
+        )
+
+
+def _evaluate_classifiers(options: Namespace, console: Console) -> None:
     from overlock.data import load_test_data  # noqa: PLC0415
     from overlock.deploy.evaluate import draw_confusion, evaluate, write_per_class  # noqa: PLC0415
 
@@ -75,4 +106,36 @@ def run(options: Namespace, console: Console) -> None:
         console.print(f"not readable: {problem}")
 
 
-COMMAND = Command("Accuracy and speed of classifiers, ours and timm's, on labelled images.", add_options, run)
+def _evaluate_dense(models: list[tuple[str, Any, Record]], options: Namespace, console: Console) -> None:
+    from overlock.deploy.evaluate_dense import evaluate_dense  # noqa: PLC0415
+
+    testing: dict[str, Any] = {}
+    if models[0][2].task == "segment":
+        testing = {name: options[name] for name in ("scales", "flip", "window", "stride")}
+    results = [
+        evaluate_dense(
+            network, record, options.data, name=source, part=options.val_split, shift=options.shift,
+            ignore_index=options.ignore_index, workers=options.workers, device=options.device,
+            show_progress=console.is_terminal, **testing,
+        )
+        for source, network, record in models
+    ]  # fmt: skip
+    if options.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+        return
+    columns = (Column(result.name, justify="right", overflow="fold") for result in results)
+    table = Table("measure", *columns, title=f"{results[0].images} images")
+    table.add_row("parameters, M", *(f"{result.params / 1e6:.2f}" for result in results))
+    for name in results[0].measures:
+        shares = (result.measures[name] for result in results)
+        table.add_row(f"{name}, %", *(f"{100 * share:.2f}" if share >= 0 else "none" for share in shares))
+    for name in results[0].classes:
+        shares = (result.classes.get(name, math.nan) for result in results)
+        table.add_row(f"IoU of {name}, %", *("none" if math.isnan(share) else f"{100 * share:.2f}" for share in shares))
+    table.add_row("images/s, with loading", *(f"{result.speed_with_loading:.1f}" for result in results))
+    console.print(table)
+    for problem in results[0].unreadable:
+        console.print(f"not readable: {problem}")
+
+
+COMMAND = Command("Accuracy and speed of classifiers, ours and timm's, of detectors and segmenters.", add_options, run)

@@ -5,37 +5,58 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from overlock.cli.command import Command
 
+if TYPE_CHECKING:
+    from overlock.training import RunConfig
+
 
 def add_options(parser: ArgumentParser, arguments: Sequence[str]) -> None:
-    from overlock.training import RECIPES, TrainConfig  # noqa: PLC0415
+    from overlock.training import CONFIGS, RECIPES  # noqa: PLC0415
 
     recipes = "; ".join(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     parser.add_argument("recipe", nargs="?", type=str | None, default=None, metavar="RECIPE", help=recipes)
     parser.add_argument("--config", action="config", help="Read settings from a YAML file, as a run saves them.")
-    parser.add_class_arguments(TrainConfig)
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in the output folder, if any.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace the files of an earlier run.")
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if name is None:
-        return
-    if name not in RECIPES:
+    if name is not None and name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         mend = f"did you mean {near[0]!r}?" if near else f"the recipes are {', '.join(RECIPES)}"
         raise ValueError(f"unknown recipe {name!r}; {mend}")
-    recipe = RECIPES[name]
+    settings = _task_of_file(arguments) if name is None else _settings_of(RECIPES[name])
+    parser.add_class_arguments(CONFIGS[settings["task"]])
+    parser.add_argument("--resume", action="store_true", help="Go on with the run in the output folder, if any.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the files of an earlier run.")
+    parser.set_defaults(_dotted(settings))
+
+
+def _settings_of(recipe: Callable[[str], RunConfig]) -> dict[str, Any]:
+    """A recipe's settings; without the data, where it has none of its own."""
     data = inspect.signature(recipe).parameters["data"].default
     settings = recipe("named below" if data is inspect.Parameter.empty else data).to_dict()
     if data is inspect.Parameter.empty:
         del settings["data"]
-    parser.set_defaults(_dotted(settings))
+    return settings
+
+
+def _task_of_file(arguments: Sequence[str]) -> dict[str, Any]:
+    """The task that a file of settings names, on which the options depend; that of a classifier without."""
+    words, task = " ".join(arguments).replace("--config ", "--config=").split(" "), None
+    path = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
+    if path:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            task = content.get("task") if isinstance(content, dict) else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            pass  # the parser will say what is wrong with the file
+    return dict(task=task if task in ("detect", "segment") else "classify")
 
 
 def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -46,7 +67,7 @@ def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def run(options: Namespace, console: Console) -> int | None:
-    from overlock.training import RECIPES, TrainConfig  # noqa: PLC0415
+    from overlock.training import CONFIGS, RECIPES  # noqa: PLC0415
 
     if options.recipe is None and not options.get("config"):
         raise ValueError(f"no recipe given; the recipes are {', '.join(RECIPES)}; or give --config FILE")
@@ -57,8 +78,9 @@ def run(options: Namespace, console: Console) -> int | None:
         raise ValueError(
             f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
         ) from None
-    groups = {field.name: options[field.name] for field in dataclasses.fields(TrainConfig)}
-    config = TrainConfig.from_dict({name: _plain(value) for name, value in groups.items()})
+    kind = CONFIGS[options.task]
+    groups = {field.name: options[field.name] for field in dataclasses.fields(kind)}
+    config = kind.from_dict({name: _plain(value) for name, value in groups.items()})
     try:
         train(config, overwrite=options.overwrite, resume=options.resume, console=console)
     except RunStoppedError as stopped:
@@ -70,4 +92,4 @@ def _plain(value: Any) -> Any:
     return value.as_dict() if isinstance(value, Namespace) else value
 
 
-COMMAND = Command("Train a classifier by a recipe, on images of any form or on handwritten digits.", add_options, run)
+COMMAND = Command("Train a classifier, detector or segmenter by a recipe.", add_options, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from overlock.data.files import read_image
+from overlock.data.images import ImageData
 
 Target = dict[str, Any]
+TRAIN_PARTS, TEST_PARTS = ("train", "train2017"), ("val", "val2017", "valid", "validation", "test")
+LAYOUTS = (  # annotation file and folder of images
+    ("annotations/instances_{part}.json", "{part}"),
+    ("instances_{part}.json", "{part}"),
+    ("{part}/_annotations.coco.json", "{part}"),
+)
 
 
 class CocoImages:
@@ -29,6 +37,7 @@ class CocoImages:
         folder: of the images that it names.
         masks: read the objects' masks too.
         training: leave out crowds, and images without an object.
+        categories: names of those to read; all unless given.
 
     Attributes:
         classes: names of the labels from 1 on.
@@ -37,15 +46,27 @@ class CocoImages:
         ValueError: for a file that cannot be read or is not of this form, or names images that are not there.
     """
 
-    def __init__(self, annotations: str | Path, folder: str | Path, *, masks: bool = True, training: bool = False):
+    def __init__(
+        self,
+        annotations: str | Path,
+        folder: str | Path,
+        *,
+        masks: bool = True,
+        training: bool = False,
+        categories: Sequence[str] = (),
+    ):
         self.path, self.folder, self.masks, self.training = Path(annotations), Path(folder), masks, training
         content = self._read()
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        self.classes = tuple(str(category["name"]) for category in categories)
-        self._labels = {category["id"]: i for i, category in enumerate(categories, start=1)}
+        known = {str(one["name"]): one["id"] for one in sorted(content["categories"], key=lambda one: one["id"])}
+        strange = [name for name in categories if name not in known]
+        if strange:
+            raise ValueError(f"{self.path}: no category {strange[0]!r}; there are {', '.join(known)}")
+        self.classes = tuple(name for name in known if not categories or name in categories)
+        self._labels = {known[name]: i for i, name in enumerate(self.classes, start=1)}
         self._objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for one in content["annotations"]:
-            self._objects[one["image_id"]].append(one)
+            if one["category_id"] in self._labels:
+                self._objects[one["image_id"]].append(one)
         self.images = [image for image in content["images"] if not training or self._has_objects(image)]
         if not self.images:
             raise ValueError(f"{self.path}: no image{' with an object' if training else ''} to read")
@@ -146,6 +167,61 @@ class CocoImages:
                 f"{self.path}: the mask of object {one.get('id')} is of {found} pixels, its image of {height} x {width}"
             )
         return torch.from_numpy(decoded)
+
+
+def load_coco(
+    data: str | Path,
+    *,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    masks: bool = True,
+    categories: Sequence[str] = (),
+) -> ImageData:
+    """The parts of a folder in COCO's form to train on and to test on.
+
+    Args:
+        data: the folder; see LAYOUTS for where annotations and images may lie in it.
+        train_split: name of the first part; the usual names are tried unless given.
+        val_split: name of the second.
+        masks: read the objects' masks too.
+        categories: names of those to read; all unless given.
+
+    Raises:
+        ValueError: where there is no such part, or the parts are of other categories; and as :class:`CocoImages`.
+    """
+    train = CocoImages(
+        *_find_part(Path(data), (train_split,) if train_split else TRAIN_PARTS),
+        masks=masks, training=True, categories=categories,
+    )  # fmt: skip
+    test = load_coco_part(data, part=val_split, masks=masks, categories=categories)
+    if test.classes != train.classes:
+        raise ValueError(
+            f"{test.path}: its categories ({', '.join(test.classes)}) are not those of {train.path} "
+            f"({', '.join(train.classes)})"
+        )
+    return ImageData(classes=train.classes, train=train, test=test)
+
+
+def load_coco_part(
+    data: str | Path, *, part: str | None = None, masks: bool = True, categories: Sequence[str] = ()
+) -> CocoImages:
+    """The part to test on alone; arguments and errors as those of :func:`load_coco`."""
+    where = _find_part(Path(data), (part,) if part else TEST_PARTS)
+    return CocoImages(*where, masks=masks, categories=categories)
+
+
+def _find_part(root: Path, parts: Sequence[str]) -> tuple[Path, Path]:
+    """The first annotation file that is there, and the folder of its images."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder of images and annotations")
+    tried = []
+    for part in parts:
+        for file, folder in LAYOUTS:
+            path = root / file.format(part=part)
+            if path.is_file():
+                return path, root / folder.format(part=part)
+            tried.append(file.format(part=part))
+    raise ValueError(f"{root}: no annotations found; looked for {', '.join(tried)}")
 
 
 def _clip(box: list[float], width: int, height: int) -> list[float] | None:

@@ -5,10 +5,10 @@ Functions here return transforms of (PIL image, target), whose boxes and masks f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
@@ -22,21 +22,20 @@ def _to_tensor(normalise: bool) -> list[v2.Transform]:
     return [*steps, v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)] if normalise else steps
 
 
-def make_detection_transform(*, training: bool, multi_scale: bool = False) -> v2.Compose:
+def make_detection_transform(*, training: bool, crop: bool = False) -> v2.Compose:
     """For detectors, which normalise and resize by themselves.
 
     Args:
         training: mirror half of the images.
-        multi_scale: bring the short side to 480, 512, ... or 800 pixels; or first to 400, 500 or 600 and crop 384 to
-            600 pixels of each side, in half of the images (the 3x schedules). Needs ``training``.
+        crop: crop half of the images in training, first brought to a short side of 400, 500 or 600 pixels, to 384 to
+            600 pixels of each side (the 3x schedules).
     """
     steps: list[v2.Transform] = []
     if training:
         steps.append(v2.RandomHorizontalFlip())
-    if training and multi_scale:
-        short = v2.RandomShortestSize(list(range(480, 801, 32)), max_size=1333)
-        crop = v2.Compose([v2.RandomShortestSize([400, 500, 600], max_size=4200), RandomRangeCrop(384, 600), short])
-        steps.append(v2.RandomChoice([short, crop]))
+    if training and crop:
+        resize = v2.RandomShortestSize([400, 500, 600], max_size=4200)
+        steps.append(v2.RandomApply([resize, RandomRangeCrop(384, 600)], p=0.5))
     if training:
         steps.append(v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_of_objects))
     return v2.Compose([*_to_tensor(normalise=False), *steps])
@@ -162,4 +161,32 @@ def _draw(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-__all__: Sequence[str] = ["make_detection_transform", "make_segmentation_transform"]
+class PrepareObjects:
+    """A transform of image and target, to tensors that are no longer torchvision's own.
+
+    Args:
+        transform: of both.
+    """
+
+    def __init__(self, transform: Any):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        prepared, objects = self.transform(image, target)
+        plain = {name: x.as_subclass(Tensor) if isinstance(x, Tensor) else x for name, x in objects.items()}
+        return prepared.as_subclass(Tensor), plain
+
+
+class PrepareLabels:
+    """A transform of image and label map, to tensors that are no longer torchvision's own.
+
+    Args:
+        transform: of both.
+    """
+
+    def __init__(self, transform: Any):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, labels: Tensor) -> tuple[Tensor, Tensor]:
+        prepared, map_ = self.transform(image, labels)
+        return prepared.as_subclass(Tensor), map_.as_subclass(Tensor).long()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,20 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from overlock.data.files import IMAGE_SUFFIXES, find_images, read_image
+from overlock.data.images import ImageData
 
 IGNORED = 255
+TRAIN_PARTS, TEST_PARTS = ("train", "training"), ("val", "validation", "valid", "test")
+LAYOUTS = (  # folders of the images and of the maps
+    ("images/{part}", "annotations/{part}"),
+    ("images/{part}", "labels/{part}"),
+    ("images/{part}", "masks/{part}"),
+    ("{part}", "{part}annot"),
+    ("{part}/images", "{part}/annotations"),
+    ("{part}/images", "{part}/labels"),
+    ("{part}/images", "{part}/masks"),
+)
+CLASSES, ADE_CLASSES = "classes.txt", "objectInfo150.txt"
 
 
 class LabelMaps:
@@ -88,3 +102,75 @@ class LabelMaps:
                 f"{self.num_classes - 1 + self.shift} and {self.ignore_index} is ignored; check num_classes and shift"
             )
         return image, tv_tensors.Mask(torch.from_numpy(np.where(ignored, IGNORED, labels)))
+
+
+def load_label_maps(
+    data: str | Path,
+    *,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    classes: str | None = None,
+    shift: bool = False,
+    ignore_index: int = IGNORED,
+) -> ImageData:
+    """The parts of a folder of images and label maps to train on and to test on.
+
+    Args:
+        data: the folder; see LAYOUTS for where images and maps may lie in it.
+        train_split: name of the first part; the usual names are tried unless given.
+        val_split: name of the second.
+        classes: file of the classes' names, one a line in the order of the labels; else classes.txt in the folder, or
+            ADE20K's objectInfo150.txt.
+        shift: as in :class:`LabelMaps`.
+        ignore_index: likewise.
+
+    Raises:
+        ValueError: where there is no such part or no names; and as :class:`LabelMaps`.
+    """
+    root, names = Path(data), read_names(Path(data), classes)
+    settings: dict[str, Any] = dict(num_classes=len(names), shift=shift, ignore_index=ignore_index)
+    train = LabelMaps(*_find_part(root, (train_split,) if train_split else TRAIN_PARTS), **settings)
+    test = LabelMaps(*_find_part(root, (val_split,) if val_split else TEST_PARTS), **settings)
+    return ImageData(classes=names, train=train, test=test)
+
+
+def load_label_part(
+    data: str | Path, *, part: str | None = None, num_classes: int, shift: bool = False, ignore_index: int = IGNORED
+) -> LabelMaps:
+    """The part to test on alone; arguments and errors as those of :func:`load_label_maps`."""
+    where = _find_part(Path(data), (part,) if part else TEST_PARTS)
+    return LabelMaps(*where, num_classes=num_classes, shift=shift, ignore_index=ignore_index)
+
+
+def read_names(root: Path, classes: str | None) -> tuple[str, ...]:
+    """The names of the classes, from a file of them, or from the one that the data has.
+
+    Raises:
+        ValueError: where there is none, or fewer than two names.
+    """
+    path = Path(classes) if classes else root / CLASSES
+    try:
+        if not classes and not path.is_file() and (root / ADE_CLASSES).is_file():
+            path = root / ADE_CLASSES
+            rows = path.read_text(encoding="utf-8").splitlines()[1:]
+            names = tuple(row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip())
+        else:
+            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path}: no file of class names, one a line; write one or name it with --classes") from None
+    if len(names) < 2:
+        raise ValueError(f"{path}: needs at least two names of classes, one a line")
+    return names
+
+
+def _find_part(root: Path, parts: Sequence[str]) -> tuple[Path, Path]:
+    """The first folders of images and of maps that are there."""
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder of images and label maps")
+    for part in parts:
+        for images, maps in LAYOUTS:
+            where = root / images.format(part=part), root / maps.format(part=part)
+            if where[0].is_dir() and where[1].is_dir():
+                return where
+    tried = "; ".join(f"{images} and {maps}" for images, maps in LAYOUTS).replace("{part}", "PART")
+    raise ValueError(f"{root}: no part {' or '.join(parts)} found; looked for {tried}")

@@ -13,20 +13,24 @@ import signal
 import struct
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
 from overlock.data.images import ImageSource
 from overlock.data.readers import ErrorNotes, ImageStream, as_rgb
 
 GRACE = 20  # seconds from SIGTERM to the end of a loading process
 PREFETCH = 2  # batches that each loading process keeps ready
-Transform = Callable[[Image.Image], Tensor]
+Prepare = Callable[[Image.Image, Any], tuple[Any, Any]]
+"""From an image and its label to what a batch is joined of."""
+Join = Callable[[list[tuple[Any, Any]]], tuple[Any, Any]]
+"""From those to the images and the labels of a batch."""
 
 
 class Draw(NamedTuple):
@@ -41,10 +45,10 @@ class Draw(NamedTuple):
 class Batch(NamedTuple):
     """Images as the network takes them."""
 
-    images: Tensor
-    """(B, Cin, H, W)."""
-    labels: Tensor
-    """(B,)."""
+    images: Any
+    """(B, Cin, H, W), or a list of images (Cin, H, W) of several sizes."""
+    labels: Any
+    """One for each image: (B,) of classes, (B, H, W) of the pixels' classes, or a list."""
     unreadable: tuple[str, ...]
     """What could not be read, and why; in training another image of the batch stands in for it."""
 
@@ -95,21 +99,22 @@ def seed_transforms(seed: int) -> None:
 
 
 class Order:
-    """The images of an epoch, as long as whole batches of them go.
+    """The images of an epoch: each once, as long as whole batches of them go, or in rounds where it is longer.
 
     Args:
         length: images there are.
         batch_size: images a step, over all processes.
+        batches: steps of an epoch.
         repeats: versions of each image in an epoch.
         seed: of the run.
     """
 
-    def __init__(self, length: int, batch_size: int, *, repeats: int, seed: int):
-        self.length, self.batch_size, self.repeats, self.seed = length, batch_size, repeats, seed
-        self.batches = max(1, length // batch_size)
+    def __init__(self, length: int, batch_size: int, batches: int, *, repeats: int, seed: int):
+        self.length, self.batch_size, self.batches = length, batch_size, batches
+        self.repeats, self.seed = repeats, seed
 
     def indices(self, epoch: int) -> np.ndarray[Any, Any]:
-        """(batches * batch_size,); fewer images than one batch are gone through several times."""
+        """(batches * batch_size,)"""
         generator = np.random.default_rng(derive_seed(self.seed, epoch))
         needed = self.batches * self.batch_size
         rounds: list[np.ndarray[Any, Any]] = []
@@ -141,16 +146,37 @@ class _Draws:
         return (self.order.batches - self.first) * self.share.accumulate
 
 
-class ImageDataset(Dataset[tuple[Tensor, int] | str]):
-    """Images by :class:`Draw`, or by number where nothing is random: (Cin, H, W) and label, or why there is none."""
+class OnImage:
+    """A transform of the image alone, which leaves the label as it is."""
 
-    def __init__(self, source: ImageSource, transform: Transform):
-        self.source, self.transform = source, transform
+    def __init__(self, transform: Callable[[Image.Image], Tensor]):
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, label: Any) -> tuple[Tensor, Any]:
+        return self.transform(image), label
+
+
+def stack(samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Samples of one size as tensors."""
+    images, labels = default_collate(samples)
+    return images, labels
+
+
+def as_lists(samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Samples of any size, side by side."""
+    return [image for image, _ in samples], [label for _, label in samples]
+
+
+class ImageDataset(Dataset[tuple[Any, Any] | str]):
+    """Images by :class:`Draw`, or by number where nothing is random: prepared with label, or why there is none."""
+
+    def __init__(self, source: ImageSource, prepare: Prepare):
+        self.source, self.prepare = source, prepare
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, draw: Draw | int) -> tuple[Tensor, int] | str:
+    def __getitem__(self, draw: Draw | int) -> tuple[Any, Any] | str:
         place, seed = draw if isinstance(draw, Draw) else (draw, None)
         try:
             image, label = self.source.read(place)
@@ -158,10 +184,10 @@ class ImageDataset(Dataset[tuple[Tensor, int] | str]):
             return str(error)
         if seed is not None:
             seed_transforms(seed)
-        return self.transform(image), label
+        return self.prepare(image, label)
 
 
-def collate_training(samples: list[tuple[Tensor, int] | str]) -> Batch:
+def collate_training(samples: list[tuple[Any, Any] | str], *, join: Join = stack) -> Batch:
     """A batch of its full size: in the place of an unreadable image comes the next readable one."""
     good = [sample for sample in samples if not isinstance(sample, str)]
     bad = tuple(sample for sample in samples if isinstance(sample, str))
@@ -171,16 +197,16 @@ def collate_training(samples: list[tuple[Tensor, int] | str]) -> Batch:
         places = [i for i, sample in enumerate(samples) if not isinstance(sample, str)]
         nearest = np.searchsorted(places, range(len(samples))) % len(places)
         good = [good[i] for i in nearest]
-    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), bad)
+    return Batch(*join(good), bad)
 
 
-def collate_testing(samples: list[tuple[Tensor, int] | str]) -> Batch:
+def collate_testing(samples: list[tuple[Any, Any] | str], *, join: Join = stack) -> Batch:
     """A batch of the readable images, perhaps of none."""
     good = [sample for sample in samples if not isinstance(sample, str)]
     bad = tuple(sample for sample in samples if isinstance(sample, str))
     if not good:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), bad)
-    return Batch(torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good]), bad)
+    return Batch(*join(good), bad)
 
 
 def leave_signals_to_the_parent(_: int) -> None:
@@ -197,9 +223,11 @@ class TrainBatches:
 
     Args:
         source: an :class:`ImageSource` or an :class:`ImageStream`.
-        transform: PIL image to (Cin, H, W), random.
+        prepare: PIL image and label to what a batch is joined of, random.
         share: of this process.
         seed: of the run.
+        join: prepared images and labels to those of a batch.
+        epoch_steps: steps of an epoch; as many as there are whole batches of images unless given.
         repeats: versions of each image in an epoch.
         workers: loading processes; a stream needs at least one.
         pin_memory: make copies to a GPU fast.
@@ -208,20 +236,22 @@ class TrainBatches:
     def __init__(
         self,
         source: ImageSource | ImageStream,
-        transform: Transform,
+        prepare: Prepare,
         share: Share,
         *,
         seed: int,
+        join: Join = stack,
+        epoch_steps: int | None = None,
         repeats: int = 1,
         workers: int = 0,
         pin_memory: bool = False,
     ):
         self.share, self.seed = share, seed
-        self.steps = max(1, len(source) // share.batch_size)
+        self.steps = epoch_steps or max(1, len(source) // share.batch_size)
         """Steps of an epoch."""
         common: dict[str, Any] = dict(
             worker_init_fn=leave_signals_to_the_parent,
-            collate_fn=collate_training,
+            collate_fn=partial(collate_training, join=join),
             pin_memory=pin_memory,
             prefetch_factor=PREFETCH if workers or isinstance(source, ImageStream) else None,
         )
@@ -229,16 +259,17 @@ class TrainBatches:
             if repeats != 1:
                 raise ValueError("augment.repeats is not available for images that are streamed; leave it at 1")
             self.draws = None
-            self.stream = StreamDataset(source, transform, seed=seed, batch_size=share.micro_batch, training=True)
+            self.stream = StreamDataset(source, prepare, seed=seed, batch_size=share.micro_batch, training=True)
             self.generator = torch.Generator()
             self.loader = DataLoader(
                 self.stream, batch_size=share.micro_batch, drop_last=True, num_workers=max(1, workers),
                 generator=self.generator, **common,
             )  # fmt: skip
         else:
-            self.draws = _Draws(Order(len(source), share.batch_size, repeats=repeats, seed=seed), share)
+            order = Order(len(source), share.batch_size, self.steps, repeats=repeats, seed=seed)
+            self.draws = _Draws(order, share)
             self.loader = DataLoader(
-                ImageDataset(source, transform), batch_sampler=self.draws, num_workers=workers, **common,
+                ImageDataset(source, prepare), batch_sampler=self.draws, num_workers=workers, **common,
             )  # fmt: skip
 
     def epoch(self, epoch: int, *, first: int = 0, salt: int = 0) -> Generator[Batch, None, None]:
@@ -273,19 +304,19 @@ class TrainBatches:
             passes += 1
 
 
-class StreamDataset(IterableDataset[tuple[Tensor, int] | str]):
-    """The images of a stream: (Cin, H, W) and label, or why there is none.
+class StreamDataset(IterableDataset[tuple[Any, Any] | str]):
+    """The images of a stream, prepared with label, or why there is none.
 
     Args:
         source: the stream.
-        transform: PIL image to (Cin, H, W).
+        prepare: PIL image and label to what a batch is joined of.
         seed: of the run.
         batch_size: of the loader.
         training: shuffle, and go on without end where the reader does.
     """
 
-    def __init__(self, source: ImageStream, transform: Transform, *, seed: int, batch_size: int, training: bool):
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: ImageStream, prepare: Prepare, *, seed: int, batch_size: int, training: bool):
+        self.source, self.prepare, self.seed = source, prepare, seed
         self.batch_size, self.training = batch_size, training
         self.start = (0, 0, 0, 0)
 
@@ -293,7 +324,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int] | str]):
         """Where the next iteration begins; the images of the first ``skip`` batches are not prepared."""
         self.start = (epoch, passes, salt, skip)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, int] | str]:
+    def __iter__(self) -> Iterator[tuple[Any, Any] | str]:
         epoch, passes, salt, skip = self.start
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -315,7 +346,7 @@ class StreamDataset(IterableDataset[tuple[Tensor, int] | str]):
                 if self.training:
                     seed_transforms(derive_seed(self.seed, epoch, passes, number, place, salt))
                 try:
-                    yield self.transform(as_rgb(image, f"{self.source} image {place} of loader {number}")), int(label)
+                    yield self.prepare(as_rgb(image, f"{self.source} image {place} of loader {number}"), int(label))
                 except ValueError as error:
                     yield str(error)
             yield from errors.take()
@@ -323,9 +354,10 @@ class StreamDataset(IterableDataset[tuple[Tensor, int] | str]):
 
 def make_test_loader(
     source: ImageSource | ImageStream,
-    transform: Transform,
+    prepare: Prepare,
     *,
     batch_size: int,
+    join: Join = stack,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
@@ -333,14 +365,14 @@ def make_test_loader(
 ) -> DataLoader[Any]:
     """Batches of each image once, shared out over the processes."""
     common: dict[str, Any] = dict(
-        batch_size=batch_size, collate_fn=collate_testing, worker_init_fn=leave_signals_to_the_parent,
-        pin_memory=pin_memory,
+        batch_size=batch_size, collate_fn=partial(collate_testing, join=join),
+        worker_init_fn=leave_signals_to_the_parent, pin_memory=pin_memory,
     )  # fmt: skip
     if isinstance(source, ImageStream):
-        stream = StreamDataset(source, transform, seed=0, batch_size=batch_size, training=False)
+        stream = StreamDataset(source, prepare, seed=0, batch_size=batch_size, training=False)
         return DataLoader(stream, num_workers=min(1, workers), **common)
     return DataLoader(
-        ImageDataset(source, transform),
+        ImageDataset(source, prepare),
         sampler=range(rank, len(source), world),
         num_workers=workers,
         **common,

@@ -18,7 +18,7 @@ from torch import nn
 
 from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_classifier
 from overlock.data import ImageData, make_eval_transform
-from overlock.data.loaders import Batch, make_test_loader
+from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.files import write_atomically
 from overlock.fusion import fuse
 from overlock.network import VARIANTS
@@ -59,7 +59,7 @@ class Evaluation:
         return np.divide(right, counts, out=np.full(len(counts), np.nan), where=counts > 0)
 
 
-def load_model(source: str, *, model: str | None = None) -> tuple[nn.Module, Record]:
+def load_by_name(source: str, *, model: str | None = None) -> tuple[nn.Module, Record]:
     """A run's folder, a file of weights, or a model of timm's by name with its published weights.
 
     Raises:
@@ -118,7 +118,7 @@ def evaluate(
     """Evaluate a classifier on the images to test on.
 
     Args:
-        source: see :func:`load_model`.
+        source: see :func:`load_by_name`.
         data: whose test part is used.
         model: timm's name, for a file that does not say.
         image_size: side in pixels, the model's own unless given.
@@ -131,7 +131,7 @@ def evaluate(
     Raises:
         ValueError: for models and data that do not fit, or where no image can be read.
     """
-    network, record = load_model(source, model=model)
+    network, record = load_by_name(source, model=model)
     places = match_classes(record.classes, data.classes)
     preprocessing: dict[str, Any] = dict(record.preprocessing)
     if image_size is not None:
@@ -141,7 +141,7 @@ def evaluate(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = (fuse(network) if record.model in VARIANTS else network.eval()).to(where)
     loader = make_test_loader(
-        data.test, make_eval_transform(preprocessing), batch_size=batch_size, workers=workers,
+        data.test, OnImage(make_eval_transform(preprocessing)), batch_size=batch_size, workers=workers,
         pin_memory=where.type == "cuda",
     )  # fmt: skip
     cast = torch.autocast(where.type, _TYPES.get(precision), enabled=precision != "fp32")

@@ -122,7 +122,7 @@ class Predictor:
         values, places = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         return [
             Prediction(
-                source=_name(image),
+                source=name_of(image),
                 labels=tuple(self.record.classes[place] for place in row.tolist()),
                 probabilities=tuple(value.tolist()),
             )
@@ -163,5 +163,5 @@ def _array_to_pil(array: np.ndarray[Any, Any]) -> Image.Image:
     return to_pil_image(np.ascontiguousarray(array))
 
 
-def _name(image: ImageLike) -> str:
+def name_of(image: ImageLike) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else f"<{type(image).__name__}>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,8 +92,10 @@ def make_settings(
     num_classes: int,
     pretrained: bool = False,
     drop_path: float | None = None,
-    min_size: int = 800,
+    min_size: int | tuple[int, ...] = 800,
     max_size: int = 1333,
+    proposals: int = 1000,
+    regions: int = 512,
     **options: Any,
 ) -> dict[str, Any]:
     """What all detectors have in common, as arguments of torchvision's ``FasterRCNN``.
@@ -102,8 +105,11 @@ def make_settings(
         num_classes: of the objects; label 0 is the background, theirs begin at 1.
         pretrained: load the backbone's ImageNet weights.
         drop_path: rate of stochastic depth.
-        min_size: what the short side of an image is brought to.
+        min_size: what the short side of an image is brought to; of several, one drawn for each image in training, and
+            the last in evaluation.
         max_size: what its long side may be at most.
+        proposals: regions of an image that the heads look at; most of the heads' cost.
+        regions: those of them that they learn from.
         options: further arguments of the backbone.
 
     Raises:
@@ -118,7 +124,9 @@ def make_settings(
         min_size=min_size,
         max_size=max_size,
         rpn_anchor_generator=ExactAnchors(),
-        rpn_post_nms_top_n_train=1000,
+        rpn_post_nms_top_n_train=proposals,
+        rpn_post_nms_top_n_test=proposals,
+        box_batch_size_per_image=regions,
         box_roi_pool=AlignedRoIAlign(7),
     )
 
@@ -132,3 +140,22 @@ def mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any)
     """Mask R-CNN, torchvision's model; further arguments and errors are those of :func:`make_settings`."""
     settings = make_settings(backbone, num_classes=num_classes, **options)
     return MaskRCNN(mask_roi_pool=AlignedRoIAlign(14), **settings)
+
+
+@torch.no_grad()
+def find_objects(network: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The objects in images, the surest first.
+
+    Args:
+        network: a detector, put into evaluation mode.
+        images: (3, H, W) each, of 0 to 1, of any sizes.
+
+    Returns:
+        For each image boxes (N, 4) as left, top, right, bottom in its pixels, labels (N,) from 1 on, scores (N,), and
+        masks (N, H, W) of booleans from detectors that have some.
+    """
+    results: list[dict[str, Tensor]] = network.eval()(list(images))
+    for result in results:
+        if "masks" in result:
+            result["masks"] = result["masks"][:, 0] > 0.5
+    return results

@@ -6,9 +6,12 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from overlock.data import Augmentation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SUB_NETWORKS = ("base_net", "overview_net", "focus_net", "head")
 
@@ -23,7 +26,7 @@ def _check(name: str, value: float | None, least: float, most: float = math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser, timm's, and its schedule: linear warm-up, then a cosine."""
+    """The optimiser, timm's, and its schedule: linear warm-up, then a fall."""
 
     name: str = "adamw"
     """Any optimiser of timm's."""
@@ -41,8 +44,14 @@ class OptimConfig:
     """Largest norm of the gradient; 0 for no limit."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the one before it, for fine-tuning; none unless given."""
+    schedule: Literal["cosine", "line", "drops"] = "cosine"
+    """How the rate falls after the warm-up: along a cosine, in a straight line, or to a tenth at some epochs."""
+    drop_epochs: tuple[float, ...] = ()
+    """Epochs after which it falls to a tenth, for the schedule of drops."""
     warmup_epochs: float = 5.0
     """Length of the warm-up, at most half of the epochs."""
+    warmup_steps: int | None = None
+    """The same in steps; counts instead of warmup_epochs where it is given."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
@@ -54,6 +63,11 @@ class OptimConfig:
         _check("optim.lr", self.lr, 1e-12)
         _check("optim.lr_batch", self.lr_batch, 1)
         _check("optim.layer_decay", self.layer_decay, 1e-6, 1)
+        _check("optim.warmup_steps", self.warmup_steps, 0)
+        for epoch in self.drop_epochs:
+            _check("optim.drop_epochs", epoch, 0)
+        if bool(self.drop_epochs) != (self.schedule == "drops"):
+            raise ValueError("optim.drop_epochs is what optim.schedule 'drops' needs, and no other one takes")
         for beta in self.betas:
             _check("optim.betas", beta, 0, 1)
 
@@ -161,18 +175,19 @@ class SafetyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How a classifier is trained. Raises ValueError for values that cannot be."""
+class RunConfig:
+    """What all runs have in common. Raises ValueError for values that cannot be."""
 
+    task: str
+    """What is learnt."""
     data: str
-    """Images: a folder by class (with train and val below it, or split here), a folder or file of tars, 'wds:FOLDER'
-    of WebDataset shards, 'hfds:NAME' or, streaming, 'hfids:NAME' of Hugging Face, or 'digits' for scikit-learn's."""
+    """What to learn from."""
     train_split: str | None = None
-    """Name of the training part of WebDataset or Hugging Face data; 'train' unless given."""
+    """Name of the training part; 'train', or what is usual, unless given."""
     val_split: str | None = None
     """Name of the part to test on; 'validation', or 'val' or 'test' where there is none of that name."""
     classes: str | None = None
-    """File with the names of the classes, one a line, for WebDataset shards that have none with them."""
+    """File with the names of the classes, one a line, for data that has none with them."""
     output: str = "runs/train"
     """Folder for the results; must be new or empty, but for --resume and --overwrite."""
     model: str = "overlock_xt"
@@ -183,26 +198,18 @@ class TrainConfig:
     """Start from OverLoCK weights: a file, the authors' or ours, a run's folder, or 'hf-hub:USER/NAME'."""
     freeze: tuple[str, ...] = ()
     """Parts that stay as they are: base_net, overview_net, focus_net, head, or any prefix of parameter names."""
-    image_size: int = 224
-    """Side of the images in pixels."""
-    in_chans: Literal[1, 3] = 3
-    """Channels of the images: 3, or 1 for grey."""
-    stem_stride: Literal[1, 2, 4] | None = None
-    """Stride of OverLoCK's stem: 4 unless given; 2 or 1 for images of few pixels."""
     drop_path: float | None = None
     """Stochastic depth of the last block, rising linearly over the three sub-networks; the size's own unless given."""
     epochs: int = 300
     """Passes over the training images."""
+    epoch_steps: int | None = None
+    """Steps that are counted as an epoch, where tests are to come more or less often than once a pass."""
     batch_size: int = 64
     """Images a step, over all devices; it sets the learning rate."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
     validate_every: int = 1
     """Epochs from one test to the next; the last one is always tested."""
-    augment: Augmentation = field(default_factory=Augmentation)
-    """Random changes to training images."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """The loss and the mixing of images."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and the learning rate."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -213,15 +220,14 @@ class TrainConfig:
     """Checkpoints and faults."""
 
     def __post_init__(self) -> None:
-        for name, least in dict(epochs=1, batch_size=1, image_size=8, validate_every=1, seed=0).items():
-            _check(name, getattr(self, name), least)
+        for name in ("epochs", "epoch_steps", "batch_size", "validate_every"):
+            _check(name, getattr(self, name), 1)
+        _check("seed", self.seed, 0)
         _check("drop_path", self.drop_path, 0, 0.99)
         if not self.data:
             raise ValueError("data must name the images to train on")
         if self.pretrained and self.weights:
             raise ValueError("give either pretrained or weights, not both")
-        if self.stem_stride is not None and not self.model.startswith("overlock_"):
-            raise ValueError(f"stem_stride is an option of OverLoCK; leave it out for {self.model}")
         peak = self.optim.peak(self.batch_size)
         if self.optim.min_lr > peak:
             raise ValueError(
@@ -233,8 +239,13 @@ class TrainConfig:
         if self.machine.strategy == "fsdp" and self.machine.precision == "fp16":
             raise ValueError("fp16 is not available with fsdp; set machine.precision to bf16 or fp32, or use ddp")
 
+    @property
+    def joins_pairs(self) -> bool:
+        """Whether images of a batch are mixed by twos."""
+        return False
+
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """The configuration of nested settings, as :meth:`to_dict` gives them and YAML files hold them.
 
         Raises:
@@ -245,6 +256,113 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain numbers, strings, lists and dicts, as a run's folder keeps them."""
         return _plain(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """How a classifier is trained. Raises ValueError for values that cannot be."""
+
+    task: Literal["classify"] = "classify"
+    """What is learnt: the class of an image."""
+    data: str
+    """Images: a folder by class (with train and val below it, or split here), a folder or file of tars, 'wds:FOLDER'
+    of WebDataset shards, 'hfds:NAME' or, streaming, 'hfids:NAME' of Hugging Face, or 'digits' for scikit-learn's."""
+    image_size: int = 224
+    """Side of the images in pixels."""
+    in_chans: Literal[1, 3] = 3
+    """Channels of the images: 3, or 1 for grey."""
+    stem_stride: Literal[1, 2, 4] | None = None
+    """Stride of OverLoCK's stem: 4 unless given; 2 or 1 for images of few pixels."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """Random changes to training images."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """The loss and the mixing of images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("image_size", self.image_size, 8)
+        if self.stem_stride is not None and not self.model.startswith("overlock_"):
+            raise ValueError(f"stem_stride is an option of OverLoCK; leave it out for {self.model}")
+
+    @property
+    def joins_pairs(self) -> bool:
+        return self.loss.mixes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(RunConfig):
+    """How a detector is trained. Raises ValueError for values that cannot be."""
+
+    task: Literal["detect"] = "detect"
+    """What is learnt: objects' boxes, and their masks by the detectors that have some."""
+    data: str
+    """Folder of images with annotations in COCO's form: annotations/instances_PART.json and PART/, instances_PART.json
+    and PART/, or PART/_annotations.coco.json with the images beside it; PART is train, train2017, val and so on."""
+    detector: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
+    """The heads: Faster R-CNN and Cascade R-CNN find boxes, the other two masks as well."""
+    categories: tuple[str, ...] = ()
+    """Names of the categories to detect; all unless given."""
+    min_size: int = 800
+    """What the short side of an image is brought to."""
+    max_size: int = 1333
+    """What its long side may be at most."""
+    proposals: int = 1000
+    """Regions of an image that the heads look at; most of the heads' cost."""
+    regions: int = 512
+    """Those of them that the heads learn from."""
+    multi_scale: tuple[int, ...] = ()
+    """In training, short sides to draw from instead; then half of the images are cropped first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for size in (self.min_size, *self.multi_scale):
+            _check("min_size and multi_scale", size, 32, self.max_size)
+        for name in ("proposals", "regions"):
+            _check(name, getattr(self, name), 1)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector gives masks."""
+        return "mask" in self.detector
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(RunConfig):
+    """How a segmenter, UperNet, is trained. Raises ValueError for values that cannot be."""
+
+    task: Literal["segment"] = "segment"
+    """What is learnt: the class of each pixel."""
+    data: str
+    """Folder of images and of label maps, PNG files of the same names: images/PART and annotations/PART (or labels,
+    masks), PART and PARTannot, or PART/images and PART/annotations; PART is train or training, val or validation."""
+    shift: bool = False
+    """Labels begin at 1, and 0 is ignored, as in ADE20K."""
+    ignore_index: int = 255
+    """Label of pixels that do not count."""
+    hidden_channels: int = 512
+    """Width of the head."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
+    scale: tuple[int, int] = (2048, 512)
+    """Longest and shortest side that images are brought within."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """Share of that scale in training, drawn between these."""
+    crop: int = 512
+    """Side of the crops to train on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_channels", "crop"):
+            _check(name, getattr(self, name), 32)
+        _check("aux_weight", self.aux_weight, 0)
+        for side in self.scale:
+            _check("scale", side, 32)
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be a range above 0, got {self.ratio[0]:g} to {self.ratio[1]:g}")
+
+
+CONFIGS: dict[str, type[RunConfig]] = dict(classify=TrainConfig, detect=DetectConfig, segment=SegmentConfig)
+"""By the task."""
 
 
 _GROUPS: dict[str, Any] = dict(

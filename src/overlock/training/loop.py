@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from overlock.data.loaders import Batch, TrainBatches, derive_seed
-from overlock.training.config import TrainConfig
+from overlock.training.config import RunConfig
 from overlock.training.machine import gathered
 from overlock.training.reports import RunLog, Unreadable
 from overlock.training.state import CheckpointStore, Progress, check_archive
@@ -38,16 +38,36 @@ from overlock.training.stop import RunStoppedError, StopRequest
 SYNC_EVERY = 10  # steps between the agreements of several processes to save or stop
 
 
+class Score(Protocol):
+    """What a test comes to."""
+
+    def update(self, network: nn.Module, batch: Batch) -> None:
+        """Pass a batch through the network, which is in evaluation mode, and count."""
+        ...
+
+    def measures(self, fabric: Fabric) -> dict[str, float]:
+        """Of the batches of all processes."""
+        ...
+
+
 class Task(Protocol):
-    """What is learnt: :class:`overlock.training.task.Classification` for instance."""
+    """What is learnt: :class:`overlock.training.classification.Classification` for instance."""
 
     main_measure: str
+    """The measure that tells the best weights: the higher the better."""
 
-    def loss(self, network: nn.Module, batch: Any) -> Tensor: ...
+    @property
+    def shares(self) -> Mapping[str, str]:
+        """Measures of 0 to 1 that people look at, the main one first, and what they are called."""
+        ...
 
-    def test(self, network: nn.Module, batch: Any) -> Tensor: ...
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """A scalar with a gradient."""
+        ...
 
-    def measures(self, sums: Tensor) -> dict[str, float]: ...
+    def make_score(self) -> Score:
+        """One of a test that begins."""
+        ...
 
 
 class DivergedError(Exception):
@@ -79,7 +99,7 @@ class Fit:
     """All that a run consists of; :meth:`run` runs it to its end."""
 
     fabric: Fabric
-    config: TrainConfig
+    config: RunConfig
     task: Task
     network: nn.Module
     """As Fabric has set it up."""
@@ -241,10 +261,10 @@ class Fit:
 
     def place(self, batch: Batch) -> Batch:
         self.unreadable.add(batch.unreadable)
-        images = self.fabric.to_device(batch.images)
-        if self.config.machine.channels_last and images.dim() == 4:
+        images, labels = self.fabric.to_device((batch.images, batch.labels))
+        if self.config.machine.channels_last and isinstance(images, Tensor) and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
-        return Batch(images, self.fabric.to_device(batch.labels), ())
+        return Batch(images, labels, ())
 
     # Tests
 
@@ -261,19 +281,15 @@ class Fit:
 
     def validate(self) -> dict[str, float]:
         """The measures over all images to test on."""
-        network = self.tested.eval()
-        sums: Tensor | None = None
+        network, score = self.tested.eval(), self.task.make_score()
         with torch.no_grad(), self.fabric.autocast(), gathered(network):
             for loaded in self.tests:
                 batch = self.place(loaded)
                 if len(batch.labels):
-                    part = self.task.test(network, batch)
-                    sums = part if sums is None else sums + part
+                    score.update(network, batch)
                 if self.fabric.world_size == 1 and self.stop.signum is not None:
                     self.save_or_stop()
-        if sums is None:
-            sums = torch.zeros(4, device=self.fabric.device)
-        return self.task.measures(self.fabric.all_reduce(sums, reduce_op="sum"))
+        return score.measures(self.fabric)
 
     # Checkpoints
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from overlock.data.loaders import Share
-from overlock.training.config import MachineConfig, TrainConfig
+from overlock.training.config import MachineConfig, RunConfig
 
 PRECISIONS = dict(fp32="32-true", bf16="bf16-mixed", fp16="16-mixed")
 
@@ -110,7 +110,7 @@ def count_processes(config: MachineConfig) -> tuple[int, int]:
     return devices, nodes
 
 
-def make_share(fabric: Fabric, config: TrainConfig) -> Share:
+def make_share(fabric: Fabric, config: RunConfig) -> Share:
     """How a batch is cut for the processes and, on each, for forward passes.
 
     Raises:
@@ -123,7 +123,7 @@ def make_share(fabric: Fabric, config: TrainConfig) -> Share:
     limit = min(config.machine.micro_batch or each, each)
     accumulate = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= limit)
     micro_batch = each // accumulate
-    if config.loss.mixes and micro_batch % 2:
+    if config.joins_pairs and micro_batch % 2:
         raise ValueError(
             f"mixup and cutmix join images by pairs, but one device takes {micro_batch} at a time; choose a batch_size "
             f"or machine.micro_batch that makes it even"

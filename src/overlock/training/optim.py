@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from overlock.training.config import SUB_NETWORKS, EmaConfig, OptimConfig, TrainConfig
+from overlock.training.config import SUB_NETWORKS, EmaConfig, OptimConfig, RunConfig
 
 
 def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) -> Optimizer:
@@ -32,19 +35,27 @@ def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) 
         raise ValueError(f"optim.name {config.name!r} cannot be used ({error}); try adamw") from None
 
 
-def make_schedule(optimizer: Optimizer, config: TrainConfig, *, steps_per_epoch: int) -> CosineLRScheduler:
-    """Linear warm-up and cosine over all steps; the learning rate of a step follows from its number alone."""
-    steps = config.epochs * steps_per_epoch
-    warmup = round(steps * min(config.optim.warmup_epochs / config.epochs, 0.5))
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, steps - warmup),
-        lr_min=config.optim.min_lr,
+def make_schedule(optimizer: Optimizer, config: RunConfig, *, steps_per_epoch: int) -> Scheduler:
+    """Linear warm-up and a fall over all steps; the learning rate of a step follows from its number alone.
+
+    The cosine begins after the warm-up; a line and drops are as they would be without it.
+    """
+    optim, steps = config.optim, config.epochs * steps_per_epoch
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = round(steps * min(optim.warmup_epochs / config.epochs, 0.5))
+    common: dict[str, Any] = dict(
         warmup_t=warmup,
-        warmup_lr_init=min(config.optim.warmup_lr, config.optim.peak(config.batch_size)),
-        warmup_prefix=True,
+        warmup_lr_init=min(optim.warmup_lr, optim.peak(config.batch_size)),
+        warmup_prefix=optim.schedule == "cosine",
         t_in_epochs=False,
     )
+    if optim.schedule == "drops":
+        drops = [round(epoch * steps_per_epoch) + 1 for epoch in optim.drop_epochs]  # timm drops a step early
+        return MultiStepLRScheduler(optimizer, decay_t=drops, decay_rate=0.1, **common)
+    if optim.schedule == "line":
+        return PolyLRScheduler(optimizer, t_initial=steps, power=1.0, lr_min=optim.min_lr, **common)
+    return CosineLRScheduler(optimizer, t_initial=max(1, steps - warmup), lr_min=optim.min_lr, **common)
 
 
 def make_average(network: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from overlock.data import Augmentation
-from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, TrainConfig
+from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, RunConfig, TrainConfig
+from overlock.training.dense_recipes import DENSE_RECIPES
 
-Recipe = Callable[[str], TrainConfig]
+Recipe = Callable[[str], RunConfig]
 
 
 def imagenet_xt(data: str) -> TrainConfig:
@@ -117,5 +118,8 @@ def digits(data: str = "digits") -> TrainConfig:
 
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
-    for recipe in (imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, digits)
+    for recipe in (
+        *(imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, digits),
+        *DENSE_RECIPES,
+    )
 }

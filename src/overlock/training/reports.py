@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,7 +99,8 @@ class RunLog:
             for name in row.keys() - {"epoch", "step"}:
                 self.board.add_scalar(f"epoch/{name}", row[name], row["epoch"])
             self.board.flush()
-        tested = f"  test accuracy {100 * row['top1']:.2f} %" if "top1" in row else ""
+        main = fit.task.main_measure
+        tested = f"  test {fit.task.shares[main]} {100 * row[main]:.2f} %" if main in row else ""
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         self.tell(
             f"epoch {row['epoch']:>3}/{fit.config.epochs}  loss {row['loss']:.3f}{tested}"
@@ -141,24 +142,32 @@ def to_csv(rows: list[Row]) -> str:
     return buffer.getvalue()
 
 
-def draw_curves(rows: list[Row], path: Path, *, title: str) -> None:
-    """Losses and accuracies over the epochs, as a PNG file."""
+def draw_curves(rows: list[Row], path: Path, *, shares: Mapping[str, str], title: str) -> None:
+    """Losses and measures over the epochs, as a PNG file.
+
+    Args:
+        rows: of the log.
+        path: to write.
+        shares: the measures to draw, and what they are called.
+        title: of the picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    for axes, names, unit in ((left, ("loss", "test_loss"), 1), (right, ("top1", "top5"), 100)):
-        for name in names:
+    losses = dict(loss="training", test_loss="test")
+    for axes, names, unit in ((left, losses, 1), (right, shares, 100)):
+        for name, label in names.items():
             points = [(row["epoch"], unit * row[name]) for row in rows if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 30 else None)
+                axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()
     left.set_ylabel("loss")
-    right.set_ylabel("right, %")
+    right.set_ylabel("test, %")
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -1,11 +1,11 @@
-"""A training run from a configuration to the folder of a trained classifier."""
+"""A training run from a configuration to the folder of a trained network."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,33 +17,23 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from overlock.checkpoint import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    Record,
-    build,
-    default_preprocessing,
-    save_classifier,
-    to_timm_config,
-)
-from overlock.data import ImageData, load_data, make_eval_transform, make_train_transform
-from overlock.data.images import save_examples
+from overlock.checkpoint import MODEL_FILE, save_model
 from overlock.data.loaders import TrainBatches, make_test_loader
 from overlock.files import write_atomically
-from overlock.hub import CARD_FILE, find_weights, write_card
-from overlock.network import VARIANTS
-from overlock.training import reports
-from overlock.training.config import TrainConfig
+from overlock.training import classification, detection, reports, segmentation
+from overlock.training.config import RunConfig
+from overlock.training.job import Job
 from overlock.training.loop import Fit
 from overlock.training.machine import full_state, keep_freed_memory, make_fabric, make_share
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
 from overlock.training.sync_norm import synchronise_norms
-from overlock.training.task import Classification
-from overlock.weights import load_weights
 
-SETTINGS_FILE, CHECKPOINTS, EXAMPLES, BEST_FILE = "config.yaml", "checkpoints", "examples", "best.safetensors"
+SETTINGS_FILE, CHECKPOINTS, BEST_FILE = "config.yaml", "checkpoints", "best.safetensors"
+JOBS: dict[str, Callable[[Any], Job]] = dict(
+    classify=classification.make_job, detect=detection.make_job, segment=segmentation.make_job
+)
 # Settings that may change when a run is resumed: they do not change what is computed, but for rounding. The strategy
 # does not either, but it tells how checkpoints are written.
 CHANGEABLE = ("output", "machine.", "safety.")
@@ -54,10 +44,11 @@ FIXED = ("machine.strategy",)
 class TrainResult:
     """What a run came to."""
 
-    accuracy: float
-    """Share of the held-out images that the final weights name rightly."""
+    score: float
+    """The task's main measure of the final weights on the held-out images: a classifier's accuracy, a detector's
+    average precision, a segmenter's mean IoU."""
     best: float
-    """The highest such share over the epochs."""
+    """The highest over the epochs."""
     seconds: float
     """Of training and testing, over all sessions of the run."""
     folder: Path
@@ -65,9 +56,9 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
+    config: RunConfig, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
 ) -> TrainResult:
-    """Train a classifier and write it to ``config.output``.
+    """Train a network and write it to ``config.output``.
 
     Args:
         config: all settings.
@@ -89,7 +80,7 @@ def train(
         if fabric.is_global_zero:
             check_output(folder, overwrite=overwrite, resume=resume)
         fabric.barrier()
-        fit, record, data = prepare(config, fabric, stop, console or Console(quiet=True))
+        fit, job = prepare(config, fabric, stop, console or Console(quiet=True))
         resumed = resume and bool(fit.store.candidates())
         try:
             if resumed:
@@ -102,11 +93,11 @@ def train(
             raise
         finally:
             fit.log.close()
-    finish(fit, record, data)
-    accuracy, seconds = fit.log.rows[-1]["top1"], fit.progress.seconds
-    fit.log.tell(f"test accuracy {100 * accuracy:.2f} % after {seconds:.0f} s; saved in {folder}")
+    finish(fit, job)
+    score, seconds, name = fit.log.rows[-1][fit.task.main_measure], fit.progress.seconds, fit.task.main_measure
+    fit.log.tell(f"test {fit.task.shares[name]} {100 * score:.2f} % after {seconds:.0f} s; saved in {folder}")
     fit.log.tell(f"try: overlock predict IMAGE --checkpoint {folder}")
-    return TrainResult(accuracy=accuracy, best=fit.progress.best, seconds=seconds, folder=folder)
+    return TrainResult(score=score, best=fit.progress.best, seconds=seconds, folder=folder)
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -123,24 +114,17 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise ValueError(f"{folder}: no permission to write here; choose another output")
 
 
-def prepare(config: TrainConfig, fabric: Fabric, stop: StopRequest, console: Console) -> tuple[Fit, Record, ImageData]:
+def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Console) -> tuple[Fit, Job]:
     """Data, network, optimiser and all else that a run needs; nothing is written."""
     folder = Path(config.output)
     share = make_share(fabric, config)
-    data = load_data(
-        config.data,
-        seed=config.seed,
-        train_split=config.train_split,
-        val_split=config.val_split,
-        classes=config.classes,
-    )
-    torch.manual_seed(config.seed)  # the initial weights, the same on all processes
-    network, record = make_network(config, data)
+    job = JOBS[config.task](config)
+    network, data = job.network, job.data
     frozen = freeze(network, config.freeze)
     if fabric.world_size > 1 and config.machine.sync_norm:
         network = synchronise_norms(network, cuda=fabric.device.type == "cuda")
     if config.machine.recompute:
-        network.set_grad_checkpointing(True)  # type: ignore[operator]
+        recompute(network)
     if config.machine.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = fabric.to_device(network)
@@ -149,35 +133,47 @@ def prepare(config: TrainConfig, fabric: Fabric, stop: StopRequest, console: Con
         network.compile()
     wrapped = fabric.setup_module(network)
     optimizer = make_optimizer(network, config.optim, batch_size=config.batch_size)  # sharding renews the parameters
-    schedule = make_schedule(optimizer, config, steps_per_epoch=max(1, len(data.train) // config.batch_size))
-    optimizer = fabric.setup_optimizers(optimizer)
-    workers, pin = config.machine.workers, fabric.device.type == "cuda"
+    loading: dict[str, Any] = dict(workers=config.machine.workers, pin_memory=fabric.device.type == "cuda")
     batches = TrainBatches(
-        data.train, make_train_transform(record.preprocessing, config.augment, mirror=data.mirrors), share,
-        seed=config.seed, repeats=config.augment.repeats, workers=workers, pin_memory=pin,
+        data.train, job.prepare_train, share, seed=config.seed, join=job.join_train, epoch_steps=config.epoch_steps,
+        repeats=job.repeats, **loading,
     )  # fmt: skip
     tests = make_test_loader(
-        data.test, make_eval_transform(record.preprocessing), batch_size=2 * share.micro_batch,
-        rank=fabric.global_rank, world=fabric.world_size, workers=workers, pin_memory=pin,
+        data.test, job.prepare_test, batch_size=job.test_batch or 2 * share.micro_batch, join=job.join_test,
+        rank=fabric.global_rank, world=fabric.world_size, **loading,
     )  # fmt: skip
+    schedule = make_schedule(optimizer, config, steps_per_epoch=batches.steps)
+    optimizer = fabric.setup_optimizers(optimizer)
     identity = dict(settings=config.to_dict(), classes=list(data.classes), train=len(data.train), test=len(data.test))
     fit = Fit(
-        fabric=fabric, config=config, task=Classification(config.loss, len(data.classes)), network=wrapped,
-        frozen=frozen, optimizer=optimizer,
-        schedule=schedule, average=average,
-        batches=batches, tests=tests, store=CheckpointStore(folder / CHECKPOINTS),
-        log=reports.RunLog(folder, console, keep_best=lambda: keep_weights(fit, record, BEST_FILE),
+        fabric=fabric, config=config, task=job.task, network=wrapped, frozen=frozen, optimizer=optimizer,
+        schedule=schedule, average=average, batches=batches, tests=tests, store=CheckpointStore(folder / CHECKPOINTS),
+        log=reports.RunLog(folder, console, keep_best=lambda: keep_weights(fit, job, BEST_FILE),
                            first_process=fabric.is_global_zero),
         unreadable=reports.Unreadable(folder, config.safety.unreadable), stop=stop, identity=identity,
     )  # fmt: skip
     fit.log.tell(
-        f"{config.model}: {sum(p.numel() for p in fit.raw_network.parameters()) / 1e6:.2f} M parameters; "
+        f"{job.record.name}: {sum(p.numel() for p in fit.raw_network.parameters()) / 1e6:.2f} M parameters; "
         f"{len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes"
     )
-    return fit, record, data
+    return fit, job
 
 
-def begin(fit: Fit, folder: Path, config: TrainConfig) -> None:
+def recompute(network: nn.Module) -> None:
+    """Have the network, or the backbone in it, recompute activations in the backward pass.
+
+    Raises:
+        ValueError: for a network that cannot.
+    """
+    for module in network.modules():
+        switch: Any = getattr(module, "set_grad_checkpointing", None)
+        if switch is not None:
+            switch(True)
+            return
+    raise ValueError("this network cannot recompute its activations; set machine.recompute to false")
+
+
+def begin(fit: Fit, folder: Path, config: RunConfig) -> None:
     """Write the settings and clear away what an earlier run left."""
     if fit.fabric.is_global_zero:
         for path in fit.store.candidates():
@@ -226,51 +222,22 @@ def take_up(fit: Fit) -> None:
     fit.log.tell(f"going on from epoch {progress.epoch + 1}, step {progress.step} of {fit.batches.steps}")
 
 
-def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Record]:
-    """The network to train, and the record of what prediction will need."""
-    ours = config.model in VARIANTS
-    arguments: dict[str, Any] = dict(in_chans=config.in_chans, num_classes=len(data.classes))
-    if config.stem_stride is not None:
-        arguments["stem_stride"] = config.stem_stride
-    rate = VARIANTS[config.model].drop_path if ours and config.drop_path is None else config.drop_path
-    only_training: dict[str, Any] = dict(drop_path_rate=rate) if rate else {}
-    if ours and config.loss.aux_weight:
-        only_training["aux_head"] = True
-    try:
-        network = build(config.model, pretrained=config.pretrained, **arguments, **only_training)
-    except OSError as error:
-        raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
-    if config.weights is not None:
-        if not ours:
-            raise ValueError(f"weights are read for OverLoCK's models, not for {config.model}; try --pretrained true")
-        load_weights(network, find_weights(config.weights))
-    smallest = getattr(network, "smallest_image", 1)
-    if config.image_size < smallest:
-        raise ValueError(f"image_size must be at least {smallest} with this stem, got {config.image_size}")
-    preprocessing = default_preprocessing(
-        network, in_chans=config.in_chans, image_size=config.image_size, crop_pct=data.crop_pct
-    )
-    return network, Record(model=config.model, model_args=arguments, classes=data.classes, preprocessing=preprocessing)
-
-
-def keep_weights(fit: Fit, record: Record, name: str) -> None:
-    """Write the tested weights and their record, without the auxiliary head, to a file of the run's folder."""
+def keep_weights(fit: Fit, job: Job, name: str) -> None:
+    """Write the tested weights that are of use after training, and their record, to a file of the run's folder."""
     state = full_state(fit.tested)
     if fit.fabric.is_global_zero:
-        state = {part: t for part, t in state.items() if not part.startswith("aux_head.")}
-        save_classifier(Path(fit.config.output) / name, state, record)
+        state = {part: tensor for part, tensor in state.items() if not part.startswith(job.only_training)}
+        save_model(Path(fit.config.output) / name, state, job.record)
 
 
-def finish(fit: Fit, record: Record, data: ImageData) -> None:
-    """Write all that the run's folder is for: weights, timm's configuration, model card, curves, examples."""
-    keep_weights(fit, record, MODEL_FILE)
+def finish(fit: Fit, job: Job) -> None:
+    """Write all that the run's folder is for: weights, curves, and what else the task has."""
+    keep_weights(fit, job, MODEL_FILE)
     if fit.fabric.is_global_zero:
-        folder, config = Path(fit.config.output), fit.config
-        write_atomically(folder / CONFIG_FILE, to_timm_config(record))
-        rows = fit.log.rows
-        reports.draw_curves(rows, folder / reports.CURVES, title=f"{config.model} on {Path(config.data).name}")
-        write_card(folder / CARD_FILE, record, settings=config.to_dict(), row=rows[-1], data=config.data)
-        save_examples(data, folder / EXAMPLES)
+        folder, rows = Path(fit.config.output), fit.log.rows
+        title = f"{job.record.name} on {Path(fit.config.data).name}"
+        reports.draw_curves(rows, folder / reports.CURVES, shares=fit.task.shares, title=title)
+        job.finish(folder, fit.tested, rows[-1])
     fit.fabric.barrier()
 
 

@@ -84,7 +84,7 @@ class DetectionScore:
         # COCO's own thresholds: torchmetrics' are rounded to float32, which decides where an overlap is just 0.6.
         self.metric: Any = MeanAveragePrecision(
             iou_type=cast(Any, self.kinds), backend="pycocotools", iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(), sync_on_compute=False,
         )  # fmt: skip
         self.metric.warn_on_many_detections = False
 
@@ -106,6 +106,16 @@ class DetectionScore:
             for mine, target in zip(wanted, targets, strict=True):
                 mine["masks"] = target["masks"].cpu().bool()
         self.metric.update(found, wanted)
+
+    def state(self) -> dict[str, list[Any]]:
+        """All that has been added so far, for :meth:`merge`."""
+        return {name: list(part) for name, part in self.metric.metric_state.items()}
+
+    def merge(self, states: list[dict[str, list[Any]]]) -> None:
+        """Take the states of several scores, say those of other processes, in place of this one's own."""
+        for name in states[0]:
+            setattr(self.metric, name, [one for state in states for one in state[name]])
+        self.metric._update_count = 1  # else it warns that nothing was added
 
     def measures(self) -> dict[str, float]:
         """'box_AP', 'box_AP50' and so on, 'mask_AP' and so on; -1 where there are no such objects."""

@@ -11,7 +11,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from overlock.deploy.scores import DetectionScore, SegmentationScore
+from overlock.tasks.scores import DetectionScore, SegmentationScore
 
 
 def draw_labels(count=3, classes=5, size=(20, 30), seed=0):

@@ -8,7 +8,7 @@ from helpers import images
 from torch import nn
 from torch.nn import functional as F
 
-from overlock.deploy.segment import segment
+from overlock.tasks.sliding import segment
 
 
 class Local(nn.Module):

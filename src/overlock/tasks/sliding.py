@@ -22,10 +22,11 @@ def segment(
     flip: bool = False,
     window: int | None = None,
     stride: int | None = None,
+    size: Sequence[int] | None = None,
 ) -> Tensor:
     """Shares of the classes at each pixel, the mean over scales and mirrored images.
 
-    At each scale the sides are rounded up to multiples of 32, and the logits resized to the images' own size.
+    At each scale the sides are rounded up to multiples of 32, and the logits resized to the result's size.
 
     Args:
         network: images (B, 3, H, W) to logits (B, classes, H, W); put into evaluation mode.
@@ -35,9 +36,10 @@ def segment(
         window: side of a sliding window, whose logits are averaged where windows overlap; whole images where it is
             None, and where a side is no longer than the window it is taken whole.
         stride: from window to window, two thirds of the window where it is None.
+        size: height and width of the result; those of the images unless given.
 
     Returns:
-        (B, classes, H, W), of sum 1 over the classes.
+        (B, classes, H, W) of that size, of sum 1 over the classes.
 
     Raises:
         ValueError: for a scale or a stride that leaves nothing or leaves gaps.
@@ -58,7 +60,9 @@ def segment(
             given = scaled.flip(3) if mirrored else scaled
             logits = network(given) if window is None or stride is None else _slide(network, given, window, stride)
             logits = logits.flip(3) if mirrored else logits
-            logits = F.interpolate(logits.float(), size=images.shape[2:], mode="bilinear", align_corners=False)
+            logits = F.interpolate(
+                logits.float(), size=tuple(size or images.shape[2:]), mode="bilinear", align_corners=False
+            )
             total = total + logits.softmax(dim=1)
     return total / (len(scales) * (1 + flip))  # type: ignore[return-value]
 

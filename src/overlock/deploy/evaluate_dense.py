@@ -1,0 +1,128 @@
+"""Evaluation of detectors and segmenters: average precisions, mean IoU, speed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from overlock.checkpoint import Record
+from overlock.data.coco import load_coco_part
+from overlock.data.dense_transforms import (
+    PrepareLabels,
+    PrepareObjects,
+    make_detection_transform,
+    make_segmentation_transform,
+)
+from overlock.data.label_maps import IGNORED, load_label_part
+from overlock.data.loaders import as_lists, make_test_loader
+from overlock.fusion import fuse
+from overlock.tasks.scores import DetectionScore, SegmentationScore
+from overlock.tasks.sliding import segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseEvaluation:
+    """What a detector or segmenter did on labelled images."""
+
+    name: str
+    """Of the model or its file."""
+    params: int
+    """Parameters of the network as it runs, folded."""
+    images: int
+    """Images that could be read."""
+    unreadable: tuple[str, ...]
+    """Images that could not, and why."""
+    measures: dict[str, float]
+    """By their names: box_AP, mask_AP and so on, or mIoU, mAcc and aAcc."""
+    classes: dict[str, float]
+    """IoU of each class, from segmenters; NaN for one that is nowhere."""
+    speed_with_loading: float
+    """Images a second from the files on, scoring included."""
+
+
+@torch.inference_mode()
+def evaluate_dense(
+    network: nn.Module,
+    record: Record,
+    data: str,
+    *,
+    name: str,
+    part: str | None = None,
+    shift: bool = False,
+    ignore_index: int = IGNORED,
+    batch_size: int = 1,
+    workers: int = 2,
+    device: str | None = None,
+    show_progress: bool = False,
+    **testing: Any,
+) -> DenseEvaluation:
+    """Evaluate a detector or segmenter on the images to test on.
+
+    Args:
+        network: as :func:`overlock.checkpoint.load_model` gives it.
+        record: likewise.
+        data: folder, in a form that training takes.
+        name: what the result calls the network.
+        part: name of the part to test on; the usual names are tried unless given.
+        shift: of :class:`overlock.data.label_maps.LabelMaps`.
+        ignore_index: likewise.
+        batch_size: images a pass, of detectors.
+        workers: processes that load images.
+        device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
+        show_progress: on stderr.
+        testing: of segmenters: scales, flip, window and stride, as :func:`overlock.tasks.sliding.segment` takes them.
+
+    Raises:
+        ValueError: for data that cannot be read, or is of other classes.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = fuse(network.to(where))
+    masks = "mask" in str(record.head)
+    source: Any
+    score: DetectionScore | SegmentationScore
+    if record.task == "detect":
+        score = _detection_score(masks=masks)
+        source = load_coco_part(data, part=part, masks=masks, categories=record.classes)
+        if source.classes != record.classes:
+            raise ValueError(f"{source.path}: its categories are in another order than the model's")
+        prepare: Any = PrepareObjects(make_detection_transform(training=False))
+    else:
+        score = SegmentationScore(len(record.classes))
+        source = load_label_part(
+            data, part=part, num_classes=len(record.classes), shift=shift, ignore_index=ignore_index
+        )
+        prepare = PrepareLabels(make_segmentation_transform(training=False, scale=record.preprocessing["scale"]))
+    loader = make_test_loader(source, prepare, batch_size=batch_size, join=as_lists, workers=workers)
+    unreadable: list[str] = []
+    started, count = time.perf_counter(), 0
+    for batch in track(loader, description=name, transient=True, disable=not show_progress):
+        unreadable += batch.unreadable
+        count += len(batch.labels)
+        if isinstance(score, DetectionScore):
+            if len(batch.labels):
+                score.update(network([image.to(where) for image in batch.images]), batch.labels)
+            continue
+        for image, labels in zip(batch.images, batch.labels, strict=True):
+            shares = segment(network, image[None].to(where), size=labels.shape, **testing)
+            score.update(shares[0].argmax(dim=0), labels)
+    if count == 0:
+        raise ValueError(f"none of the {len(unreadable)} images could be read; the first: {unreadable[0]}")
+    speed = count / (time.perf_counter() - started)
+    ious: Tensor | list[float] = score.iou() if isinstance(score, SegmentationScore) else []
+    return DenseEvaluation(
+        name=name, params=sum(p.numel() for p in network.parameters()), images=count, unreadable=tuple(unreadable),
+        measures=score.measures(), classes={c: float(x) for c, x in zip(record.classes, ious, strict=False)},
+        speed_with_loading=speed,
+    )  # fmt: skip
+
+
+def _detection_score(*, masks: bool) -> DetectionScore:
+    try:
+        return DetectionScore(masks=masks)
+    except ImportError as error:
+        raise ValueError(str(error)) from None

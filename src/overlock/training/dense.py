@@ -1,0 +1,94 @@
+"""What the training of detectors and segmenters has in common: the network, its first weights, and sample pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from overlock.checkpoint import HEADS, Record, check_model_name, load_model
+from overlock.drawing import join_pictures
+from overlock.files import write_atomically
+from overlock.hub import find_weights
+from overlock.network import VARIANTS
+from overlock.tasks.pyramid import Pyramid
+from overlock.training.config import RunConfig
+
+SAMPLES, SAMPLE_COUNT = "samples.png", 4
+
+
+def make_network(config: RunConfig, record: Record, **only_training: Any) -> nn.Module:
+    """The network of a record with its first weights.
+
+    Args:
+        config: of the run.
+        record: of the network.
+        only_training: arguments that the network is built with now, and not when it is loaded.
+
+    Raises:
+        ValueError: for a model or weights that will not do.
+    """
+    check_model_name(config.model)
+    torch.manual_seed(config.seed)  # the initial weights, the same on all processes
+    arguments = {**record.model_args, **only_training}
+    try:
+        network = HEADS[str(record.head)](
+            config.model, num_classes=len(record.classes), pretrained=config.pretrained, drop_path=config.drop_path,
+            **arguments,
+        )  # fmt: skip
+    except OSError as error:
+        raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    if config.weights is not None:
+        if config.model.partition(".")[0] not in VARIANTS:
+            raise ValueError(f"weights are read for OverLoCK's models, not for {config.model}; try --pretrained true")
+        start_from(network, find_weights(config.weights))
+    return network
+
+
+def start_from(network: nn.Module, path: Path) -> None:
+    """Take weights from a classifier for the backbone, or from a dense model for all that is of the same shape.
+
+    Raises:
+        ValueError: for weights that leave something of the backbone without.
+    """
+    given, record = load_model(path)
+    root, pyramid = next((name, part) for name, part in network.named_modules() if isinstance(part, Pyramid))
+    prefix = f"{root}.backbone." if record.head is None else ""
+    own = network.state_dict()
+    found = {f"{prefix}{name}": tensor for name, tensor in given.state_dict().items()}
+    found = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
+    missing = [name for name in pyramid.backbone.state_dict() if f"{root}.backbone.{name}" not in found]
+    if missing:
+        raise ValueError(
+            f"{path}: its {record.name} has nothing for {len(missing)} weights of the backbone (first: {missing[0]}); "
+            f"set --model to its own"
+        )
+    network.load_state_dict(found, strict=False)
+
+
+def save_samples(path: Path, draw: Callable[[int], Sequence[Image.Image]], count: int) -> None:
+    """A picture of some of the images to test on, spread over them, a row each.
+
+    Args:
+        path: to write.
+        draw: the row of an image by its number.
+        count: images there are.
+    """
+    shown = sorted({i * count // SAMPLE_COUNT for i in range(min(count, SAMPLE_COUNT))})
+    rows = []
+    for place in shown:
+        try:
+            rows.append(draw(place))
+        except ValueError:  # an unreadable image, told of in the run's list
+            continue
+    if rows:
+        buffer = io.BytesIO()
+        join_pictures(rows).save(buffer, format="png")
+        write_atomically(path, buffer.getvalue())

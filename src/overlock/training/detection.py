@@ -1,0 +1,119 @@
+"""What the training of a detector is made of: data, network, the losses, and average precisions (section 4.2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+
+from overlock.checkpoint import Record
+from overlock.data.coco import load_coco
+from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
+from overlock.data.loaders import Batch, as_lists
+from overlock.drawing import draw_objects
+from overlock.tasks.detection import find_objects
+from overlock.tasks.scores import DetectionScore
+from overlock.training.config import DetectConfig
+from overlock.training.dense import SAMPLES, make_network, save_samples
+from overlock.training.job import Job
+from overlock.training.reports import Row
+
+SHOWN = 0.5  # score from which on an object is drawn
+
+
+class Detection:
+    """Losses and measures of a detector.
+
+    Args:
+        masks: whether it gives masks.
+    """
+
+    main_measure = "box_AP"
+    _shares: ClassVar[dict[str, str]] = dict(box_AP="box AP", box_AP50="box AP50")
+    _of_masks: ClassVar[dict[str, str]] = dict(mask_AP="mask AP", mask_AP50="mask AP50")
+
+    def __init__(self, *, masks: bool):
+        self.masks = masks
+        self.shares = self._shares | (self._of_masks if masks else {})
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Sum of the losses of the region proposals and of the heads."""
+        losses: dict[str, Tensor] = network(batch.images, batch.labels)
+        return torch.stack(list(losses.values())).sum()
+
+    def make_score(self) -> DetectionTest:
+        """One of a test that begins."""
+        return DetectionTest(masks=self.masks)
+
+
+class DetectionTest:
+    """COCO's average precisions of a test.
+
+    Args:
+        masks: of the masks too.
+    """
+
+    def __init__(self, *, masks: bool):
+        self.score = DetectionScore(masks=masks)
+
+    def update(self, network: nn.Module, batch: Batch) -> None:
+        """Count the objects of a batch."""
+        self.score.update(network(batch.images), batch.labels)
+
+    def measures(self, fabric: Fabric) -> dict[str, float]:
+        """Those of :class:`overlock.tasks.scores.DetectionScore`, of all processes' images."""
+        if fabric.world_size > 1:
+            states: list[Any] = [None] * fabric.world_size
+            torch.distributed.all_gather_object(states, self.score.state())
+            self.score.merge(states)
+        return self.score.measures()
+
+
+def make_job(config: DetectConfig) -> Job:
+    """Data, network and task of a detector's run.
+
+    Raises:
+        ValueError: for data, weights or a model that will not do.
+    """
+    try:
+        DetectionScore(masks=config.masks)
+    except ImportError as error:
+        raise ValueError(str(error)) from None
+    data = load_coco(
+        config.data, train_split=config.train_split, val_split=config.val_split, masks=config.masks,
+        categories=config.categories,
+    )  # fmt: skip
+    record = Record(
+        model=config.model, head=config.detector, classes=data.classes,
+        model_args=dict(min_size=config.min_size, max_size=config.max_size, proposals=config.proposals),
+    )  # fmt: skip
+    scales = (*config.multi_scale, config.min_size) if config.multi_scale else config.min_size
+    network = make_network(config, record, min_size=scales, regions=config.regions)
+
+    def draw(place: int, tested: nn.Module) -> list[Image.Image]:
+        image, target = data.test.read(place)
+        device = next(tested.parameters()).device
+        (found,) = find_objects(tested, [pil_to_tensor(image).to(device) / 255])
+        kept = {name: part[found["scores"] >= SHOWN] for name, part in found.items()}
+        return [draw_objects(image, target, data.classes), draw_objects(image, kept, data.classes)]
+
+    def finish(folder: Path, tested: nn.Module, _: Row) -> None:
+        save_samples(folder / SAMPLES, lambda place: draw(place, tested), len(data.test))
+
+    training = make_detection_transform(training=True, crop=bool(config.multi_scale))
+    return Job(
+        task=Detection(masks=config.masks),
+        data=data,
+        network=network,
+        record=record,
+        prepare_train=PrepareObjects(training),
+        prepare_test=PrepareObjects(make_detection_transform(training=False)),
+        join_train=as_lists,
+        join_test=as_lists,
+        finish=finish,
+    )

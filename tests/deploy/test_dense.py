@@ -1,0 +1,187 @@
+"""Detection and segmentation of files: results, folders of them, and the command line."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+from scenes import CLASSES, make_scene, write_scenes
+
+from overlock.checkpoint import MODEL_FILE, Record, save_model
+from overlock.cli import main
+from overlock.deploy import Detector, Predictor, Segmenter
+from overlock.drawing import colour_of, draw_labels, draw_objects
+
+GROUND = ("ground", *CLASSES)
+
+
+def save_some(folder, record, sharpen=0.0):
+    """A network with weights drawn at random; ``sharpen`` makes its classes more certain."""
+    torch.manual_seed(0)
+    network = record.make_network().eval()
+    if sharpen:
+        for parameter in network.roi_heads.box_predictor.cls_score.parameters():
+            torch.nn.init.normal_(parameter, std=sharpen)
+    folder.mkdir()
+    save_model(folder / MODEL_FILE, network.state_dict(), record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"), train=1, val=3)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    sizes = dict(min_size=64, max_size=96, proposals=20)
+    record = Record(model="overlock_atto", head="mask_rcnn", classes=CLASSES, model_args=sizes)
+    return save_some(tmp_path_factory.mktemp("detector") / "run", record, sharpen=0.5)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    record = Record(
+        model="overlock_atto", head="upernet", classes=GROUND, model_args=dict(hidden_channels=32),
+        preprocessing=dict(scale=(64, 64)),
+    )  # fmt: skip
+    return save_some(tmp_path_factory.mktemp("segmenter") / "run", record)
+
+
+def test_objects_of_images_of_any_form(detector, tmp_path):
+    image, *_ = make_scene(0)
+    image.save(tmp_path / "a.png")
+    array = np.asarray(image)
+    results = Detector.from_checkpoint(detector)([tmp_path / "a.png", image, array], threshold=0.05, batch_size=2)
+    first, *others = results
+    assert first.source == str(tmp_path / "a.png")
+    assert first.size == (64, 64)
+    assert len(first.labels) == len(first.scores) == len(first.boxes) == len(first.masks) > 0
+    assert set(first.labels) <= set(CLASSES)
+    assert min(first.scores) >= 0.05
+    assert list(first.scores) == sorted(first.scores, reverse=True)
+    assert first.masks.dtype == bool
+    for other in others:
+        np.testing.assert_allclose(other.boxes, first.boxes, atol=1e-3)
+
+
+def test_labels_of_a_wide_image(segmenter):
+    image = make_scene(0)[0].resize((150, 70))
+    (result,) = Segmenter.from_checkpoint(segmenter)([image], flip=True, scales=[0.5, 1])
+    assert result.labels.shape == (70, 150)
+    shares = result.shares()
+    assert sum(shares.values()) == pytest.approx(1)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert set(shares) <= set(GROUND)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda d, s: Detector.from_checkpoint(s),
+            "this is a upernet on overlock_atto, of the task segment, not detect",
+        ),
+        (lambda d, s: Segmenter.from_checkpoint(d), "of the task detect, not segment"),
+        (lambda d, s: Predictor.from_checkpoint(d), "not a classifier; predict with --task detect"),
+        (lambda d, s: Detector.from_checkpoint(d)([], threshold=2), "threshold must be in 0 to 1"),
+        (lambda d, s: Segmenter.from_checkpoint(s)([make_scene(0)[0]], scales=[0]), "scales must be above 0"),
+        (lambda d, s: Detector.from_checkpoint(d)(["nowhere.png"]), r"nowhere\.png: no such image"),
+    ],
+)
+def test_refused(detector, segmenter, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(detector, segmenter)
+
+
+def test_command_detects(detector, scenes, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("predict", str(scenes / "val"), str(scenes / "train" / "0.png"), "--checkpoint", str(detector))
+    assert main([*words, "--threshold", "0.05", "--save", str(out), "--json", "--batch_size", "3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "0_2.png", "1.png", "2.png", "objects.json"]
+    content = json.loads((out / "objects.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == [row["source"] for row in printed]
+    assert [category["name"] for category in content["categories"]] == list(CLASSES)
+    assert len(content["annotations"]) == sum(len(row["objects"]) for row in printed) > 0
+    one, first = content["annotations"][0], printed[0]["objects"][0]
+    left, top, right, bottom = first["box"]
+    assert one["bbox"] == pytest.approx([left, top, right - left, bottom - top])
+    assert one["score"] == first["score"]
+    assert rle.decode(one["segmentation"]).sum() == one["area"]
+    assert main([*words, "--task", "detect", "--threshold", "1"]) == 0
+    assert capsys.readouterr().out.count("none") == 4
+
+
+def test_command_segments(segmenter, scenes, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ("predict", str(scenes / "val"), "--checkpoint", str(segmenter), "--task", "segment")
+    assert main([*words, "--save", str(out), "--window", "48"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("%") >= 3
+    for i in range(3):
+        with Image.open(out / f"{i}_labels.png") as labels, Image.open(out / f"{i}.png") as picture:
+            assert labels.size == (64, 64)
+            assert np.asarray(labels).max() < len(GROUND)
+            assert picture.width > 64  # with its legend
+
+
+def test_a_damaged_image_costs_none_before_it(detector, scenes, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((scenes / "val" / "0.png").read_bytes())
+    (folder / "b.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    assert main(["predict", str(folder), "--checkpoint", str(detector), "--save", str(out)]) == 2
+    assert "b.png: not an image" in capsys.readouterr().err
+    assert len(json.loads((out / "objects.json").read_text())["images"]) == 1
+    assert (out / "a.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("predict", ".", "--task", "detect"), "--task detect needs a trained network; give one with --checkpoint"),
+        (("predict", ".", "--checkpoint", "{detector}", "--task", "segment"), "is for --task detect, not segment"),
+        (("evaluate", "{detector}", "{segmenter}", "--data", "{scenes}"), "models of different tasks"),
+        (("evaluate", "{segmenter}", "--data", "nowhere"), "nowhere: no such folder"),
+        (("evaluate", "{detector}", "--data", "{scenes}", "--val_split", "some"), "no annotations found"),
+    ],
+)
+def test_faults(detector, segmenter, scenes, tmp_path, monkeypatch, capsys, words, message):
+    make_scene(0)[0].save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert main([word.format(detector=detector, segmenter=segmenter, scenes=scenes) for word in words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_evaluates(detector, segmenter, scenes, capsys):
+    assert main(["evaluate", str(detector), "--data", str(scenes), "--workers", "0", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["images"] == 3
+    assert {"box_AP", "box_AP50", "mask_AP", "mask_APL"} <= row["measures"].keys()
+    assert main(["evaluate", str(segmenter), str(segmenter), "--data", str(scenes), "--workers", "0", "--flip"]) == 0
+    table = capsys.readouterr().out
+    assert "mIoU, %" in table
+    assert "IoU of ground, %" in table
+
+
+def test_pictures():
+    """Boxes in the classes' colours, masks and labels mixed with the image."""
+    image, labels, _ = make_scene(0)
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask[0, 30:40, 30:40] = True
+    drawn = draw_objects(image, dict(boxes=[[10, 20, 50, 60]], labels=[3], scores=[0.9], masks=mask), CLASSES)
+    assert drawn.getpixel((10, 40)) == colour_of(2)
+    assert drawn.getpixel((35, 35)) != image.getpixel((35, 35))
+    assert drawn.getpixel((62, 62)) == image.getpixel((62, 62))
+    coloured = np.asarray(draw_labels(image, torch.from_numpy(labels.astype(np.int64)) - 1, CLASSES), dtype=int)
+    before = np.asarray(image, dtype=int)
+    assert (coloured[labels == 0] == before[labels == 0]).all()
+    place = np.argwhere(labels > 0)[0]
+    expected = 0.4 * before[tuple(place)] + 0.6 * np.array(colour_of(int(labels[tuple(place)]) - 1))
+    assert np.abs(coloured[tuple(place)] - expected).max() <= 1

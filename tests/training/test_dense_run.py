@@ -1,0 +1,202 @@
+"""Runs of detectors and segmenters: their folders, resuming to the bit, first weights, tests over processes."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+import yaml
+from lightning.fabric import Fabric
+from runs import assert_same, run
+from scenes import write_scenes
+
+from overlock.checkpoint import load_model
+from overlock.deploy.evaluate_dense import evaluate_dense
+from overlock.drawing import colour_of
+from overlock.tasks.scores import DetectionScore
+from overlock.training import CONFIGS, DetectConfig, SegmentConfig, TrainConfig
+from overlock.training.dense import make_network, start_from
+from overlock.training.detection import make_job
+from overlock.training.loop import Fit
+from overlock.training.run import JOBS
+from overlock.training.stop import RunStoppedError
+
+SMALL = dict(
+    model="overlock_atto",
+    epochs=2,
+    batch_size=2,
+    optim=dict(lr=1e-3, lr_batch=2, warmup_steps=2),
+    machine=dict(accelerator="cpu", workers=0),
+    safety=dict(steps=2),
+)
+DETECT = dict(SMALL, task="detect", detector="mask_rcnn", min_size=64, max_size=64, proposals=20, regions=8)
+SEGMENT = dict(SMALL, task="segment", hidden_channels=32, scale=(64, 64), crop=48)
+TASKS = dict(detect=DETECT, segment=SEGMENT)
+
+
+def settings(task, data, output, **changes):
+    return CONFIGS[task].from_dict({**TASKS[task], "data": str(data), "output": str(output), **changes})
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"), train=6, val=3)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request, scenes, tmp_path_factory):
+    """A task, and the folder of a run and what it printed."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    return request.param, folder, run(settings(request.param, scenes, folder))
+
+
+def test_folder_of_a_run(trained, scenes):
+    task, folder, printed = trained
+    for name in ("config.yaml", "environment.json", "log.csv", "curves.png", "samples.png", "model.safetensors"):
+        assert (folder / name).stat().st_size > 0
+    config = CONFIGS[task].from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    assert config == settings(task, scenes, folder)
+    name = dict(detect="mask_rcnn on overlock_atto", segment="upernet on overlock_atto")[task]
+    assert f"{name}: " in printed
+    assert "6 images to train on, 3 held out" in printed
+    measure = dict(detect="box AP", segment="mIoU")[task]
+    assert printed.count(f"test {measure}") == 3
+
+
+def test_weights_score_as_the_log_says(trained, scenes):
+    """Loaded anew, folded, and in batches of another size."""
+    task, folder, _ = trained
+    network, record = load_model(folder)
+    assert record.task == task
+    result = evaluate_dense(network, record, str(scenes), name="it", batch_size=2, workers=0)
+    names, *rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
+    logged = dict(zip(names, rows[-1], strict=True))
+    assert result.images == 3
+    for name, value in result.measures.items():
+        assert value == pytest.approx(float(logged[name]), abs=2e-3)
+
+
+def test_stopped_and_resumed_ends_in_the_same_bits(trained, scenes, tmp_path, monkeypatch):
+    task, whole, _ = trained
+    config = settings(task, scenes, tmp_path / "run")
+    original, calls = Fit.train_step, []
+
+    def step(self, batches):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batches)
+
+    monkeypatch.setattr(Fit, "train_step", step)
+    with pytest.raises(RunStoppedError):
+        run(config)
+    run(config, resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_run_starts_from_a_classifier_or_another_dense_run(trained, scenes, tmp_path):
+    task, folder, _ = trained
+    network, record = load_model(folder)
+    classes = ("one", "two", *record.classes)
+    other = type(record)(model=record.model, head=record.head, classes=classes, model_args=record.model_args)
+    config = settings(task, scenes, tmp_path, weights=str(folder))
+    started, given = make_network(config, other), dict(network.named_parameters())
+    taken = [name for name, p in started.named_parameters() if name in given and torch.equal(p, given[name])]
+    assert all(name in taken for name in given if "backbone" in name)
+    assert 0 < len(given) - len(taken) <= 12  # layers of classes alone
+    wider = settings(task, scenes, tmp_path, model="overlock_nano")
+    with pytest.raises(ValueError, match=r"on overlock_atto has nothing for \d+ weights of the backbone"):
+        start_from(make_network(wider, type(record)(model="overlock_nano", head=record.head, classes=classes)), folder)
+
+
+def test_a_classifiers_weights_go_into_the_backbone(scenes, tmp_path):
+    import timm
+
+    from overlock.checkpoint import MODEL_FILE, Record, default_preprocessing, save_model
+
+    network = timm.create_model("overlock_atto", num_classes=3)
+    record = Record(
+        model="overlock_atto", classes=("a", "b", "c"), preprocessing=default_preprocessing(network, in_chans=3),
+        model_args=dict(num_classes=3),
+    )  # fmt: skip
+    save_model(tmp_path / MODEL_FILE, network.state_dict(), record)
+    job = make_job(settings("detect", scenes, tmp_path / "run", weights=str(tmp_path), detector="faster_rcnn"))
+    inner = job.network.backbone.body.backbone.state_dict()
+    given = network.state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in inner.items())
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
+def test_other_detectors(detector, scenes, tmp_path):
+    config = settings("detect", scenes, tmp_path / "run", detector=detector, epochs=1, epoch_steps=2, batch_size=1)
+    assert "1/1" in run(config)
+    _, record = load_model(tmp_path / "run")
+    assert (record.head, record.classes) == (detector, ("blue", "green", "red"))
+
+
+def test_a_peer_and_chosen_categories_and_scales(scenes, tmp_path):
+    config = settings(
+        "detect", scenes, tmp_path / "run", model="resnet18", epochs=1, epoch_steps=1, categories=["red", "blue"],
+        multi_scale=[48, 64], detector="faster_rcnn", ema=dict(decay=0.5),
+    )  # fmt: skip
+    run(config)
+    network, record = load_model(tmp_path / "run")
+    assert record.classes == ("blue", "red")
+    assert network.transform.min_size == (64,)
+
+
+def test_scores_of_several_processes_are_joined():
+    """What two processes have seen half of each scores as one that has seen all."""
+
+    def some(seed):
+        generator = torch.Generator().manual_seed(seed)
+        corners = 40 * torch.rand(4, 2, generator=generator)
+        boxes = torch.cat([corners, corners + 20], dim=1)
+        labels = torch.randint(1, 3, (4,), generator=generator)
+        masks = torch.zeros(4, 64, 64, dtype=torch.uint8)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = 1
+        moved = boxes + 3 * torch.rand(4, 4, generator=generator)
+        scores = torch.rand(4, generator=generator)
+        result = dict(boxes=moved, scores=scores, labels=labels, masks=masks[:, None].float())
+        return [result], [dict(boxes=boxes, labels=labels, masks=masks)]
+
+    whole, *parts = (DetectionScore(masks=True) for _ in range(3))
+    for seed in range(5):
+        whole.update(*some(seed))
+        parts[seed % 2].update(*some(seed))
+    joined = DetectionScore(masks=True)
+    joined.merge([part.state() for part in parts])
+    measures = whole.measures()
+    assert joined.measures() == pytest.approx(measures)
+    assert measures["box_AP"] > 0.2
+
+
+def test_a_score_without_images_is_told(scenes, tmp_path):
+    for task in TASKS:
+        config = settings(task, scenes, tmp_path / task, epochs=1, epoch_steps=1)
+        job = JOBS[task](config)
+        measures = job.task.make_score().measures(Fabric(accelerator="cpu", devices=1))
+        assert not measures[job.task.main_measure] >= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "message"),
+    [
+        (DetectConfig, dict(min_size=2000), "min_size and multi_scale must be a finite number in 32 to 1333"),
+        (DetectConfig, dict(proposals=0), "proposals must be a finite number at least 1"),
+        (DetectConfig, dict(image_size=3), "unknown setting image_size"),
+        (SegmentConfig, dict(ratio=[0, 1]), "ratio must be a range above 0"),
+        (SegmentConfig, dict(crop=3), "crop must be a finite number at least 32"),
+        (TrainConfig, dict(optim=dict(schedule="drops")), "drop_epochs is what"),
+        (TrainConfig, dict(epoch_steps=0), "epoch_steps must be"),
+    ],
+)
+def test_refused_settings(kind, setting, message):
+    with pytest.raises(ValueError, match=message):
+        kind.from_dict({"data": "x", **setting})
+
+
+def test_colours_of_classes_differ():
+    assert len({colour_of(label) for label in range(150)}) == 150
