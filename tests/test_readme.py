@@ -50,10 +50,11 @@ def test_python_runs(tmp_path, monkeypatch):
         assert names["result"].labels[0] in ("3", "7")
 
 
-TRAINING = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TEXTS = "".join((DOCS / name).read_text() for name in ("training.md", "dense.md"))
 COMMANDS = [
     line
-    for block in blocks("bash") + re.findall(r"```bash\n(.*?)```", TRAINING, flags=re.DOTALL)
+    for block in blocks("bash") + re.findall(r"```bash\n(.*?)```", TEXTS, flags=re.DOTALL)
     for line in block.splitlines()
     if line.startswith("overlock ")
 ]

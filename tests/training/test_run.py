@@ -263,6 +263,17 @@ def test_layer_decay_falls_towards_the_images():
     assert len({by_name[name] for name in order}) == len(order)
 
 
+def test_a_peer_takes_its_own_arguments(tmp_path):
+    """convnext's stem of single pixels keeps images of 32 x 32 at 4 x 4 to the end; its record builds it again so."""
+    make_classes(tmp_path / "data", 5)
+    args = dict(patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
+    config = settings(tmp_path / "data", tmp_path / "run", epochs=1, model="convnext_atto", model_args=args)
+    train(config)
+    network, record = load_classifier(tmp_path / "run")
+    assert record.model_args["patch_size"] == 1
+    assert network.forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == (4, 4)
+
+
 def test_output_is_not_overwritten_unasked(trained):
     config, result = trained
     before = (result.folder / "model.safetensors").read_bytes()

@@ -1,6 +1,7 @@
 """Training on Lightning Fabric: configuration, recipes, the loop, the run."""
 
-from overlock.training.config import CONFIGS, DetectConfig, RunConfig, SegmentConfig, TrainConfig
-from overlock.training.recipes import RECIPES
+from overlock.training.config import RunConfig, TrainConfig
+from overlock.training.dense_config import DetectConfig, SegmentConfig
+from overlock.training.recipes import CONFIGS, RECIPES
 
 __all__ = ["CONFIGS", "RECIPES", "DetectConfig", "RunConfig", "SegmentConfig", "TrainConfig"]

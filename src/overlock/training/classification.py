@@ -141,7 +141,7 @@ def make_job(config: TrainConfig) -> Job:
 def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Record]:
     """The network to train, and the record of what prediction will need."""
     ours = config.model in VARIANTS
-    arguments: dict[str, Any] = dict(in_chans=config.in_chans, num_classes=len(data.classes))
+    arguments: dict[str, Any] = {**config.model_args, "in_chans": config.in_chans, "num_classes": len(data.classes)}
     if config.stem_stride is not None:
         arguments["stem_stride"] = config.stem_stride
     rate = VARIANTS[config.model].drop_path if ours and config.drop_path is None else config.drop_path

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SUB_NETWORKS = ("base_net", "overview_net", "focus_net", "head")
 
 
-def _check(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+def check_number(name: str, value: float | None, least: float, most: float = math.inf) -> None:
     """Raise ValueError for a number outside its range, naming the setting."""
     if value is None or (math.isfinite(value) and least <= value <= most):
         return
@@ -59,17 +59,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "clip_norm", "warmup_epochs", "warmup_lr", "min_lr", "eps"):
-            _check(f"optim.{name}", getattr(self, name), 0)
-        _check("optim.lr", self.lr, 1e-12)
-        _check("optim.lr_batch", self.lr_batch, 1)
-        _check("optim.layer_decay", self.layer_decay, 1e-6, 1)
-        _check("optim.warmup_steps", self.warmup_steps, 0)
+            check_number(f"optim.{name}", getattr(self, name), 0)
+        check_number("optim.lr", self.lr, 1e-12)
+        check_number("optim.lr_batch", self.lr_batch, 1)
+        check_number("optim.layer_decay", self.layer_decay, 1e-6, 1)
+        check_number("optim.warmup_steps", self.warmup_steps, 0)
         for epoch in self.drop_epochs:
-            _check("optim.drop_epochs", epoch, 0)
+            check_number("optim.drop_epochs", epoch, 0)
         if bool(self.drop_epochs) != (self.schedule == "drops"):
             raise ValueError("optim.drop_epochs is what optim.schedule 'drops' needs, and no other one takes")
         for beta in self.betas:
-            _check("optim.betas", beta, 0, 1)
+            check_number("optim.betas", beta, 0, 1)
 
     def peak(self, batch_size: int) -> float:
         """The learning rate after the warm-up."""
@@ -94,11 +94,11 @@ class LossConfig:
     """Share of the mixed batches that CutMix takes where both are on."""
 
     def __post_init__(self) -> None:
-        _check("loss.label_smoothing", self.label_smoothing, 0, 0.999)
+        check_number("loss.label_smoothing", self.label_smoothing, 0, 0.999)
         for name in ("aux_weight", "mixup", "cutmix"):
-            _check(f"loss.{name}", getattr(self, name), 0)
+            check_number(f"loss.{name}", getattr(self, name), 0)
         for name in ("mix_prob", "switch_prob"):
-            _check(f"loss.{name}", getattr(self, name), 0, 1)
+            check_number(f"loss.{name}", getattr(self, name), 0, 1)
 
     @property
     def mixes(self) -> bool:
@@ -116,7 +116,7 @@ class EmaConfig:
     """Average over fewer steps at first, for runs too short for the decay."""
 
     def __post_init__(self) -> None:
-        _check("ema.decay", self.decay, 0, 0.9999999)
+        check_number("ema.decay", self.decay, 0, 0.9999999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +147,9 @@ class MachineConfig:
     """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
 
     def __post_init__(self) -> None:
-        _check("machine.workers", self.workers, 0)
+        check_number("machine.workers", self.workers, 0)
         for name in ("devices", "nodes", "micro_batch"):
-            _check(f"machine.{name}", getattr(self, name), 1)
+            check_number(f"machine.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +169,9 @@ class SafetyConfig:
 
     def __post_init__(self) -> None:
         for name in ("minutes", "returns", "unreadable"):
-            _check(f"safety.{name}", getattr(self, name), 0)
+            check_number(f"safety.{name}", getattr(self, name), 0)
         for name in ("steps", "bad_steps"):
-            _check(f"safety.{name}", getattr(self, name), 1)
+            check_number(f"safety.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +221,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "epoch_steps", "batch_size", "validate_every"):
-            _check(name, getattr(self, name), 1)
-        _check("seed", self.seed, 0)
-        _check("drop_path", self.drop_path, 0, 0.99)
+            check_number(name, getattr(self, name), 1)
+        check_number("seed", self.seed, 0)
+        check_number("drop_path", self.drop_path, 0, 0.99)
         if not self.data:
             raise ValueError("data must name the images to train on")
         if self.pretrained and self.weights:
@@ -273,6 +273,8 @@ class TrainConfig(RunConfig):
     """Channels of the images: 3, or 1 for grey."""
     stem_stride: Literal[1, 2, 4] | None = None
     """Stride of OverLoCK's stem: 4 unless given; 2 or 1 for images of few pixels."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of timm's model: --model_args '{"patch_size": 1}' is convnext's word for such a stem."""
     augment: Augmentation = field(default_factory=Augmentation)
     """Random changes to training images."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -280,89 +282,13 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("image_size", self.image_size, 8)
+        check_number("image_size", self.image_size, 8)
         if self.stem_stride is not None and not self.model.startswith("overlock_"):
             raise ValueError(f"stem_stride is an option of OverLoCK; leave it out for {self.model}")
 
     @property
     def joins_pairs(self) -> bool:
         return self.loss.mixes
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectConfig(RunConfig):
-    """How a detector is trained. Raises ValueError for values that cannot be."""
-
-    task: Literal["detect"] = "detect"
-    """What is learnt: objects' boxes, and their masks by the detectors that have some."""
-    data: str
-    """Folder of images with annotations in COCO's form: annotations/instances_PART.json and PART/, instances_PART.json
-    and PART/, or PART/_annotations.coco.json with the images beside it; PART is train, train2017, val and so on."""
-    detector: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
-    """The heads: Faster R-CNN and Cascade R-CNN find boxes, the other two masks as well."""
-    categories: tuple[str, ...] = ()
-    """Names of the categories to detect; all unless given."""
-    min_size: int = 800
-    """What the short side of an image is brought to."""
-    max_size: int = 1333
-    """What its long side may be at most."""
-    proposals: int = 1000
-    """Regions of an image that the heads look at; most of the heads' cost."""
-    regions: int = 512
-    """Those of them that the heads learn from."""
-    multi_scale: tuple[int, ...] = ()
-    """In training, short sides to draw from instead; then half of the images are cropped first."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for size in (self.min_size, *self.multi_scale):
-            _check("min_size and multi_scale", size, 32, self.max_size)
-        for name in ("proposals", "regions"):
-            _check(name, getattr(self, name), 1)
-
-    @property
-    def masks(self) -> bool:
-        """Whether the detector gives masks."""
-        return "mask" in self.detector
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentConfig(RunConfig):
-    """How a segmenter, UperNet, is trained. Raises ValueError for values that cannot be."""
-
-    task: Literal["segment"] = "segment"
-    """What is learnt: the class of each pixel."""
-    data: str
-    """Folder of images and of label maps, PNG files of the same names: images/PART and annotations/PART (or labels,
-    masks), PART and PARTannot, or PART/images and PART/annotations; PART is train or training, val or validation."""
-    shift: bool = False
-    """Labels begin at 1, and 0 is ignored, as in ADE20K."""
-    ignore_index: int = 255
-    """Label of pixels that do not count."""
-    hidden_channels: int = 512
-    """Width of the head."""
-    aux_weight: float = 0.4
-    """Weight of the auxiliary head's loss."""
-    scale: tuple[int, int] = (2048, 512)
-    """Longest and shortest side that images are brought within."""
-    ratio: tuple[float, float] = (0.5, 2.0)
-    """Share of that scale in training, drawn between these."""
-    crop: int = 512
-    """Side of the crops to train on."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("hidden_channels", "crop"):
-            _check(name, getattr(self, name), 32)
-        _check("aux_weight", self.aux_weight, 0)
-        for side in self.scale:
-            _check("scale", side, 32)
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be a range above 0, got {self.ratio[0]:g} to {self.ratio[1]:g}")
-
-
-CONFIGS: dict[str, type[RunConfig]] = dict(classify=TrainConfig, detect=DetectConfig, segment=SegmentConfig)
-"""By the task."""
 
 
 _GROUPS: dict[str, Any] = dict(

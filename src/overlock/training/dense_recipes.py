@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from overlock.training.config import DetectConfig, EmaConfig, MachineConfig, OptimConfig, SegmentConfig
+from overlock.training.config import EmaConfig, MachineConfig, OptimConfig
+from overlock.training.dense_config import DetectConfig, SegmentConfig
 
 
 def mask_rcnn_t_1x(data: str) -> DetectConfig:

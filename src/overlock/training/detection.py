@@ -18,8 +18,8 @@ from overlock.data.loaders import Batch, as_lists
 from overlock.drawing import draw_objects
 from overlock.tasks.detection import find_objects
 from overlock.tasks.scores import DetectionScore
-from overlock.training.config import DetectConfig
 from overlock.training.dense import SAMPLES, make_network, save_samples
+from overlock.training.dense_config import DetectConfig
 from overlock.training.job import Job
 from overlock.training.reports import Row
 

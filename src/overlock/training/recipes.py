@@ -10,9 +10,12 @@ from dataclasses import replace
 
 from overlock.data import Augmentation
 from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, RunConfig, TrainConfig
+from overlock.training.dense_config import DetectConfig, SegmentConfig
 from overlock.training.dense_recipes import DENSE_RECIPES
 
 Recipe = Callable[[str], RunConfig]
+CONFIGS: dict[str, type[RunConfig]] = dict(classify=TrainConfig, detect=DetectConfig, segment=SegmentConfig)
+"""By the task."""
 
 
 def imagenet_xt(data: str) -> TrainConfig:

@@ -17,8 +17,8 @@ from overlock.drawing import draw_labels, draw_legend
 from overlock.tasks.scores import SegmentationScore
 from overlock.tasks.segmentation import segmentation_loss
 from overlock.tasks.sliding import segment
-from overlock.training.config import SegmentConfig
 from overlock.training.dense import SAMPLES, make_network, save_samples
+from overlock.training.dense_config import SegmentConfig
 from overlock.training.job import Job
 from overlock.training.reports import Row
 

@@ -1,0 +1,80 @@
+"""The settings of a detector's and of a segmenter's run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from overlock.training.config import RunConfig, check_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(RunConfig):
+    """How a detector is trained. Raises ValueError for values that cannot be."""
+
+    task: Literal["detect"] = "detect"
+    """What is learnt: objects' boxes, and their masks by the detectors that have some."""
+    data: str
+    """Folder of images with annotations in COCO's form: annotations/instances_PART.json and PART/, instances_PART.json
+    and PART/, or PART/_annotations.coco.json with the images beside it; PART is train, train2017, val and so on."""
+    detector: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
+    """The heads: Faster R-CNN and Cascade R-CNN find boxes, the other two masks as well."""
+    categories: tuple[str, ...] = ()
+    """Names of the categories to detect; all unless given."""
+    min_size: int = 800
+    """What the short side of an image is brought to."""
+    max_size: int = 1333
+    """What its long side may be at most."""
+    proposals: int = 1000
+    """Regions of an image that the heads look at; most of the heads' cost."""
+    regions: int = 512
+    """Those of them that the heads learn from."""
+    multi_scale: tuple[int, ...] = ()
+    """In training, short sides to draw from instead; then half of the images are cropped first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for size in (self.min_size, *self.multi_scale):
+            check_number("min_size and multi_scale", size, 32, self.max_size)
+        for name in ("proposals", "regions"):
+            check_number(name, getattr(self, name), 1)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector gives masks."""
+        return "mask" in self.detector
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(RunConfig):
+    """How a segmenter, UperNet, is trained. Raises ValueError for values that cannot be."""
+
+    task: Literal["segment"] = "segment"
+    """What is learnt: the class of each pixel."""
+    data: str
+    """Folder of images and of label maps, PNG files of the same names: images/PART and annotations/PART (or labels,
+    masks), PART and PARTannot, or PART/images and PART/annotations; PART is train or training, val or validation."""
+    shift: bool = False
+    """Labels begin at 1, and 0 is ignored, as in ADE20K."""
+    ignore_index: int = 255
+    """Label of pixels that do not count."""
+    hidden_channels: int = 512
+    """Width of the head."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
+    scale: tuple[int, int] = (2048, 512)
+    """Longest and shortest side that images are brought within."""
+    ratio: tuple[float, float] = (0.5, 2.0)
+    """Share of that scale in training, drawn between these."""
+    crop: int = 512
+    """Side of the crops to train on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_channels", "crop"):
+            check_number(name, getattr(self, name), 32)
+        check_number("aux_weight", self.aux_weight, 0)
+        for side in self.scale:
+            check_number("scale", side, 32)
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be a range above 0, got {self.ratio[0]:g} to {self.ratio[1]:g}")

@@ -1,0 +1,70 @@
+"""Each head learns four real images by heart: what it is taught, it can say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import run
+
+from overlock.checkpoint import load_model
+from overlock.deploy.evaluate_dense import evaluate_dense
+from overlock.training import CONFIGS
+
+CELLS = ("BloodImage_00010", "BloodImage_00034", "BloodImage_00043", "BloodImage_00070")
+STREETS = ("0001TP_006930", "0001TP_008010", "0001TP_008460", "0016E5_06510")
+LEAST_AREA = 3000  # of an object in pixels; what is smaller is left out
+# Of each head: its data, and what it must reach.
+HEADS = {
+    "faster_rcnn": (CELLS, ("box_AP",)),
+    "cascade_rcnn": (CELLS, ("box_AP",)),
+    "mask_rcnn": (STREETS, ("box_AP", "mask_AP")),
+    "cascade_mask_rcnn": (STREETS, ("box_AP", "mask_AP")),
+    "upernet": (STREETS, ("mIoU",)),
+}
+STEPS = 400
+
+
+def take_four(source: Path, names: tuple[str, ...], root: Path) -> Path:
+    """Four images of a data set and their large objects, to train on and to test on."""
+    root.mkdir()
+    content = json.loads((source / "instances_train.json").read_text())
+    content["images"] = [image for image in content["images"] if Path(image["file_name"]).stem in names]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [
+        one for one in content["annotations"] if one["image_id"] in kept and one["area"] >= LEAST_AREA
+    ]
+    for part in ("train", "val"):
+        (root / f"instances_{part}.json").write_text(json.dumps(content))
+        for folder, suffix in ((part, ".jpg"), (f"{part}annot", ".png")):
+            origin = source / folder.replace("val", "train")
+            if origin.is_dir():
+                (root / folder).mkdir()
+                for name in names:
+                    shutil.copy(origin / f"{name}{suffix}", root / folder)
+    shutil.copy(source / "classes.txt", root)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("head", HEADS)
+def test_four_images_by_heart(head, shared_data, tmp_path):
+    names, wanted = HEADS[head]
+    data = take_four(shared_data / ("bccd" if names is CELLS else "camvid"), names, tmp_path / "data")
+    common = dict(
+        data=str(data), output=str(tmp_path / "run"), model="overlock_atto", epochs=1, epoch_steps=STEPS, batch_size=4,
+        optim=dict(lr=1e-3, lr_batch=4, warmup_steps=20, weight_decay=0.0), machine=dict(workers=0),
+    )  # fmt: skip
+    if head == "upernet":
+        own = dict(hidden_channels=64, scale=(480, 360), ratio=(1.0, 1.0), crop=480)
+        config = CONFIGS["segment"].from_dict({**common, **own})
+    else:
+        own = dict(detector=head, min_size=360, max_size=480, proposals=100, regions=16)
+        config = CONFIGS["detect"].from_dict({**common, **own})
+    run(config)
+    result = evaluate_dense(*load_model(tmp_path / "run"), str(data), name=head, workers=0)
+    for measure in wanted:
+        assert result.measures[measure] > 0.9, result.measures
