@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pictures import make_classes
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from overlock.training import TrainConfig
+from overlock.training import RunConfig, TrainConfig
 from overlock.training.run import train
 
 STEPS = 4  # of an epoch of the images below: 24, a fifth of each class held out, in batches of 4
@@ -45,7 +49,7 @@ def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
     return TrainConfig.from_dict(base)
 
 
-def run(config: TrainConfig, **options: Any) -> str:
+def run(config: RunConfig, **options: Any) -> str:
     """Train and return what was printed."""
     lines = io.StringIO()
     train(config, console=Console(file=lines, width=400), **options)
@@ -68,3 +72,14 @@ def assert_same(first: Path, second: Path) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert different == []
+
+
+def launch(folder: Path, config: RunConfig, *options: str, **kwargs: Any) -> subprocess.Popen[str]:
+    """Two processes on this machine, by torchrun."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["overlock.cli", "train", "--config", str(folder / "config.yaml"), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs
+    )

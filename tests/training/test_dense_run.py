@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+import re
+import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from lightning.fabric import Fabric
-from runs import assert_same, run
+from PIL import Image
+from runs import assert_same, launch, run
 from scenes import write_scenes
 
 from overlock.checkpoint import load_model
@@ -200,3 +207,89 @@ def test_refused_settings(kind, setting, message):
 
 def test_colours_of_classes_differ():
     assert len({colour_of(label) for label in range(150)}) == 150
+
+
+@pytest.fixture
+def odd_scenes(scenes, tmp_path):
+    """Images of several shapes, one without objects, objects of a pixel, thin, outside, crowded, and without masks."""
+    root = tmp_path / "odd"
+    shutil.copytree(scenes, root)
+    draw = np.random.default_rng(0)
+    sizes = {0: (64, 64), 1: (64, 200), 2: (230, 64), 3: (97, 65), 4: (64, 64), 5: (100, 100)}
+    for place, size in sizes.items():
+        Image.fromarray(draw.integers(0, 255, (*size, 3), np.uint8)).save(root / "train" / f"{place}.png")
+    crowd = dict(size=[64, 200], counts=[100, 500, 12200])
+    objects = [
+        (0, [10, 10, 1, 1], [[10, 10, 11, 10, 11, 11, 10, 11]], 0),  # a pixel
+        (0, [5, 5, 2, 2], [[5, 5, 7, 5, 7, 7, 5, 7]], 0),  # less than the stride
+        (1, [0, 0, 200, 1], [[0, 0, 200, 0, 200, 1, 0, 1]], 0),  # a line
+        (1, [20, 20, 60, 40], crowd, 1),
+        (2, [60, 200, 100, 100], [], 0),  # beyond the image, without a mask
+        (3, [300, 300, 5, 5], [], 0),  # outside
+        (4, [3, 3, 0, 0], [], 0),  # of no size
+        (5, [0, 0, 100, 100], [[0, 0, 100, 0, 100, 100, 0, 100]], 0),
+    ]
+    for part in ("train", "val"):
+        content = json.loads((root / f"instances_{part}.json").read_text())
+        content["images"] = [
+            dict(id=i, file_name=f"{i}.png", height=height, width=width) for i, (height, width) in sizes.items()
+        ]
+        content["annotations"] = [
+            dict(id=k, image_id=i, category_id=10, bbox=box, area=box[2] * box[3], segmentation=shape, iscrowd=many)
+            for k, (i, box, shape, many) in enumerate(objects)
+        ]
+        (root / f"instances_{part}.json").write_text(json.dumps(content))
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train", root / "val")
+    return root
+
+
+@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_odd_objects(detector, odd_scenes, tmp_path):
+    """Trains without a step skipped, and scores, among them images without objects."""
+    config = settings("detect", odd_scenes, tmp_path / "run", detector=detector, epochs=1, max_size=256)
+    printed = run(config)
+    assert "skipped" not in printed
+    assert not (tmp_path / "run" / "unreadable.txt").exists()
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert len(rows) == 2
+    assert "5 images to train on, 6 held out" in printed  # the one whose object has no size is left out
+
+
+def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(scenes, root)
+    Image.fromarray(np.full((64, 64), 9, np.uint8)).save(root / "trainannot" / "3.png")
+    run(settings("segment", root, tmp_path / "run", epochs=1))
+    (line,) = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert re.search(r"3\.png: a label is 9, where classes go from 0 to 3 and 255 is ignored", line)
+    for i in range(6):
+        Image.fromarray(np.full((64, 64), 9, np.uint8)).save(root / "trainannot" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"none of the 2 images of a batch can be read; the first: .* a label is 9"):
+        run(settings("segment", root, tmp_path / "again", epochs=1))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("task", TASKS)
+def test_half_precision(task, precision, scenes, tmp_path):
+    config = settings(task, scenes, tmp_path / "run", epochs=1, machine=dict(SMALL["machine"], precision=precision))
+    run(config)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert math.isfinite(float(rows[0]["loss"]))
+    if precision == "bf16":
+        assert rows[0]["skipped"] == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes(task, scenes, tmp_path):
+    """Train with norms over both, test half of the images each, and score as one process does."""
+    config = settings(task, scenes, tmp_path / "run", epochs=1, batch_size=4)
+    process = launch(tmp_path, config)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    names, row = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
+    logged = dict(zip(names, row, strict=True))
+    result = evaluate_dense(*load_model(tmp_path / "run"), str(scenes), name="it", workers=0)
+    for name, value in result.measures.items():
+        assert value == pytest.approx(float(logged[name]), abs=2e-3)

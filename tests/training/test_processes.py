@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from runs import final_state, make_images, run, settings
+from runs import final_state, launch, make_images, run, settings
 from safetensors.torch import load_file
 from torch import nn
 
 from overlock.data.loaders import Share
 from overlock.training.sync_norm import CpuSyncBatchNorm, synchronise_norms
-
-
-def launch(folder: Path, config, *options: str, **kwargs) -> subprocess.Popen:
-    """Two processes on this machine, by torchrun."""
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["overlock.cli", "train", "--config", str(folder / "config.yaml"), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs
-    )
 
 
 def losses(folder: Path) -> list[float]:

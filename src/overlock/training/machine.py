@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from overlock.data.loaders import Share
 from overlock.training.config import MachineConfig, RunConfig
 
-PRECISIONS = dict(fp32="32-true", bf16="bf16-mixed", fp16="16-mixed")
+MIXED: dict[str, Any] = dict(bf16="bf16-mixed", fp16="16-mixed")
 
 
 class CheckpointFile(TorchCheckpointIO):
@@ -35,6 +35,13 @@ class CheckpointFile(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Mixed(MixedPrecision):
+    """Arithmetic in half precision; what the network is given stays as it is, since boxes need their digits."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
 
 
 def keep_freed_memory() -> None:
@@ -73,11 +80,9 @@ def make_fabric(config: MachineConfig) -> Fabric:
     elif several or config.strategy == "ddp":
         # Norms over all processes have the same statistics on each, so that none need be sent around.
         strategy = DDPStrategy(broadcast_buffers=not config.sync_norm, gradient_as_bucket_view=True)
-    precision: Any = PRECISIONS[config.precision]
-    if config.precision == "fp16" and not cuda:
-        # Fabric would take bfloat16 on a CPU without being asked.
-        plugins.append(MixedPrecision("16-mixed", device="cpu"))
-        precision = None
+    if config.precision != "fp32":
+        mps = config.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
+        plugins.append(Mixed(MIXED[config.precision], device="cuda" if cuda else "mps" if mps else "cpu"))
     if SLURMEnvironment.detect() and "TORCHELASTIC_RUN_ID" not in os.environ:
         plugins.append(SLURMEnvironment(auto_requeue=False))
     try:
@@ -86,7 +91,7 @@ def make_fabric(config: MachineConfig) -> Fabric:
             devices=devices,
             num_nodes=nodes,
             strategy=strategy,
-            precision=precision,
+            precision="32-true" if config.precision == "fp32" else None,
             plugins=plugins,
         )
     except (RuntimeError, ValueError) as error:
