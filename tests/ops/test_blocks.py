@@ -17,6 +17,7 @@ import overlock
 from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.network.base_net import Stem
 from overlock.ops import blocks, threads
+from overlock.ops.programs import release_workspace
 
 TOLERANCE = 1e-5  # of the largest magnitude, after a dozen layers
 
@@ -157,6 +158,15 @@ def test_threads_agree_and_runs_repeat(kind, monkeypatch):
         torch.set_num_threads(before)
     for result in results[1:]:
         check(result, results[0].double(), 1e-6)
+
+
+@torch.no_grad()
+def test_the_workspace_is_given_back_and_taken_again():
+    _, fused, inputs = make("basic")
+    expected = joined(fused(*inputs))
+    assert release_workspace() >= 4 * expected.numel()
+    assert release_workspace() == 0
+    assert torch.equal(joined(fused(*inputs)), expected)
 
 
 def run_all(results):

@@ -103,3 +103,13 @@ def _large_pages(numbers: int) -> Tensor:
 
 
 _workspace = _Workspace()
+
+
+def release_workspace() -> int:
+    """Give back the memory that this thread keeps for its next call of the fused network.
+
+    Returns:
+        How many bytes it was.
+    """
+    held, _workspace.held = _workspace.held, None
+    return 0 if held is None else 4 * held.numel()
