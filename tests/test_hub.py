@@ -13,6 +13,7 @@ from helpers import randomise
 from pictures import COLOURS
 
 from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, load_classifier, save_model, to_timm_config
+from overlock.deploy import Detector
 from overlock.hub import CARD_FILE, find_weights, push, write_card
 
 PREPROCESSING = dict(
@@ -29,7 +30,7 @@ def folder(tmp_path) -> Path:
     save_model(tmp_path / "run" / MODEL_FILE, network.state_dict(), record)
     (tmp_path / "run" / CONFIG_FILE).write_text(to_timm_config(record))
     write_card(
-        tmp_path / "run" / CARD_FILE, record, settings=dict(epochs=3), row=dict(top1=0.5, top5=1.0), data="a/photos"
+        tmp_path / "run" / CARD_FILE, record, settings=dict(epochs=3), measures={"accuracy": 0.5}, data="a/photos"
     )
     return tmp_path / "run"
 
@@ -66,6 +67,23 @@ def test_what_is_pushed_is_loaded_by_timm(folder, tmp_path, monkeypatch):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_a_detector_is_pushed_without_timm_s_configuration(tmp_path, monkeypatch):
+    record = Record(model="overlock_atto", head="faster_rcnn", classes=("a", "b"), model_args=dict(min_size=64))
+    save_model(tmp_path / "run" / MODEL_FILE, record.make_network().state_dict(), record)
+    measures = {"box AP": 0.25}
+    write_card(tmp_path / "run" / CARD_FILE, record, settings=dict(epochs=3), measures=measures, data="a/streets")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path / "hub"))
+    push(tmp_path / "run", "me/streets")
+    there = tmp_path / "hub" / "me" / "streets"
+    assert sorted(path.name for path in there.iterdir()) == [CARD_FILE, MODEL_FILE]
+    card = (there / CARD_FILE).read_text()
+    assert "# faster_rcnn on overlock_atto, trained on streets" in card
+    assert "| box AP, % | 25.00 |" in card
+    assert 'Detector.from_checkpoint("hf-hub:me/streets")' in card
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / "hub" / name / file))
+    assert Detector.from_checkpoint("hf-hub:me/streets").record == record
 
 
 def test_the_hub_refuses(folder, monkeypatch):

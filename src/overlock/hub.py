@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a run's folder as a model that ``timm.create_model("hf-hub:...")`` loads."""
+"""The Hugging Face hub: a run's folder as a model; ``timm.create_model("hf-hub:...")`` loads a classifier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record
+from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, read_record
 from overlock.files import write_atomically
 
 CARD_FILE, PREFIX = "README.md", "hf-hub:"
@@ -39,45 +39,40 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_card(path: Path, record: Record, *, settings: Mapping[str, Any], row: Mapping[str, Any], data: str) -> None:
+def write_card(
+    path: Path, record: Record, *, settings: Mapping[str, Any], measures: Mapping[str, float], data: str
+) -> None:
     """A model card.
 
     Args:
         path: to write.
         record: of the weights.
         settings: of the run.
-        row: the last of its log, with the measures of the final weights.
+        measures: of the final weights on the held-out images, as shares of 1, by what they are called.
         data: what it was trained on.
     """
-    name = Path(data).name
+    library, tag, kind, about, use = _TEXTS[record.task]
     head = yaml.safe_dump(
-        dict(library_name="timm", license="apache-2.0", pipeline_tag="image-classification", tags=["overlock", "timm"]),
-        sort_keys=False,
+        dict(library_name=library, license="apache-2.0", pipeline_tag=tag, tags=["overlock", "timm"]), sort_keys=False
     )
-    height, width = record.preprocessing["input_size"][1:]
     classes = ", ".join(record.classes[:20]) + (", ..." if len(record.classes) > 20 else "")
+    rows = "\n".join(f"| {name}, % | {100 * share:.2f} |" for name, share in measures.items())
     text = f"""---
 {head}---
 
-# {record.model}, trained on {name}
+# {record.name}, trained on {Path(data).name}
 
-An image classifier of {len(record.classes)} classes ({classes}), of the
-[OverLoCK](https://arxiv.org/abs/2502.20087) architecture if its name begins with overlock, trained with the package
-`overlock` for {settings["epochs"]} epochs.
+{kind} of {len(record.classes)} classes ({classes}), of the [OverLoCK](https://arxiv.org/abs/2502.20087) architecture if
+its name has overlock in it, trained with the package `overlock` for {settings["epochs"]} epochs.
 
 | measure on the held-out images | value |
 | --- | --- |
-| top-1 accuracy, % | {100 * row["top1"]:.2f} |
-| top-5 accuracy, % | {100 * row["top5"]:.2f} |
+{rows}
 
-The images it takes are {height} x {width} pixels; their preparation is in `config.json`.
+{about.format(*record.preprocessing.get("input_size", ()))}
 
 ```python
-import overlock  # registers the models with timm
-import timm
-
-model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()
-```
+{use}```
 
 All settings of the run:
 
@@ -87,8 +82,26 @@ All settings of the run:
     write_atomically(path, text)
 
 
+_TEXTS = {  # library, tag, kind, preparation, use
+    "classify": (
+        "timm", "image-classification", "An image classifier",
+        "The images it takes are {1} x {2} pixels; their preparation is in `config.json`.",
+        "import overlock  # registers the models with timm\nimport timm\n\n"
+        'model = timm.create_model("hf-hub:USER/NAME", pretrained=True).eval()\n',
+    ),
+    "detect": (
+        "overlock", "object-detection", "A detector", "It takes images of any size, and prepares them by itself.",
+        'from overlock.deploy import Detector\n\ndetector = Detector.from_checkpoint("hf-hub:USER/NAME")\n',
+    ),
+    "segment": (
+        "overlock", "image-segmentation", "A segmenter", "It takes images of any size, and prepares them by itself.",
+        'from overlock.deploy import Segmenter\n\nsegmenter = Segmenter.from_checkpoint("hf-hub:USER/NAME")\n',
+    ),
+}  # fmt: skip
+
+
 def push(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
-    """Upload a run's weights, configuration and model card.
+    """Upload a run's weights and model card, and a classifier's configuration.
 
     Args:
         folder: of a finished run.
@@ -102,7 +115,9 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
         ValueError: for a folder without those files, and where the hub refuses.
     """
     folder = Path(folder)
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    record = read_record(folder / MODEL_FILE) if (folder / MODEL_FILE).is_file() else None
+    files = FILES if record is None or record.head is None else (MODEL_FILE, CARD_FILE)
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: {', '.join(missing)} not found; give the folder of a finished run")
     from huggingface_hub import HfApi  # noqa: PLC0415
@@ -112,7 +127,7 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
     card = (folder / CARD_FILE).read_text(encoding="utf-8").replace("hf-hub:USER/NAME", f"hf-hub:{repository}")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        for name in (MODEL_FILE, CONFIG_FILE):
+        for name in files[:-1]:
             api.upload_file(path_or_fileobj=str(folder / name), path_in_repo=name, repo_id=repository)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD_FILE, repo_id=repository)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:

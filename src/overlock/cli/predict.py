@@ -29,7 +29,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--checkpoint",
         type=str | None,
         default=None,
-        help="Folder of a run, its model.safetensors, or a file of weights; without it the package's own small "
+        help="Folder of a run, hf-hub:USER/NAME, or a file of weights; without it the package's own small "
         "model of the ten classes of CIFAR-10, in builds that have one.",
     )
     parser.add_argument(
@@ -74,8 +74,9 @@ def run(options: Namespace, console: Console) -> None:
         _classify(predictor, paths, options, console)
         return
     from overlock.checkpoint import load_model  # noqa: PLC0415
+    from overlock.hub import find_weights  # noqa: PLC0415
 
-    network, record = load_model(options.checkpoint, model=options.model)
+    network, record = load_model(find_weights(options.checkpoint), model=options.model)
     if options.task not in (None, record.task):
         raise ValueError(f"{options.checkpoint}: a {record.name} is for --task {record.task}, not {options.task}")
     if record.task == "classify":

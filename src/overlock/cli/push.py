@@ -20,7 +20,7 @@ def run(options: Namespace, console: Console) -> None:
     from overlock.hub import push  # noqa: PLC0415
 
     url = push(options.run, options.repository, private=options.private)
-    console.print(f"{url}: timm.create_model('hf-hub:{options.repository}', pretrained=True) loads it")
+    console.print(f"{url}: overlock predict IMAGE --checkpoint hf-hub:{options.repository} uses it")
 
 
-COMMAND = Command("Upload a trained model to the Hugging Face hub, for timm.", add_options, run)
+COMMAND = Command("Upload a trained model to the Hugging Face hub.", add_options, run)

@@ -17,6 +17,7 @@ from overlock.checkpoint import Record, load_model
 from overlock.data.dense_transforms import make_segmentation_transform
 from overlock.deploy.predict import ImageLike, as_pil, name_of
 from overlock.fusion import fuse
+from overlock.hub import find_weights
 from overlock.tasks.detection import find_objects
 from overlock.tasks.sliding import segment
 
@@ -85,12 +86,14 @@ class _DensePredictor:
     def from_checkpoint(
         cls, path: str | os.PathLike[str], *, model: str | None = None, device: str | None = None
     ) -> Self:
-        """Load a run's folder, a file of ours or the authors' weights; see :func:`overlock.checkpoint.load_model`.
+        """Load a run's folder, 'hf-hub:USER/NAME', a file of ours or the authors' weights.
+
+        See :func:`overlock.checkpoint.load_model`.
 
         Raises:
             ValueError: for a missing, damaged or foreign file, and one of another task.
         """
-        return cls(*load_model(path, model=model), device=device)
+        return cls(*load_model(find_weights(path), model=model), device=device)
 
 
 class Detector(_DensePredictor):

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from overlock.checkpoint import Record, load_classifier
 from overlock.data import make_eval_transform, read_image, to_rgb
 from overlock.fusion import fuse
+from overlock.hub import find_weights
 from overlock.network import VARIANTS
 
 DEFAULT_FILE = Path(__file__).parent / "assets" / "overlock_atto_cifar10.safetensors"
@@ -61,12 +62,14 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | os.PathLike[str], *, model: str | None = None, device: str | None = None
     ) -> Predictor:
-        """Load a run's folder, a file of ours or the authors' weights; see :func:`overlock.checkpoint.load_classifier`.
+        """Load a run's folder, 'hf-hub:USER/NAME', a file of ours or the authors' weights.
+
+        See :func:`overlock.checkpoint.load_classifier`.
 
         Raises:
             ValueError: for a missing, damaged or foreign file.
         """
-        return cls(*load_classifier(path, model=model), device=device)
+        return cls(*load_classifier(find_weights(path), model=model), device=device)
 
     @classmethod
     def default(cls, *, device: str | None = None) -> Predictor:

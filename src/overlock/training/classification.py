@@ -16,11 +16,10 @@ from overlock.data import ImageData, load_data, make_eval_transform, make_train_
 from overlock.data.images import save_examples
 from overlock.data.loaders import Batch, OnImage
 from overlock.files import write_atomically
-from overlock.hub import CARD_FILE, find_weights, write_card
+from overlock.hub import find_weights
 from overlock.network import VARIANTS
 from overlock.training.config import LossConfig, TrainConfig
 from overlock.training.job import Job
-from overlock.training.reports import Row
 from overlock.weights import load_weights
 
 EXAMPLES = "examples"
@@ -35,7 +34,7 @@ class Classification:
     """
 
     main_measure = "top1"
-    shares: ClassVar[dict[str, str]] = dict(top1="accuracy", top5="within the best five")
+    shares: ClassVar[dict[str, str]] = dict(top1="accuracy", top5="among the best five")
 
     def __init__(self, config: LossConfig, num_classes: int):
         self.config = config
@@ -120,9 +119,8 @@ def make_job(config: TrainConfig) -> Job:
     torch.manual_seed(config.seed)  # the initial weights, the same on all processes
     network, record = make_network(config, data)
 
-    def finish(folder: Path, _: nn.Module, row: Row) -> None:
+    def finish(folder: Path, _: nn.Module) -> None:
         write_atomically(folder / CONFIG_FILE, to_timm_config(record))
-        write_card(folder / CARD_FILE, record, settings=config.to_dict(), row=row, data=config.data)
         save_examples(data, folder / EXAMPLES)
 
     return Job(

@@ -21,7 +21,6 @@ from overlock.tasks.scores import DetectionScore
 from overlock.training.dense import SAMPLES, make_network, save_samples
 from overlock.training.dense_config import DetectConfig
 from overlock.training.job import Job
-from overlock.training.reports import Row
 
 SHOWN = 0.5  # score from which on an object is drawn
 
@@ -102,7 +101,7 @@ def make_job(config: DetectConfig) -> Job:
         kept = {name: part[found["scores"] >= SHOWN] for name, part in found.items()}
         return [draw_objects(image, target, data.classes), draw_objects(image, kept, data.classes)]
 
-    def finish(folder: Path, tested: nn.Module, _: Row) -> None:
+    def finish(folder: Path, tested: nn.Module) -> None:
         save_samples(folder / SAMPLES, lambda place: draw(place, tested), len(data.test))
 
     training = make_detection_transform(training=True, crop=bool(config.multi_scale))

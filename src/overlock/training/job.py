@@ -12,7 +12,6 @@ from overlock.checkpoint import Record
 from overlock.data import ImageData
 from overlock.data.loaders import Join, Prepare, stack
 from overlock.training.loop import Task
-from overlock.training.reports import Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,5 +40,5 @@ class Job:
     """Versions of each image in an epoch."""
     only_training: tuple[str, ...] = ()
     """Beginnings of the names of weights that are of no use after training."""
-    finish: Callable[[Path, nn.Module, Row], None]
-    """Write what else the run's folder is for, given it, the network and the last row of the log."""
+    finish: Callable[[Path, nn.Module], None]
+    """Write what else the run's folder is for, given it and the network."""

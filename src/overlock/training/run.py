@@ -20,6 +20,7 @@ from torch import nn
 from overlock.checkpoint import MODEL_FILE, save_model
 from overlock.data.loaders import TrainBatches, make_test_loader
 from overlock.files import write_atomically
+from overlock.hub import CARD_FILE, write_card
 from overlock.training import classification, detection, reports, segmentation
 from overlock.training.config import RunConfig
 from overlock.training.job import Job
@@ -231,13 +232,16 @@ def keep_weights(fit: Fit, job: Job, name: str) -> None:
 
 
 def finish(fit: Fit, job: Job) -> None:
-    """Write all that the run's folder is for: weights, curves, and what else the task has."""
+    """Write all that the run's folder is for: weights, curves, model card, and what else the task has."""
     keep_weights(fit, job, MODEL_FILE)
     if fit.fabric.is_global_zero:
         folder, rows = Path(fit.config.output), fit.log.rows
         title = f"{job.record.name} on {Path(fit.config.data).name}"
         reports.draw_curves(rows, folder / reports.CURVES, shares=fit.task.shares, title=title)
-        job.finish(folder, fit.tested, rows[-1])
+        measures = {label: rows[-1][name] for name, label in fit.task.shares.items()}
+        settings = fit.config.to_dict()
+        write_card(folder / CARD_FILE, job.record, settings=settings, measures=measures, data=fit.config.data)
+        job.finish(folder, fit.tested)
     fit.fabric.barrier()
 
 

@@ -20,7 +20,6 @@ from overlock.tasks.sliding import segment
 from overlock.training.dense import SAMPLES, make_network, save_samples
 from overlock.training.dense_config import SegmentConfig
 from overlock.training.job import Job
-from overlock.training.reports import Row
 
 
 class Segmentation:
@@ -96,7 +95,7 @@ def make_job(config: SegmentConfig) -> Job:
         maps = [draw_labels(image, places, data.classes) for places in (labels, found)]
         return [*maps, draw_legend(data.classes, shown, height=image.height)]
 
-    def finish(folder: Path, tested: nn.Module, _: Row) -> None:
+    def finish(folder: Path, tested: nn.Module) -> None:
         save_samples(folder / SAMPLES, lambda place: draw(place, tested), len(data.test))
 
     training = make_segmentation_transform(training=True, crop=config.crop, scale=config.scale, ratio=config.ratio)
