@@ -134,6 +134,17 @@ def test_a_classifiers_weights_go_into_the_backbone(scenes, tmp_path):
     assert all(torch.equal(tensor, given[name]) for name, tensor in inner.items())
 
 
+def test_parts_of_the_backbone_stay_as_they_are(scenes, tmp_path):
+    config = settings("segment", scenes, tmp_path / "run", epochs=1, freeze=["base_net", "backbone.norms"])
+    before = JOBS[config.task](config).network.state_dict()
+    run(config)
+    after = load_model(tmp_path / "run")[0].state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert not any("base_net" in name or "norms" in name for name in changed)
+    assert any("focus_net" in name for name in changed)
+    assert any("decode_head" in name for name in changed)
+
+
 @pytest.mark.parametrize("detector", ["faster_rcnn", "cascade_rcnn", "cascade_mask_rcnn"])
 def test_other_detectors(detector, scenes, tmp_path):
     config = settings("detect", scenes, tmp_path / "run", detector=detector, epochs=1, epoch_steps=2, batch_size=1)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def add_options(parser: ArgumentParser, arguments: Sequence[str]) -> None:
     from overlock.training import CONFIGS, RECIPES  # noqa: PLC0415
 
-    recipes = "; ".join(f"{name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    recipes = "; ".join(
+        f"{name}: {(recipe.__doc__ or '').splitlines()[0].rstrip('.')}" for name, recipe in RECIPES.items()
+    )
     parser.add_argument("recipe", nargs="?", type=str | None, default=None, metavar="RECIPE", help=recipes)
     parser.add_argument("--config", action="config", help="Read settings from a YAML file, as a run saves them.")
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None

@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from overlock.network import OverLoCK
 from overlock.training.config import SUB_NETWORKS, EmaConfig, OptimConfig, RunConfig
 
 
@@ -64,7 +65,7 @@ def make_average(network: nn.Module, config: EmaConfig) -> ModelEmaV3 | None:
 
 
 def freeze(network: nn.Module, prefixes: tuple[str, ...]) -> list[nn.Module]:
-    """Stop the training of the parameters that begin with a prefix.
+    """Stop the training of the parameters that begin with a prefix, in the network or in the OverLoCK under its head.
 
     Returns:
         The modules under the prefixes, which must stay in evaluation mode, or their norms' statistics would change.
@@ -72,14 +73,19 @@ def freeze(network: nn.Module, prefixes: tuple[str, ...]) -> list[nn.Module]:
     Raises:
         ValueError: for a prefix that no parameter has, and where nothing is left to train.
     """
+    roots = ["", *(f"{name}." for name, module in network.named_modules() if name and isinstance(module, OverLoCK))]
+    frozen = {f"{root}{prefix}": prefix for root in roots for prefix in prefixes}
+    found = set()
+    for name, parameter in network.named_parameters():
+        for path, prefix in frozen.items():
+            if name == path or name.startswith(f"{path}."):
+                found.add(prefix)
+                parameter.requires_grad_(False)
     for prefix in prefixes:
-        chosen = [p for name, p in network.named_parameters() if name == prefix or name.startswith(f"{prefix}.")]
-        if not chosen:
+        if prefix not in found:
             raise ValueError(
                 f"freeze: no parameter's name begins with {prefix!r}; OverLoCK has {', '.join(SUB_NETWORKS)}"
             )
-        for parameter in chosen:
-            parameter.requires_grad_(False)
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("freeze leaves nothing to train; name fewer parts")
-    return [module for name, module in network.named_modules() if name in prefixes]
+    return [module for name, module in network.named_modules() if name in frozen]
