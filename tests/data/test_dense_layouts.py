@@ -28,6 +28,10 @@ COCO_LAYOUTS = {
         "instances_train.json": "annotations/instances_train2017.json", "train": "train2017",
         "instances_val.json": "annotations/instances_val2017.json", "val": "val2017",
     },
+    "as COCO, with a folder of all images": {
+        "instances_train.json": "annotations/instances_train.json", "train": "images/train",
+        "instances_val.json": "annotations/instances_val.json", "val": "images/val",
+    },
     "beside the folders": {},
     "within the folders": {
         "instances_train.json": "train/_annotations.coco.json",
@@ -43,6 +47,12 @@ def test_objects(scenes, layout):
     assert data.classes == CLASSES
     assert (len(data.train), len(data.test)) == (3, 2)
     assert len(data.train.read(0)[1]["labels"]) == 2
+
+
+def test_annotations_without_their_folder(scenes):
+    shutil.rmtree(scenes / "val")
+    with pytest.raises(ValueError, match=r"2 of its 2 images are not in .*val \(first: 0\.png, 1\.png\)"):
+        load_coco(scenes)
 
 
 def test_chosen_categories_keep_their_order(scenes):

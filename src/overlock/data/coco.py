@@ -21,6 +21,7 @@ Target = dict[str, Any]
 TRAIN_PARTS, TEST_PARTS = ("train", "train2017"), ("val", "val2017", "valid", "validation", "test")
 LAYOUTS = (  # annotation file and folder of images
     ("annotations/instances_{part}.json", "{part}"),
+    ("annotations/instances_{part}.json", "images/{part}"),
     ("instances_{part}.json", "{part}"),
     ("{part}/_annotations.coco.json", "{part}"),
 )
@@ -214,13 +215,11 @@ def _find_part(root: Path, parts: Sequence[str]) -> tuple[Path, Path]:
     """The first annotation file that is there, and the folder of its images."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of images and annotations")
-    tried = []
-    for part in parts:
-        for file, folder in LAYOUTS:
-            path = root / file.format(part=part)
-            if path.is_file():
-                return path, root / folder.format(part=part)
-            tried.append(file.format(part=part))
+    places = [tuple(root / name.format(part=part) for name in layout) for part in parts for layout in LAYOUTS]
+    found = [(path, folder) for path, folder in places if path.is_file()]
+    if found:
+        return next((where for where in found if where[1].is_dir()), found[0])
+    tried = dict.fromkeys(str(path.relative_to(root)) for path, _ in places)
     raise ValueError(f"{root}: no annotations found; looked for {', '.join(tried)}")
 
 

@@ -6,6 +6,7 @@ An operation takes the parameters of a folded block and packs them once for its 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -76,15 +77,16 @@ class MixerLayers(NamedTuple):
 
 
 def parameters_of(layers: Iterable[Layer]) -> list[Tensor | None]:
-    """Weight and bias of each layer."""
-    return [_tensor_of(layer, name) for layer in layers for name in ("weight", "bias")]
-
-
-def _tensor_of(layer: Layer, name: str) -> Tensor | None:
-    """What ``getattr`` would give, without a module's slow search."""
-    if layer is None:
-        return None
-    return layer._parameters[name] if name in layer._parameters else layer._buffers.get(name)
+    """Weight and bias of each layer, without a module's slow search."""
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        if layer is None:
+            tensors += (None, None)
+            continue
+        parameters, buffers = layer._parameters, layer._buffers
+        for name in ("weight", "bias"):
+            tensors.append(parameters[name] if name in parameters else buffers.get(name))
+    return tensors
 
 
 def _layers(parameters: list[Tensor | None]) -> Iterator[Parameters]:
@@ -118,12 +120,21 @@ def _prepare_once(parameters: list[Tensor | None], make: Callable[[], Any]) -> _
     should come to lie at its address.
     """
     given = [x for x in parameters if x is not None]
-    key = tuple([x.data_ptr() if x.is_inference() else (x.data_ptr(), x._version) for x in given])
-    owner = given[0]
+    key, owner = (*map(Tensor.data_ptr, given), *_versions(given)), given[0]
     known = _prepared.get(owner)
     if known is None or known.key != key:
         known = _prepared[owner] = _Prepared(make(), key, [x.detach() for x in given])
     return known
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:  # tensors made in inference mode have none
+        return [0 if x.is_inference() else x._version for x in tensors]
+
+
+_version_of = operator.attrgetter("_version")
 
 
 def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
