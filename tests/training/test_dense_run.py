@@ -37,7 +37,9 @@ SMALL = dict(
     machine=dict(accelerator="cpu", workers=0),
     safety=dict(steps=2),
 )
-DETECT = dict(SMALL, task="detect", detector="mask_rcnn", min_size=64, max_size=64, proposals=20, regions=8)
+DETECT = dict(
+    SMALL, task="detect", detector="mask_rcnn", min_size=64, max_size=64, hidden_channels=32, proposals=20, regions=8
+)
 SEGMENT = dict(SMALL, task="segment", hidden_channels=32, scale=(64, 64), crop=48)
 TASKS = dict(detect=DETECT, segment=SEGMENT)
 

@@ -59,10 +59,10 @@ def test_four_images_by_heart(head, shared_data, tmp_path):
         optim=dict(lr=1e-3, lr_batch=4, warmup_steps=20, weight_decay=0.0), machine=dict(workers=0),
     )  # fmt: skip
     if head == "upernet":
-        own = dict(hidden_channels=64, scale=(480, 360), ratio=(1.0, 1.0), crop=480)
+        own = dict(hidden_channels=64, scale=(320, 240), ratio=(1.0, 1.0), crop=320)
         config = CONFIGS["segment"].from_dict({**common, **own})
     else:
-        own = dict(detector=head, min_size=360, max_size=480, proposals=100, regions=16)
+        own = dict(detector=head, min_size=240, max_size=320, hidden_channels=64, proposals=100, regions=32)
         config = CONFIGS["detect"].from_dict({**common, **own})
     run(config)
     result = evaluate_dense(*load_model(tmp_path / "run"), str(data), name=head, workers=0)

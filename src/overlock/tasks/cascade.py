@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
-from overlock.tasks.detection import WIDTH, AlignedRoIAlign, make_settings
+from overlock.tasks.detection import make_mask_parts, make_settings
 
 Target = dict[str, Tensor]
 Maps = dict[str, Tensor]
@@ -194,7 +193,8 @@ def cascade_rcnn(backbone: str = "overlock_t", *, num_classes: int, masks: bool 
     settings = make_settings(backbone, num_classes=num_classes, **options)
     count = settings.pop("num_classes")
     model = FasterRCNN(box_head=nn.Identity(), box_predictor=nn.Identity(), **settings)  # whose place the stages take
-    stages = [_make_stage(stage, model.roi_heads, count, masks) for stage in STAGES]
+    width = model.backbone.out_channels
+    stages = [_make_stage(stage, model.roi_heads, width, count, masks) for stage in STAGES]
     model.roi_heads = CascadeHeads(stages, [stage.weight for stage in STAGES])
     return model
 
@@ -204,18 +204,13 @@ def cascade_mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **optio
     return cascade_rcnn(backbone, num_classes=num_classes, masks=True, **options)
 
 
-def _make_stage(stage: Stage, like: RoIHeads, classes: int, masks: bool) -> CascadeStage:
+def _make_stage(stage: Stage, like: RoIHeads, width: int, classes: int, masks: bool) -> CascadeStage:
     """A stage of Swin's heads, four 3x3 convolutions with batch norm and a layer of 1024, else like other heads."""
     size = like.box_roi_pool.output_size[0]
-    extra = dict(
-        mask_roi_pool=AlignedRoIAlign(2 * size),
-        mask_head=MaskRCNNHeads(WIDTH, (WIDTH,) * 4, dilation=1),
-        mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, classes),
-    )
     return CascadeStage(
         giou=True,
         box_roi_pool=like.box_roi_pool,
-        box_head=FastRCNNConvFCHead((WIDTH, size, size), [WIDTH] * 4, [1024], norm_layer=nn.BatchNorm2d),
+        box_head=FastRCNNConvFCHead((width, size, size), [width] * 4, [1024], norm_layer=nn.BatchNorm2d),
         box_predictor=FastRCNNPredictor(1024, classes),
         fg_iou_thresh=stage.iou,
         bg_iou_thresh=stage.iou,
@@ -225,5 +220,5 @@ def _make_stage(stage: Stage, like: RoIHeads, classes: int, masks: bool) -> Casc
         score_thresh=like.score_thresh,
         nms_thresh=like.nms_thresh,
         detections_per_img=like.detections_per_img,
-        **(extra if masks else {}),
+        **(make_mask_parts(width, classes) if masks else {}),
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
@@ -17,25 +19,25 @@ from torchvision.ops.poolers import LevelMapper
 from overlock.tasks.features import STRIDES, make_features
 
 LEVELS = ("0", "1", "2", "3")  # the maps of the pyramid that regions are taken from
-WIDTH = 256  # of the pyramid's maps
 
 
 class PyramidBackbone(nn.Module):
     """A backbone and a feature pyramid on its four features.
 
-    Images (B, 3, H, W) to maps (B, 256, H / stride, W / stride) of strides 4 to 64, by the names that torchvision's
-    heads look for.
+    Images (B, 3, H, W) to maps (B, C, H / stride, W / stride) of strides 4 to 64, by the names that torchvision's heads
+    look for.
 
     Args:
         features: the backbone, images to four features.
         channels: of the features.
+        hidden_channels: C.
     """
 
-    def __init__(self, features: nn.Module, channels: tuple[int, ...]):
+    def __init__(self, features: nn.Module, channels: tuple[int, ...], hidden_channels: int = 256):
         super().__init__()
         self.body = features
-        self.fpn = FeaturePyramidNetwork(list(channels), WIDTH, extra_blocks=LastLevelMaxPool())
-        self.out_channels = WIDTH
+        self.fpn = FeaturePyramidNetwork(list(channels), hidden_channels, extra_blocks=LastLevelMaxPool())
+        self.out_channels = hidden_channels
 
     def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
         return self.fpn(OrderedDict(zip(LEVELS, self.body(x), strict=True)))
@@ -73,7 +75,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         self.level_of = LevelMapper(2, 5, self.canonical_scale, self.canonical_level)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Boxes (N, 4) of each image, in its pixels, to (sum of N, 256, size, size)."""
+        """Boxes (N, 4) of each image, in its pixels, to (sum of N, C, size, size)."""
         maps = [x[name] for name in self.featmap_names]
         images = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
         regions = torch.cat([torch.cat(images), torch.cat(boxes)], dim=1)
@@ -94,6 +96,7 @@ def make_settings(
     drop_path: float | None = None,
     min_size: int | tuple[int, ...] = 800,
     max_size: int = 1333,
+    hidden_channels: int = 256,
     proposals: int = 1000,
     regions: int = 512,
     **options: Any,
@@ -108,6 +111,7 @@ def make_settings(
         min_size: what the short side of an image is brought to; of several, one drawn for each image in training, and
             the last in evaluation.
         max_size: what its long side may be at most.
+        hidden_channels: of the pyramid and of the heads' convolutions, less than the paper's 256 for small data.
         proposals: regions of an image that the heads look at; most of the heads' cost.
         regions: those of them that they learn from.
         options: further arguments of the backbone.
@@ -119,7 +123,7 @@ def make_settings(
         raise ValueError(f"num_classes must be at least 1 (the background is added), got {num_classes}")
     features = make_features(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
     return dict(
-        backbone=PyramidBackbone(*features),
+        backbone=PyramidBackbone(*features, hidden_channels),
         num_classes=num_classes + 1,
         min_size=min_size,
         max_size=max_size,
@@ -139,7 +143,23 @@ def faster_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: An
 def mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> MaskRCNN:
     """Mask R-CNN, torchvision's model; further arguments and errors are those of :func:`make_settings`."""
     settings = make_settings(backbone, num_classes=num_classes, **options)
-    return MaskRCNN(mask_roi_pool=AlignedRoIAlign(14), **settings)
+    classes = settings.pop("num_classes")
+    parts = make_mask_parts(settings["backbone"].out_channels, classes)
+    return MaskRCNN(box_predictor=FastRCNNPredictor(1024, classes), **parts, **settings)
+
+
+def make_mask_parts(width: int, classes: int) -> dict[str, nn.Module]:
+    """What finds masks, as arguments of torchvision's heads: regions of 14 x 14, four convolutions, masks of 28 x 28.
+
+    Args:
+        width: channels of the pyramid's maps and of the convolutions.
+        classes: with the background.
+    """
+    return dict(
+        mask_roi_pool=AlignedRoIAlign(14),
+        mask_head=MaskRCNNHeads(width, (width,) * 4, dilation=1),
+        mask_predictor=MaskRCNNPredictor(width, width, classes),
+    )
 
 
 @torch.no_grad()

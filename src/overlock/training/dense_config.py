@@ -25,6 +25,8 @@ class DetectConfig(RunConfig):
     """What the short side of an image is brought to."""
     max_size: int = 1333
     """What its long side may be at most."""
+    hidden_channels: int = 256
+    """Width of the pyramid and of the heads' convolutions."""
     proposals: int = 1000
     """Regions of an image that the heads look at; most of the heads' cost."""
     regions: int = 512
@@ -36,7 +38,7 @@ class DetectConfig(RunConfig):
         super().__post_init__()
         for size in (self.min_size, *self.multi_scale):
             check_number("min_size and multi_scale", size, 32, self.max_size)
-        for name in ("proposals", "regions"):
+        for name in ("hidden_channels", "proposals", "regions"):
             check_number(name, getattr(self, name), 1)
 
     @property

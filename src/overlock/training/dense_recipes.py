@@ -115,6 +115,7 @@ def small_detect(data: str) -> DetectConfig:
         detector="mask_rcnn",
         min_size=360,
         max_size=480,
+        hidden_channels=128,
         proposals=200,
         regions=64,
         epochs=20,

@@ -87,9 +87,10 @@ def make_job(config: DetectConfig) -> Job:
         config.data, train_split=config.train_split, val_split=config.val_split, masks=config.masks,
         categories=config.categories,
     )  # fmt: skip
+    kept = ("min_size", "max_size", "hidden_channels", "proposals")
     record = Record(
         model=config.model, head=config.detector, classes=data.classes,
-        model_args=dict(min_size=config.min_size, max_size=config.max_size, proposals=config.proposals),
+        model_args={name: getattr(config, name) for name in kept},
     )  # fmt: skip
     scales = (*config.multi_scale, config.min_size) if config.multi_scale else config.min_size
     network = make_network(config, record, min_size=scales, regions=config.regions)
