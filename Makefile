@@ -1,4 +1,4 @@
-# make quickstart   train a small OverLoCK on handwritten digits and look at its predictions; no GPU needed
+# make quickstart   install, and name what is on some photographs; no GPU needed
 # make test         linters, types, import contracts and tests
 # PYTHON=python3.12 make ...   another Python (3.10 or newer)
 
@@ -9,10 +9,8 @@ RUN := runs/quickstart
 
 .PHONY: quickstart test lint clean
 
-# Threads sleep while they wait: on a busy machine spinning ones made each step several times as long.
-quickstart: $(VENV)/.installed-train
-	OMP_WAIT_POLICY=passive $(BIN)/overlock train digits --output $(RUN) --overwrite
-	$(BIN)/overlock predict $(RUN)/examples --checkpoint $(RUN) --top 3 --save $(RUN)/predictions.png
+quickstart: $(VENV)/.installed
+	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 
 test: lint
@@ -25,9 +23,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 # An install is repeated only when the dependencies change.
-$(VENV)/.installed-%: pyproject.toml
+$(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python -m pip install --quiet --editable ".$(if $*,[$(*:-%=%)])"
 	touch $@
 
 clean:

@@ -126,13 +126,6 @@ def test_the_package_s_own_weights(default_file):
     assert sum(right) >= 4, [(Path(result.source).name, result.labels[0]) for result in results]
 
 
-def test_build_without_weights(tmp_path, monkeypatch):
-    """Says so, and what to give instead."""
-    monkeypatch.setattr("overlock.deploy.predict.DEFAULT_FILE", tmp_path / "absent.safetensors")
-    with pytest.raises(ValueError, match="no weights of its own; give --checkpoint"):
-        Predictor.default()
-
-
 def test_every_photograph_is_accounted_for():
     told = (PHOTOS / "README.md").read_text()
     photos = sorted(PHOTOS.glob("*.jpg"))

@@ -29,8 +29,8 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--checkpoint",
         type=str | None,
         default=None,
-        help="Folder of a run, hf-hub:USER/NAME, or a file of weights; without it the package's own small "
-        "model of the ten classes of CIFAR-10, in builds that have one.",
+        help="Folder of a run, hf-hub:USER/NAME, or a file of weights; without it a small model that comes with "
+        "the package and knows the ten classes of CIFAR-10.",
     )
     parser.add_argument(
         "--task",

@@ -76,14 +76,7 @@ class Predictor:
         """The network that comes with the package: ``overlock_atto`` for the ten classes of CIFAR-10.
 
         Whatever an image shows is given one of those ten names.
-
-        Raises:
-            ValueError: where the package has been built without it.
         """
-        if not DEFAULT_FILE.is_file():
-            raise ValueError(
-                "this build of overlock has no weights of its own; give --checkpoint, a run's folder or a file"
-            )
         return cls.from_checkpoint(DEFAULT_FILE, device=device)
 
     @overload
