@@ -164,6 +164,7 @@ def test_a_peer_and_chosen_categories_and_scales(scenes, tmp_path):
     network, record = load_model(tmp_path / "run")
     assert record.classes == ("blue", "red")
     assert network.transform.min_size == (64,)
+    assert JOBS["detect"](config).network.transform.min_size == (48, 64)  # each drawn as often as the other
 
 
 def test_scores_of_several_processes_are_joined():
@@ -205,6 +206,7 @@ def test_a_score_without_images_is_told(scenes, tmp_path):
     ("kind", "setting", "message"),
     [
         (DetectConfig, dict(min_size=2000), "min_size and multi_scale must be a finite number in 32 to 1333"),
+        (DetectConfig, dict(multi_scale=[480, 640]), "multi_scale must have min_size 800"),
         (DetectConfig, dict(proposals=0), "proposals must be a finite number at least 1"),
         (DetectConfig, dict(image_size=3), "unknown setting image_size"),
         (SegmentConfig, dict(ratio=[0, 1]), "ratio must be a range above 0"),

@@ -36,12 +36,16 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of that split, as in training.")
     parser.add_argument("--model", type=str | None, default=None, help="Model of a file that does not say.")
-    parser.add_argument("--image_size", type=int | None, default=None, help="Side in pixels; the model's own.")
-    parser.add_argument("--crop_pct", type=float | None, default=None, help="Share kept by the crop; the model's own.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images a pass.")
+    parser.add_argument(
+        "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own."
+    )
+    parser.add_argument("--crop_pct", type=float | None, default=None, help="classify: share kept by the crop.")
+    parser.add_argument("--batch_size", type=int, default=64, help="classify: images a pass.")
     parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the arithmetic.")
+    parser.add_argument(
+        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="classify: precision."
+    )
     parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
     parser.add_argument("--ignore_index", type=int, default=255, help="segment: label of pixels that do not count.")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="segment: e.g. [0.5,1,1.5], their mean.")
@@ -49,7 +53,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
     parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.add_argument("--save", type=str | None, default=None, help="Folder for per-class tables and confusions.")
+    parser.add_argument("--save", type=str | None, default=None, help="classify: folder for tables and pictures.")
 
 
 def run(options: Namespace, console: Console) -> None:

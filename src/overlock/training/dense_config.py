@@ -32,12 +32,16 @@ class DetectConfig(RunConfig):
     regions: int = 512
     """Those of them that the heads learn from."""
     multi_scale: tuple[int, ...] = ()
-    """In training, short sides to draw from instead; then half of the images are cropped first."""
+    """In training, short sides to draw from, min_size among them; then half of the images are cropped first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for size in (self.min_size, *self.multi_scale):
             check_number("min_size and multi_scale", size, 32, self.max_size)
+        if self.multi_scale and self.min_size not in self.multi_scale:
+            raise ValueError(
+                f"multi_scale must have min_size {self.min_size}, at which tests are made, among its sizes"
+            )
         for name in ("hidden_channels", "proposals", "regions"):
             check_number(name, getattr(self, name), 1)
 

@@ -92,7 +92,8 @@ def make_job(config: DetectConfig) -> Job:
         model=config.model, head=config.detector, classes=data.classes,
         model_args={name: getattr(config, name) for name in kept},
     )  # fmt: skip
-    scales = (*config.multi_scale, config.min_size) if config.multi_scale else config.min_size
+    # torchvision's detectors draw one of several sizes in training, and test at the last.
+    scales = (*(size for size in config.multi_scale if size != config.min_size), config.min_size)
     network = make_network(config, record, min_size=scales, regions=config.regions)
 
     def draw(place: int, tested: nn.Module) -> list[Image.Image]:
