@@ -138,6 +138,34 @@ def filter_two_rows(lines, weights, order, begin, end, size, stride, width, out)
 
 
 @njit(**OPTIONS)
+def filter_three(lines, weights, above, middle, below, width, out, to):
+    """One row of results of a 3 x 3 filter, whose weights stay in registers; the rows begin at three places."""
+    bias = load(weights, 9 * LANES)
+    a, b, c = load(weights, 0), load(weights, LANES), load(weights, 2 * LANES)
+    d, e, f = load(weights, 3 * LANES), load(weights, 4 * LANES), load(weights, 5 * LANES)
+    g, h, i = load(weights, 6 * LANES), load(weights, 7 * LANES), load(weights, 8 * LANES)
+    for x in range(0, width * LANES, LANES):
+        value = bias + a * load(lines, above + x) + b * load(lines, above + x + LANES)
+        value = value + c * load(lines, above + x + 2 * LANES) + d * load(lines, middle + x)
+        value = value + e * load(lines, middle + x + LANES) + f * load(lines, middle + x + 2 * LANES)
+        value = value + g * load(lines, below + x) + h * load(lines, below + x + LANES)
+        store(out, to + x, value + i * load(lines, below + x + 2 * LANES))
+
+
+@njit(**OPTIONS)
+def filter_rows(lines, weights, order, begin, end, size, dilation, stride, width, count, out):
+    """One row of results or two, from the lines in an order; those before the begin and from the end on are zeros."""
+    if size == 3 and dilation == 1:
+        for i in range(count):
+            above, middle, below = order[i] * stride, order[i + 1] * stride, order[i + 2] * stride
+            filter_three(lines, weights, above, middle, below, width, out, i * width * LANES)
+    elif count == 2:
+        filter_two_rows(lines, weights, order, begin, end, size, stride, width, out)
+    else:
+        filter_row(lines, weights, order, begin, end, size, dilation * LANES, stride, width, out, 0)
+
+
+@njit(**OPTIONS)
 def write_row(row, begin, width, lanes, steps, out, first, channels, squares, others):
     """A filtered row to its place, and its squares to those of the rows before."""
     both = load(squares, 0)
@@ -175,7 +203,7 @@ def depthwise(call, thread, threads):
     )
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
-    lines, order = zeros(held * stride), np.zeros(size + 1, np.int64)
+    lines, order = zeros((held + 1) * stride), np.zeros(size + 1, np.int64)  # the last line stays zero
     rows, taps = zeros(2 * width * LANES), zeros((size * size + 1) * LANES)
     squares, sum_of_squares = zeros(LANES), np.zeros(LANES, np.float64)
     begin, end = share(p, thread, threads)
@@ -204,12 +232,10 @@ def depthwise(call, thread, threads):
                 prefetch_row(out, origin + y * width * channels, channels, count * width)
             top = max(-((y - half) // dilation), 0)
             bottom = min(size + count - 1, (height - 1 - y + half) // dilation + 1)
-            for k in range(top, bottom):
-                order[k] = (y - half + k * dilation) % held
-            if count == 2:
-                filter_two_rows(lines, taps, order, top, bottom, size, stride, width, rows)
-            else:
-                filter_row(lines, taps, order, top, bottom, size, dilation * LANES, stride, width, rows, 0)
+            for k in range(size + count - 1):
+                row = y - half + k * dilation
+                order[k] = row % held if 0 <= row < height else held
+            filter_rows(lines, taps, order, top, bottom, size, dilation, stride, width, count, rows)
             squares[:] = 0
             for i in range(count):
                 at = origin + (y + i) * width * channels

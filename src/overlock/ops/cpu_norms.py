@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import carray, njit
 
-from overlock.ops.cpu_filters import filter_row
+from overlock.ops.cpu_filters import filter_three
 from overlock.ops.threads import OPTIONS, floats, kernel, share
 from overlock.ops.vectors import LANES, load, load_part, spread, store, store_part, total, zeros
 
@@ -71,7 +71,8 @@ def local_and_norm(call, thread, threads):
             taps[c // LANES, n * LANES + c % LANES] = weights[n, c]
         taps[c // LANES, 9 * LANES + c % LANES] = biases[c]
     stride = (width + 2) * LANES
-    lines, order = zeros(blocks * LOCAL * stride), np.zeros(LOCAL, np.int64)
+    step = (LOCAL + 1) * stride  # from one block's lines to the next; the last line stays zero
+    lines = zeros(blocks * step)
     row = zeros(blocks * width * LANES)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
@@ -81,14 +82,15 @@ def local_and_norm(call, thread, threads):
         for y in range(first, last):
             while ready < min(y + 2, height):
                 at, place = origin + ready * width * channels, ready % LOCAL * stride + LANES
-                read_tokens(images, at, width, channels, lines, place, LOCAL * stride)
+                read_tokens(images, at, width, channels, lines, place, step)
                 ready += 1
-            top, bottom = max(1 - y, 0), min(LOCAL, height - y + 1)
-            for k in range(top, bottom):
-                order[k] = (y - 1 + k) % LOCAL
+            above, below = (y - 1) % LOCAL if y > 0 else LOCAL, (y + 1) % LOCAL if y + 1 < height else LOCAL
             for block in range(blocks):
-                line, to = lines[block * LOCAL * stride :], block * width * LANES
-                filter_row(line, taps[block], order, top, bottom, LOCAL, LANES, stride, width, row, to)
+                at = block * step
+                filter_three(
+                    lines, taps[block], at + above * stride, at + y % LOCAL * stride, at + below * stride, width, row,
+                    block * width * LANES,
+                )  # fmt: skip
             at = origin + y * width * channels
             normalise(row, width, channels, whole[0], whole[1], whole[2], eps, filtered, normed, at)
 

@@ -13,7 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.threads import OPTIONS, floats, kernel, share
-from overlock.ops.tiles import DEPTH, PANEL, ROWS, STRIDE, multiply_half, multiply_panel
+from overlock.ops.tiles import (
+    DEPTH,
+    HALF,
+    HALF_ROWS,
+    PANEL,
+    ROWS,
+    STRIDE,
+    multiply_half,
+    multiply_panel,
+    multiply_three_halves,
+    multiply_vector,
+)
 from overlock.ops.vectors import LANES, gelu, load, load_part, prefetch, silu, store, store_part, zeros
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
@@ -35,34 +46,47 @@ def pack_row(x, first, scale, scale_first, gate, gate_first, depth, steps, packe
 
 
 @njit(**OPTIONS)
-def pack_window(x, row, height, width, channels, size, stride, span, chunk, packed, place):
-    """The window of one place of a convolution's result to the tiles' layout, zeros outside of the image.
+def pack_window(x, image, top, left, height, width, channels, size, span, chunk, packed, place):
+    """One window of an image (H, W, C), whose rows are counted from ``image`` on, to the tiles' layout.
 
-    ``row`` counts the places of all images (H, W, C). A row of the window is packed by spans of ``span`` numbers, the
+    Zeros are packed for what is outside of the image. A row of the window is packed by spans of ``span`` numbers, the
     channels of one tap or a part of them, or whole, and as many spans together as ``chunk`` has numbers.
     """
-    out_height, out_width, k = (height - 1) // stride + 1, (width - 1) // stride + 1, 0
-    top, left = row // out_width % out_height * stride - size // 2, row % out_width * stride - size // 2
-    image = row // (out_width * out_height) * height
-    if span == size * channels and left >= 0 and left + size <= width:  # a row of the window is one piece of memory
-        for y in range(top, top + size):
-            at, first = place + k // chunk * ROWS * STRIDE + k % chunk, ((image + y) * width + left) * channels
-            for c in range(0, span, LANES):
-                lanes = span - c if 0 <= y < height else 0
-                store(packed, at + c, load_part(x, first + c, lanes))
-            k += span
-        return
-    span = min(span, channels)
+    whole = span == size * channels and left >= 0 and left + size <= width  # a row is one piece of memory
+    taps, length = (1, span) if whole else (size, channels)
+    step = min(span, length)
+    end = place + chunk
     for y in range(top, top + size):
-        for column in range(left, left + size):
+        for column in range(left, left + taps):
             inside = 0 <= y < height and 0 <= column < width
             first = ((image + y) * width + column) * channels
-            for start in range(0, channels, span):
-                at = place + k // chunk * ROWS * STRIDE + k % chunk
-                for c in range(0, span, LANES):
-                    lanes = min(LANES, span - c, channels - start - c) if inside else 0
-                    store(packed, at + c, load_part(x, first + start + c, lanes))  # the next span goes over the rest
-                k += span
+            start = 0
+            while start < length:  # a range of an unknown step would be a division
+                for c in range(0, step, LANES):
+                    lanes = min(step - c, length - start - c) if inside else 0
+                    store(packed, place + c, load_part(x, first + start + c, lanes))  # the next goes over the rest
+                place += step
+                if place == end:
+                    place += ROWS * STRIDE - chunk
+                    end = place + chunk
+                start += step
+
+
+@njit(**OPTIONS)
+def pack_windows_of(x, first, last, height, width, channels, size, stride, span, chunk, packed, place):
+    """The windows of some places of a convolution's result, counted over all images."""
+    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    row, column = first // out_width, first % out_width
+    image, row = row // out_height * height, row % out_height
+    for _ in range(first, last):
+        top, left = row * stride - size // 2, column * stride - size // 2
+        pack_window(x, image, top, left, height, width, channels, size, span, chunk, packed, place)
+        place += STRIDE
+        column += 1
+        if column == out_width:
+            column, row = 0, row + 1
+            if row == out_height:
+                row, image = 0, image + height
 
 
 @njit(**OPTIONS)
@@ -72,15 +96,22 @@ def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step):
     All are addresses; the tile has room for the sums of a part of the depth, which is packed by chunks.
     """
     start, start_step = panel, 0  # the bias comes first, the same for all rows
-    for k in range(0, depth, chunk):
-        x, weight, steps = packed + 4 * (k // chunk) * ROWS * STRIDE, panel + 4 * (k + 1) * PANEL, min(chunk, depth - k)
-        last = k + chunk >= depth
-        to, to_step = (out, out_step) if last else (tile, PANEL)
-        if width > LANES:
+    x, weight = packed, panel + 4 * PANEL
+    while depth > 0:  # a range of an unknown step would be a division
+        steps = min(chunk, depth)
+        to, to_step = (out, out_step) if depth <= chunk else (tile, PANEL)
+        if width > 3 * HALF:
             multiply_panel(rows, x, weight, steps, start, start_step, to, to_step)
+        elif width > LANES:
+            for r in range(0, rows, HALF_ROWS):
+                here, begin, end = min(HALF_ROWS, rows - r), start + 4 * r * start_step, to + 4 * r * to_step
+                multiply_three_halves(here, x + 4 * r * STRIDE, weight, steps, begin, start_step, end, to_step)
+        elif width > HALF:
+            multiply_vector(rows, x, weight, steps, start, start_step, to, to_step)
         else:
             multiply_half(rows, x, weight, steps, start, start_step, to, to_step)
         start, start_step = tile, PANEL
+        x, weight, depth = x + 4 * ROWS * STRIDE, weight + 4 * chunk * PANEL, depth - chunk
 
 
 @njit(**OPTIONS)
@@ -129,16 +160,17 @@ def product(call, thread, threads):
             stop = min(blocks, start + room)
             for block in range(start, stop):
                 first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
-                for r in range(first, last):
-                    place = (block - start) * size + (r - first) * STRIDE
-                    if p[23]:
-                        pack_window(x, r, p[20], p[21], p[22], p[23], p[24], p[25], chunk, packed, place)
-                    else:
+                place = (block - start) * size
+                if p[23]:
+                    pack_windows_of(x, first, last, p[20], p[21], p[22], p[23], p[24], p[25], chunk, packed, place)
+                else:
+                    for r in range(first, last):
                         pack_row(x, r * p[13], scale, r // tokens * depth, gate, r * p[14], depth, steps, packed, place)
+                        place += STRIDE
             for panel in range(panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]):
                 column = panel * PANEL
                 used = width - column
-                at_once = steps & (RESIDUAL | SILU | GELU) == 0 and (used >= PANEL or used == LANES)
+                at_once = steps & (RESIDUAL | SILU | GELU) == 0 and (used >= PANEL or used % HALF == 0)
                 for block in range(start, stop):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                     x_at = packed_at + 4 * (block - start) * size

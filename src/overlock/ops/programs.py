@@ -66,12 +66,19 @@ class Program:
     def compile(self) -> Program:
         """End the list of calls."""
         self._template, self._counted = np.array(self._values, np.int64), np.array(self._bases)
+        self._most = int(self._template[:, 1].max())
+        self._last: tuple[list[int], np.ndarray] = ([], self._template)
         return self
 
     def run(self, *inputs: Tensor) -> None:
         """Call the kernels over the memory of some tensors."""
-        bases = np.array([0, _workspace.take(self.peak).data_ptr(), *(x.data_ptr() for x in inputs)])
-        run_all(self._template + bases[self._counted])
+        workspace = _workspace.take(self.peak)  # held by this name while the kernels run
+        bases = [0, *map(Tensor.data_ptr, (workspace, *inputs))]
+        known, calls = self._last  # memory given back and taken again often lies where it did
+        if known != bases:
+            calls = self._template + np.array(bases)[self._counted]
+            self._last = bases, calls
+        run_all(calls, self._most)
 
 
 class _Workspace(threading.local):

@@ -66,8 +66,12 @@ def start(address: int, jobs: int, call: int) -> None:
         other.result()
 
 
-def run_all(calls: np.ndarray) -> None:
-    """Make calls (N, SLOTS), one after another; without a new start of the threads for each where OpenMP is there."""
+def run_all(calls: np.ndarray, most: int) -> None:
+    """Make calls (N, SLOTS), one after another; without a new start of the threads for each where OpenMP is there.
+
+    Args:
+        most: the largest number of jobs of a call.
+    """
     count, slots = calls.shape
     region, first = _parallel_region(), calls.ctypes.data
     if region is None:
@@ -75,8 +79,8 @@ def run_all(calls: np.ndarray) -> None:
             start(int(calls[i, 0]), int(calls[i, 1]), first + 8 * slots * i)
         return
     order = (ctypes.c_int64 * 3)(first, count, slots)
-    threads = min(torch.get_num_threads(), max(calls[:, 1].tolist()))
-    region.begin(region.several.address, ctypes.addressof(order), max(1, threads), 0)
+    threads = max(1, min(torch.get_num_threads(), most))
+    region.begin(region.several.address, ctypes.addressof(order), threads, 0)
 
 
 @njit(**OPTIONS)

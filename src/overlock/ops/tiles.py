@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from overlock.ops.vectors import LANES, VECTOR, _spread
+from overlock.ops.vectors import LANES, _spread
 
 ROWS = 12 if LANES == 16 else 6
 PANEL = 2 * LANES
@@ -23,23 +23,23 @@ INDEX = ir.IntType(64)
 
 
 class _Builder:
-    """What the loops need of LLVM, beside an ``IRBuilder``."""
+    """What the loops need of LLVM, beside an ``IRBuilder``, for vectors of some lanes."""
 
-    def __init__(self, builder: Any, arguments: Any):
-        self.builder = builder
+    def __init__(self, builder: Any, arguments: Any, lanes: int):
+        self.builder, self.lanes, self.kind = builder, lanes, ir.VectorType(ir.FloatType(), lanes)
         _, x, weight, self.depth, start, self.start_step, out, self.out_step = arguments
         self.x, self.weight, self.start, self.out = (
-            builder.inttoptr(address, VECTOR.as_pointer()) for address in (x, weight, start, out)
+            builder.inttoptr(address, self.kind.as_pointer()) for address in (x, weight, start, out)
         )
-        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
-        name = f"llvm.fma.v{LANES}f32"
+        kind = ir.FunctionType(self.kind, [self.kind] * 3)
+        name = f"llvm.fma.v{lanes}f32"
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
     def at(self, place: Any, offset: Any) -> Any:
         """The address ``offset`` numbers on."""
         offset = INDEX(offset) if isinstance(offset, int) else offset
         numbers = self.builder.bitcast(place, ir.FloatType().as_pointer())
-        return self.builder.bitcast(self.builder.gep(numbers, [offset]), VECTOR.as_pointer())
+        return self.builder.bitcast(self.builder.gep(numbers, [offset]), self.kind.as_pointer())
 
     def load(self, place: Any, offset: Any) -> Any:
         loaded = self.builder.load(self.at(place, offset))
@@ -51,12 +51,12 @@ class _Builder:
 
     def row(self, r: int, step: Any, v: int) -> Any:
         """Numbers from a place to a vector of a row of those ``step`` apart."""
-        return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * LANES))
+        return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * self.lanes))
 
     def spread(self, place: Any, offset: Any) -> Any:
         """The number at an address, in all lanes."""
         number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
-        return _spread(self.builder, self.builder.load(number), VECTOR)
+        return _spread(self.builder, self.builder.load(number), self.kind)
 
     def multiply(self, rows: int, vectors: int, end: Any) -> Any:
         """A loop over the depth for a count of rows; returns the block that begins it."""
@@ -67,9 +67,9 @@ class _Builder:
         builder.branch(loop)
 
         builder.position_at_end(loop)
-        step, held = builder.phi(INDEX), [builder.phi(VECTOR) for _ in places]
+        step, held = builder.phi(INDEX), [builder.phi(self.kind) for _ in places]
         weights = self.at(self.weight, builder.mul(step, INDEX(PANEL)))
-        columns = [self.load(weights, v * LANES) for v in range(vectors)]
+        columns = [self.load(weights, v * self.lanes) for v in range(vectors)]
         x = self.at(self.x, step)
         added = []
         for r in range(rows):
@@ -89,14 +89,16 @@ class _Builder:
         return begin
 
 
-def _tile_product(vectors: int) -> Any:
+def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
+    """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
+
     @intrinsic
-    def multiply(_typing_context, rows, x, weight, depth, start, start_step, out, out_step):  # noqa: ARG001
+    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step):  # noqa: ARG001
         def generate(context, builder, _signature, arguments):
-            loops, end = _Builder(builder, arguments), builder.append_basic_block("end")
+            loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
             choice = builder.switch(arguments[0], end)
-            for count in range(1, ROWS + 1):
-                choice.add_case(INDEX(count), loops.multiply(count, vectors, end))
+            for case in range(1, rows + 1):
+                choice.add_case(INDEX(case), loops.multiply(case, vectors, end))
             builder.position_at_end(end)
             return context.get_dummy_value()
 
@@ -106,6 +108,8 @@ def _tile_product(vectors: int) -> Any:
 
 
 # out (rows, PANEL) = start (rows, PANEL) + x (rows, depth) @ weight (depth, PANEL), each at an address; x's rows are
-# STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= ROWS and depth >= 1. The second does
-# the first LANES columns alone.
-multiply_panel, multiply_half = _tile_product(2), _tile_product(1)
+# STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= ROWS and depth >= 1. The others do the
+# first columns alone: three halves of a vector, for as many rows as there are registers, a whole one, and a half.
+HALF, HALF_ROWS = LANES // 2, ROWS // 2
+multiply_panel, multiply_three_halves = _tile_product(ROWS, 2, LANES), _tile_product(HALF_ROWS, 3, HALF)
+multiply_vector, multiply_half = _tile_product(ROWS, 1, LANES), _tile_product(ROWS, 1, HALF)

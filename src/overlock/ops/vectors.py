@@ -74,7 +74,8 @@ def _mask(builder: Any, lanes: Any) -> Any:
 def _spread(builder: Any, number: Any, kind: Any) -> Any:
     nothing = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(INTEGERS, [0] * LANES))
+    order = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
+    return builder.shuffle_vector(first, nothing, order)
 
 
 def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
