@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from overlock.ops.cpu_kernels import LOG2_E, PAIR, four_logits, tap_biases
+from overlock.ops.cpu_kernels import LOG2_E, PAIR, four_logits, read_token, tap_biases
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import (
     LANES,
@@ -32,17 +32,6 @@ from overlock.ops.vectors import (
 )
 
 ZERO = np.float32(0)
-
-
-@njit(**OPTIONS)
-def read_token(maps, first, by_channel, channels, out, to):
-    """A token's channels, side by side; what lies up to LANES beyond them is lost."""
-    if by_channel == 1:
-        for c in range(0, channels, LANES):
-            store(out, to + c, load_part(maps, first + c, channels - c))
-    else:
-        for c in range(channels):
-            out[to + c] = maps[first + c * by_channel]
 
 
 @njit(**OPTIONS)
@@ -227,13 +216,13 @@ def window_start(position, size, kernel_size):
 
 
 @njit(**OPTIONS)
-def locate(token, base, height, width, kernel_height, kernel_width, bias, table, taps, held, out):
+def locate(token, base, height, width, kernel_height, kernel_width, bias, table, held, out, to):
     """First position of a token's window, from row ``base`` on; its taps' biases to ``out``, unless these are there."""
     y, x = token // width, token % width
     top, left = window_start(y, height, kernel_height), window_start(x, width, kernel_width)
     row, column = top - y + kernel_height - 1, left - x + kernel_width - 1
     if row != held[0] or column != held[1]:  # seldom, inside the map
-        tap_biases(bias, table, row, column, kernel_height, kernel_width, taps, out)
+        tap_biases(bias, table, row, column, kernel_height, kernel_width, out, to)
         held[0], held[1] = row, column
     return (top - base) * width + left
 
@@ -291,7 +280,7 @@ def mix_backward(call, thread, threads):
     bias_sums, table_sums = np.zeros(taps, np.float32), np.zeros(side + LANES, np.float32)
     sums, mixed = np.zeros(blocks * size * LANES, np.float32), np.zeros(4 * LANES, np.float32)
     query, grad = np.zeros(4 * depth + LANES, np.float32), np.zeros(4 * channels + LANES, np.float32)
-    start, logits = np.zeros((4, taps + LANES), np.float32), np.zeros(4 * taps, np.float32)
+    start, logits = np.full(4 * (taps + LANES), -np.inf, np.float32), np.zeros(4 * taps, np.float32)
     kernel_grads, scale = np.zeros(4 * step, np.float32), np.zeros(4, np.float32)
     window, held = np.zeros(4, np.int64), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
@@ -308,13 +297,23 @@ def mix_backward(call, thread, threads):
             count = min(4, last - t)
             for i in range(count):
                 window[i] = locate(
-                    t + i, base, height, width, kernel_height, kernel_width, bias, table, taps, held[i], start[i]
+                    t + i,
+                    base,
+                    height,
+                    width,
+                    kernel_height,
+                    kernel_width,
+                    bias,
+                    table,
+                    held[i],
+                    start,
+                    i * (taps + LANES),
                 )
                 read_token(queries, b * p[22] + g * p[23] + (t + i) * p[25], p[24], depth, query, i * depth)
                 read_token(grads, b * p[30] + g * p[31] + (t + i) * p[33], p[32], channels, grad, i * channels)
             # Tokens without a query and a gradient, beside the last ones, add nothing.
             query[count * depth :], grad[count * channels :], window[count:] = 0, 0, window[count - 1]
-            four_logits(query, depth, rows, taps, start.ravel(), logits)
+            four_logits(query, depth, rows, taps, start, logits)
             four_kernel_gradients(planes, plane, grad, channels, window, width, lines, line, used, step, kernel_grads)
             for i in range(4):
                 scale[i] = softmax_gradient(logits, i * taps, kernel_grads, i * step, taps)

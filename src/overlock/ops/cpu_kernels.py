@@ -27,34 +27,61 @@ LOG2_E = np.float32(1.4426950408889634)
 
 @njit(**OPTIONS)
 def fold_key(keys, first, by_depth, by_region, weights, depth, regions, used, taps, rows):
-    """rows (D, N) = key (D, S2) @ weights (S2, N): weight @ (key^T query) = rows^T query, D numbers a tap, not S2.
+    """rows (D, N) = log2(e) key (D, S2) @ weights (S2, N).
 
-    The key begins at ``first`` and has any strides; ``used`` taps of the weights become ``taps`` of the rows, zeros
-    beyond.
+    weight @ (key^T query) = rows^T query takes D numbers a tap, not S2, and the softmax powers of 2. The key begins at
+    ``first`` and has any strides; ``used`` taps of the weights become ``taps`` of the rows, zeros beyond.
     """
-    for d in range(depth):
+    for one in range(0, depth, 4):  # four at a time; the last may come again
+        two, three, four = min(one + 1, depth - 1), min(one + 2, depth - 1), min(one + 3, depth - 1)
         for n in range(0, taps, PAIR):
-            a = b = spread(np.float32(0))
+            a0 = a1 = b0 = b1 = c0 = c1 = d0 = d1 = spread(np.float32(0))
             for s in range(regions):
-                x, place, left = spread(keys[first + d * by_depth + s * by_region]), s * used + n, used - n
-                a, b = a + x * load_part(weights, place, left), b + x * load_part(weights, place + LANES, left - LANES)
-            store(rows, d * taps + n, a)
-            store(rows, d * taps + n + LANES, b)
+                place, left, key = s * used + n, used - n, first + s * by_region
+                x, y = load_part(weights, place, left), load_part(weights, place + LANES, left - LANES)
+                k = load_spread(keys, key + one * by_depth)
+                a0, a1 = a0 + k * x, a1 + k * y
+                k = load_spread(keys, key + two * by_depth)
+                b0, b1 = b0 + k * x, b1 + k * y
+                k = load_spread(keys, key + three * by_depth)
+                c0, c1 = c0 + k * x, c1 + k * y
+                k = load_spread(keys, key + four * by_depth)
+                d0, d1 = d0 + k * x, d1 + k * y
+            log2_e = spread(LOG2_E)
+            store(rows, one * taps + n, a0 * log2_e)
+            store(rows, one * taps + n + LANES, a1 * log2_e)
+            store(rows, two * taps + n, b0 * log2_e)
+            store(rows, two * taps + n + LANES, b1 * log2_e)
+            store(rows, three * taps + n, c0 * log2_e)
+            store(rows, three * taps + n + LANES, c1 * log2_e)
+            store(rows, four * taps + n, d0 * log2_e)
+            store(rows, four * taps + n + LANES, d1 * log2_e)
 
 
 @njit(**OPTIONS)
-def tap_biases(bias, table, row, column, kernel_height, kernel_width, taps, out):
-    """out (N) = bias plus the part of the relative position bias that begins at a row and column.
+def read_token(maps, first, by_channel, channels, out, to):
+    """A token's channels, side by side; what lies up to LANES beyond them is lost."""
+    if by_channel == 1:
+        for c in range(0, channels, LANES):
+            store(out, to + c, load_part(maps, first + c, channels - c))
+    else:
+        for c in range(channels):
+            out[to + c] = maps[first + c * by_channel]
 
-    Whole vectors are written, the next row over what is too much of the last; ``out`` has room for one more.
+
+@njit(**OPTIONS)
+def tap_biases(bias, table, row, column, kernel_height, kernel_width, out, to):
+    """N of out = bias plus the part of the relative position bias that begins at a row and column.
+
+    Whole vectors are written, the next row over what is too much of the last; ``out`` has room for one more, and is
+    -inf beyond.
     """
     side = 2 * kernel_width - 1
     for k in range(kernel_height):
         first, source = k * kernel_width, (row + k) * side + column
         for j in range(0, kernel_width, LANES):
-            store(out, first + j, load(bias, first + j) + load(table, source + j))
-    for n in range(kernel_height * kernel_width, taps):
-        out[n] = -np.inf
+            store(out, to + first + j, load(bias, first + j) + load(table, source + j))
+    store(out, to + kernel_height * kernel_width, spread(np.float32(-np.inf)))
 
 
 @njit(**OPTIONS)
@@ -87,40 +114,59 @@ def four_logits(query, depth, rows, taps, biases, out):
 
 
 @njit(**OPTIONS)
-def softmax(logits, first, taps):
-    """2 to the logits from ``first`` on less their largest, in place; returns one over their sum."""
-    top = load(logits, first)
-    for n in range(first + LANES, first + taps, LANES):
-        top = at_least(load(logits, n), top)
-    top = spread(largest(top))
-    both = spread(np.float32(0))
-    for n in range(first, first + taps, LANES):
-        power = exp2(load(logits, n) - top)
-        both = both + power
+def four_softmax(logits, taps, scale):
+    """2 to the logits (4, N) less their largest, in place, and one over their sums (4).
+
+    Four at a time, since each step of a lone one would wait for the last.
+    """
+    second, third, fourth = taps, 2 * taps, 3 * taps
+    a, b, c, d = load(logits, 0), load(logits, second), load(logits, third), load(logits, fourth)
+    for n in range(LANES, taps, LANES):
+        a, b = at_least(load(logits, n), a), at_least(load(logits, second + n), b)
+        c, d = at_least(load(logits, third + n), c), at_least(load(logits, fourth + n), d)
+    top_a, top_b, top_c, top_d = spread(largest(a)), spread(largest(b)), spread(largest(c)), spread(largest(d))
+    a = b = c = d = spread(np.float32(0))
+    for n in range(0, taps, LANES):
+        power = exp2(load(logits, n) - top_a)
         store(logits, n, power)
-    return np.float32(1) / total(both)
+        a = a + power
+        power = exp2(load(logits, second + n) - top_b)
+        store(logits, second + n, power)
+        b = b + power
+        power = exp2(load(logits, third + n) - top_c)
+        store(logits, third + n, power)
+        c = c + power
+        power = exp2(load(logits, fourth + n) - top_d)
+        store(logits, fourth + n, power)
+        d = d + power
+    scale[0], scale[1] = np.float32(1) / total(a), np.float32(1) / total(b)
+    scale[2], scale[3] = np.float32(1) / total(c), np.float32(1) / total(d)
 
 
 @njit(**OPTIONS)
-def weigh_one(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
-    """mixed (LANES) = kernel (N from ``taps`` on) times the values (H W, LANES) under a window."""
-    even = odd = spread(np.float32(0))
+def weigh_four(values, kernel, taps, first, second, third, fourth, width, kernel_height, kernel_width, mixed):
+    """mixed (4, LANES) = kernels (4, N) times the values (H W, LANES) under four windows that begin at some places."""
+    a = b = c = d = spread(np.float32(0))
     for k in range(kernel_height):
-        place, n = (window + k * width) * LANES, taps + k * kernel_width
-        for j in range(0, kernel_width - 1, 2):
-            even = even + load_spread(kernel, n + j) * load(values, place + j * LANES)
-            odd = odd + load_spread(kernel, n + j + 1) * load(values, place + (j + 1) * LANES)
-        if kernel_width % 2:
-            even = even + load_spread(kernel, n + kernel_width - 1) * load(values, place + (kernel_width - 1) * LANES)
-    store(mixed, 0, even + odd)
+        row, n = k * width * LANES, k * kernel_width
+        for j in range(kernel_width):
+            at = row + j * LANES
+            a = a + load_spread(kernel, n + j) * load(values, first + at)
+            b = b + load_spread(kernel, n + j + taps) * load(values, second + at)
+            c = c + load_spread(kernel, n + j + 2 * taps) * load(values, third + at)
+            d = d + load_spread(kernel, n + j + 3 * taps) * load(values, fourth + at)
+    store(mixed, 0, a)
+    store(mixed, LANES, b)
+    store(mixed, 2 * LANES, c)
+    store(mixed, 3 * LANES, d)
 
 
 @njit(**OPTIONS)
-def weigh_four_at_one_place(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
+def weigh_four_at_one_place(values, kernel, taps, first, width, kernel_height, kernel_width, mixed):
     """mixed (4, LANES) of four tokens with the same window, as they are at borders: each value is read once."""
     a = b = c = d = spread(np.float32(0))
     for k in range(kernel_height):
-        place, n = (window + k * width) * LANES, k * kernel_width
+        place, n = first + k * width * LANES, k * kernel_width
         for j in range(kernel_width):
             x = load(values, place + j * LANES)
             a, b = a + load_spread(kernel, n + j) * x, b + load_spread(kernel, n + j + taps) * x
@@ -132,12 +178,12 @@ def weigh_four_at_one_place(values, kernel, taps, window, width, kernel_height, 
 
 
 @njit(**OPTIONS)
-def weigh_four_in_a_row(values, kernel, taps, window, width, kernel_height, kernel_width, mixed):
+def weigh_four_in_a_row(values, kernel, taps, first, width, kernel_height, kernel_width, mixed):
     """mixed (4, LANES) of four tokens whose windows move with them, K >= 3: each value is read once."""
     a = b = c = d = spread(np.float32(0))
     last = kernel_width - 1
     for k in range(kernel_height):
-        place, n = (window + k * width) * LANES, k * kernel_width
+        place, n = first + k * width * LANES, k * kernel_width
         x = load(values, place)
         a = a + load_spread(kernel, n) * x
         x = load(values, place + LANES)
@@ -162,16 +208,23 @@ def weigh_four_in_a_row(values, kernel, taps, window, width, kernel_height, kern
 
 
 @njit(**OPTIONS)
-def weigh(values, kernel, taps, window, count, column, width, kernel_height, kernel_width, mixed):
-    """mixed (count, LANES) of up to four tokens from a column on, in the way that their windows allow."""
-    first = window[0]
-    if count == 4 and window[1] == first and window[2] == first and window[3] == first:
+def weigh(values, block, kernel, taps, window, column, width, kernel_height, kernel_width, mixed):
+    """mixed (4, LANES) of four tokens from a column on, in the way that their windows allow.
+
+    The windows are places among the values, whose ``block`` begins at an index.
+    """
+    first, second, third, fourth = (
+        block + window[0] * LANES,
+        block + window[1] * LANES,
+        block + window[2] * LANES,
+        block + window[3] * LANES,
+    )
+    if first == second and second == third and third == fourth:
         weigh_four_at_one_place(values, kernel, taps, first, width, kernel_height, kernel_width, mixed)
-    elif count == 4 and kernel_width >= 3 and column + 3 < width and window[1] == first + 1 and window[3] == first + 3:
+    elif kernel_width >= 3 and column + 3 < width and second == first + LANES and fourth == first + 3 * LANES:
         weigh_four_in_a_row(values, kernel, taps, first, width, kernel_height, kernel_width, mixed)
     else:
-        for i in range(count):
-            weigh_one(values, kernel, i * taps, window[i], width, kernel_height, kernel_width, mixed[i * LANES :])
+        weigh_four(values, kernel, taps, first, second, third, fourth, width, kernel_height, kernel_width, mixed)
 
 
 @njit(**OPTIONS)
@@ -222,8 +275,8 @@ def mix(call, thread, threads):
     bias, table = zeros(used + LANES), zeros(side + LANES)
     for n in range(used):
         bias[n] = biases[n] * LOG2_E
-    query, logits = zeros(4 * depth), zeros(4 * taps)
-    start, mixed = zeros(4 * (taps + LANES)).reshape(4, taps + LANES), zeros(4 * LANES)
+    query, logits = zeros(4 * depth + LANES), zeros(4 * taps)
+    start, mixed = np.full(4 * (taps + LANES), -np.inf, np.float32), zeros(4 * LANES)
     window, scale, held = np.zeros(4, np.int64), np.zeros(4, np.float32), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
@@ -238,29 +291,32 @@ def mix(call, thread, threads):
         bottom = min(max((last - 1) // width - kernel_height // 2, 0), height - kernel_height) + kernel_height
         rows_here = (bottom - base) * width
         pack(values, b * p[23] + g * p[24] + base * width * p[26], p[25], p[26], channels, rows_here, packed)
+        y, x = first // width, first % width
         for t in range(first, last, 4):
-            count = min(4, last - t)
+            count, column_of_first = min(4, last - t), x
             for i in range(count):
-                y, x = (t + i) // width, (t + i) % width
                 top = min(max(y - kernel_height // 2, 0), height - kernel_height)
                 left = min(max(x - kernel_width // 2, 0), width - kernel_width)
                 window[i] = (top - base) * width + left
                 row, column = top - y + kernel_height - 1, left - x + kernel_width - 1
                 if row != held[i, 0] or column != held[i, 1]:  # seldom, inside the map
-                    tap_biases(bias, table, row, column, kernel_height, kernel_width, taps, start[i])
+                    tap_biases(bias, table, row, column, kernel_height, kernel_width, start, i * (taps + LANES))
                     held[i, 0], held[i, 1] = row, column
                 place = b * p[19] + g * p[20] + (t + i) * p[22]
-                for d in range(depth):
-                    query[i * depth + d] = queries[place + d * p[21]] * LOG2_E
-            four_logits(query, depth, rows, taps, start.ravel(), logits)
-            for i in range(count):
-                scale[i] = softmax(logits, i * taps, taps)
-            still = count == 4 and window[0] == window[1] == window[2] == window[3]
-            moving = count == 4 and kernel_width >= 3 and t % width + 3 < width and not still
-            moving = moving and window[3] == window[2] + 1 == window[1] + 2 == window[0] + 3
+                read_token(queries, place, p[21], depth, query, i * depth)
+                x += 1
+                if x == width:
+                    y, x = y + 1, 0
+            for i in range(count, 4):  # beside the last tokens, weighed for nothing
+                window[i] = window[count - 1]
+            four_logits(query, depth, rows, taps, start, logits)
+            four_softmax(logits, taps, scale)
             for block in range(blocks):
-                part = packed[block * rows_here * LANES :]
-                weigh(part, logits, taps, window, count, t % width, width, kernel_height, kernel_width, mixed)
+                begin_of_block = block * rows_here * LANES
+                weigh(
+                    packed, begin_of_block, logits, taps, window, column_of_first, width, kernel_height, kernel_width,
+                    mixed,
+                )  # fmt: skip
                 for i in range(count):
                     place = b * p[27] + g * p[28] + block * LANES * p[29] + (t + i) * p[30]
                     unpack(mixed, i * LANES, scale[i], out, place, p[29], min(LANES, channels - block * LANES))
