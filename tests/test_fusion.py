@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import overlock
 from overlock.blocks import BasicBlock, DynamicBlock
-from overlock.blocks.inference import FusedBlock
 from overlock.layers import (
     GDSA,
     AffineScale,
@@ -29,6 +28,7 @@ from overlock.layers import (
     NormConv,
 )
 from overlock.layers.conv_ffn import ScaledResidual
+from overlock.layers.packed import Packed
 from overlock.ops import backend, programs, threads
 
 # Module and shapes of its inputs.
@@ -226,7 +226,7 @@ def on_cpu():
 
 
 def has_cpu_form(model):
-    return any(isinstance(child, FusedBlock) for child in model.modules())
+    return any(isinstance(child, Packed) for child in model.modules())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import overlock
 from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.network.base_net import Stem
 from overlock.ops import blocks, threads
+from overlock.ops.packing import unpack
 from overlock.ops.programs import release_workspace
 
 TOLERANCE = 1e-5  # of the largest magnitude, after a dozen layers
@@ -218,27 +219,29 @@ def test_other_types(kind, calls):
     assert not calls
 
 
+def named(packed):
+    """The gradients of a packed module's parameters by their names in the module."""
+    return dict(
+        zip(packed.names, filter(lambda x: x is not None, unpack(packed.packed.grad, packed.layout)), strict=True)
+    )
+
+
 @pytest.mark.parametrize("which", ["images", "parameters"])
 @kinds
 def test_gradients(kind, which, calls):
     """Those of the block, to the images and to parameters that want them."""
     block, fused, inputs = make(kind)
-    grads = []
-    for module, cast in ((fused, Tensor.float), (overlock.fuse(copy.deepcopy(block).double()), Tensor.double)):
+    plain, grads = overlock.fuse(copy.deepcopy(block).double()), []
+    for module, cast in ((fused, Tensor.float), (plain, Tensor.double)):
         given = [cast(x).clone() for x in inputs]
-        leaves = (
-            given
-            if which == "images"
-            else [
-                p
-                for name, p in module.named_parameters()
-                if name.endswith("fc1.bias") or name in ("2.bias", "layers.2.bias")
-            ]
-        )
-        for leaf in leaves:
+        for leaf in given if which == "images" else module.parameters():
             leaf.requires_grad_()
         joined(module(*given)).square().sum().backward()
-        grads.append([leaf.grad for leaf in leaves])
+        if which == "images":
+            grads.append([x.grad for x in given])
+        else:
+            parameters = named(module) if module is fused else {n: p.grad for n, p in module.named_parameters()}
+            grads.append([parameters[name] for name in parameters if name.endswith(("fc1.bias", "2.bias"))])
     assert grads[0]
     assert not calls
     for actual, expected in zip(*grads, strict=True):

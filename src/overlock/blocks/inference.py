@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from overlock.layers.packed import Packed
 from overlock.ops import blocks as ops
 
 
-class FusedBlock(nn.Module):
-    """A folded block, and its layers in the order in which the operation takes their parameters."""
-
-    def __init__(self, block: nn.Module, layers: ops.BasicLayers | ops.MixerLayers, eps: float):
-        super().__init__()
-        self.block, self._layers, self.eps = block, layers, eps
-
-    def for_cpu(self) -> FusedBlock:
-        return self
-
-
-class FusedBasicBlock(FusedBlock):
+class FusedBasicBlock(Packed):
     """(B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, block: Any):
@@ -29,16 +19,16 @@ class FusedBasicBlock(FusedBlock):
             local=block.local, norm=block.norm, large=block.large_kernel, reduce=block.se.fc1, excite=block.se.fc2,
             expand=ffn.expand, hidden=ffn.local.conv, response=ffn.norm, project=ffn.project, residual=block.residual,
         )  # fmt: skip
-        super().__init__(block, layers, block.norm.eps)
+        super().__init__(block, ops.parameters_of(layers))
+        self.eps = block.norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = ops.parameters_of(self._layers)
-        if ops.kernels_apply([x], parameters):
-            return ops.basic_block(x, parameters, self.eps)
-        return self.block(x)
+        if ops.kernels_apply([x, self.packed]):
+            return ops.basic_block(x, self.packed, self.layout, self.eps)
+        return self.plain(x)
 
 
-class _FusedMixer(FusedBlock):
+class _FusedMixer(Packed):
     def __init__(self, block: Any, alpha: Any, beta: Any, fusion: Any, fusion_project: Any, fusion_norm: Any):
         aggregator, ffn = block.mixer.aggregator, block.ffn
         mix = aggregator.mixer
@@ -50,17 +40,19 @@ class _FusedMixer(FusedBlock):
             local2=block.local2, norm2=block.norm2, expand=ffn.expand, hidden=ffn.local.conv, response=ffn.norm,
             ffn_project=ffn.project, residual2=block.residual2,
         )  # fmt: skip
-        super().__init__(block, layers, block.norm1.eps)
-        self._mix = mix
+        rpbs = [rpb for rpb in (mix.rpb_small, mix.rpb_large) if rpb is not None]
+        super().__init__(block, [*ops.parameters_of(layers), *rpbs])
+        self.kernel_size, self.scale, self.region_grid = mix.kernel_size, mix.scale, mix.region_grid
+        self.eps = block.norm1.eps
 
     def _mixed(self, x: Tensor, context: Tensor | None = None, prior: Tensor | None = None) -> Tensor | None:
         """The operation's result, where it applies; not to maps that are to be enlarged."""
-        mix, parameters = self._mix, ops.parameters_of(self._layers)
         inputs = [y for y in (x, context, prior) if y is not None]
-        if min(x.shape[2:]) < mix.kernel_size or not ops.kernels_apply(inputs, parameters):
+        if min(x.shape[2:]) < self.kernel_size or not ops.kernels_apply([*inputs, self.packed]):
             return None
-        rpbs = [rpb for rpb in (mix.rpb_small, mix.rpb_large) if rpb is not None]
-        return ops.mixer_block(x, context, prior, parameters, rpbs, mix.scale, mix.region_grid, self.eps)
+        return ops.mixer_block(
+            x, context, prior, self.packed, self.layout, self.scale, self.region_grid, self.eps
+        )  # fmt: skip
 
 
 class FusedContMixBlock(_FusedMixer):
@@ -71,7 +63,7 @@ class FusedContMixBlock(_FusedMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self._mixed(x)
-        return self.block(x) if mixed is None else mixed
+        return self.plain(x) if mixed is None else mixed
 
 
 class FusedDynamicBlock(_FusedMixer):
@@ -83,10 +75,11 @@ class FusedDynamicBlock(_FusedMixer):
             block, alpha=getattr(update, "alpha", None), beta=getattr(update, "beta", None), fusion=fusion.local,
             fusion_project=fusion.project, fusion_norm=fusion.norm,
         )  # fmt: skip
+        self.split = block.split
 
     def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         mixed = self._mixed(x, context, prior)
         if mixed is None:
-            return self.block(x, context, prior)
-        features, context = mixed.split(self.block.split, dim=1)
+            return self.plain(x, context, prior)
+        features, context = mixed.split(self.split, dim=1)
         return features, context

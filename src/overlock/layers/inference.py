@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from overlock.layers.packed import Packed
 from overlock.ops import blocks
 from overlock.ops import inference as ops
 from overlock.ops.cpu import to_images
@@ -55,20 +56,15 @@ class Depthwise(nn.Module):
         return ops.depthwise(x, self.weight, self.bias, self.gelu)
 
 
-class ConvStack(nn.Module):
+class ConvStack(Packed):
     """Convolutions of all channels, and GELU between them: one operation where its kernels run."""
 
     def __init__(self, layers: nn.Sequential):
-        super().__init__()
-        self.layers = layers
-        self._convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-        self.strides = [conv.stride[0] for conv in self._convs]
+        convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+        super().__init__(layers, blocks.parameters_of(convs))
+        self.strides = [conv.stride[0] for conv in convs]
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = blocks.parameters_of(self._convs)
-        if blocks.kernels_apply([x], parameters):
-            return blocks.conv_stack(x, parameters, self.strides)
-        return self.layers(x)
-
-    def for_cpu(self) -> ConvStack:
-        return self
+        if blocks.kernels_apply([x, self.packed]):
+            return blocks.conv_stack(x, self.packed, self.layout, self.strides)
+        return self.plain(x)

@@ -1,12 +1,12 @@
 """Whole blocks of the fused network as one operation each, on CPU in float32 without gradients.
 
-An operation takes the parameters of a folded block and packs them once for its kernels (cpu_blocks.py). To
-``torch.compile`` and ``torch.export`` it is one node; it has no gradient. Images are (B, C, H, W) in channels_last.
+An operation takes the parameters of a folded block as one tensor, and prepares them once for its kernels
+(cpu_blocks.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient. Images are (B, C, H, W)
+in channels_last.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.ops.backends import AUTO, asked_for
 from overlock.ops.cpu import numba_installed, to_images, to_tokens
+from overlock.ops.packing import shapes_of, unpack
 
 CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
 PROGRAMS = 64  # sizes of images that a block keeps its calls for
@@ -89,14 +90,14 @@ def parameters_of(layers: Iterable[Layer]) -> list[Tensor | None]:
     return tensors
 
 
-def _layers(parameters: list[Tensor | None]) -> Iterator[Parameters]:
-    return map(Parameters, parameters[::2], parameters[1::2])
+def _layers(tensors: list[Tensor | None]) -> Iterator[Parameters]:
+    return map(Parameters, tensors[::2], tensors[1::2])
 
 
 class _Prepared:
     """A block of cpu_blocks.py made of parameters, and its programs for the sizes of images that came."""
 
-    def __init__(self, block: Any, key: tuple[Any, ...], held: list[Tensor]):
+    def __init__(self, block: Any, key: tuple[int, int], held: Tensor):
         self.block, self.key, self.held = block, key, held
         self._programs: dict[Any, Any] = {}
 
@@ -113,28 +114,17 @@ class _Prepared:
 _prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _prepare_once(parameters: list[Tensor | None], make: Callable[[], Any]) -> _Prepared:
-    """The block made of parameters, kept as long as one of them lives and none changes.
+def _prepare_once(packed: Tensor, make: Callable[[], Any]) -> _Prepared:
+    """The block made of packed parameters, kept as long as these live and do not change.
 
-    A parameter that ``Module.to`` gives other memory has the version that it had; the old memory is held, lest the new
-    should come to lie at its address.
+    Parameters that ``Module.to`` gives other memory have the version that they had; the old memory is held, lest the
+    new should come to lie at its address.
     """
-    given = [x for x in parameters if x is not None]
-    key, owner = (*map(Tensor.data_ptr, given), *_versions(given)), given[0]
-    known = _prepared.get(owner)
+    key = packed.data_ptr(), 0 if packed.is_inference() else packed._version
+    known = _prepared.get(packed)
     if known is None or known.key != key:
-        known = _prepared[owner] = _Prepared(make(), key, [x.detach() for x in given])
+        known = _prepared[packed] = _Prepared(make(), key, packed.detach())
     return known
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    try:
-        return list(map(_version_of, tensors))
-    except RuntimeError:  # tensors made in inference mode have none
-        return [0 if x.is_inference() else x._version for x in tensors]
-
-
-_version_of = operator.attrgetter("_version")
 
 
 def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
@@ -161,53 +151,52 @@ def _run(prepared: _Prepared, out: Tensor, inputs: list[Tensor], *rest: Any) -> 
     return out
 
 
-def _conv_stack(x: Tensor, parameters: list[Tensor | None], strides: list[int]) -> Tensor:
+def _conv_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int]) -> Tensor:
     def make() -> Any:
         from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
 
-        layers: Any = zip(_layers(parameters), strides, strict=True)
-        return cpu.ConvStack(
-            [cpu.Convolution(p.weight, _bias(p), stride) for p, stride in layers]
-        )  # fmt: skip
+        layers: Any = zip(_layers(unpack(packed, layout)), strides, strict=True)
+        return cpu.ConvStack([cpu.Convolution(p.weight, _bias(p), stride) for p, stride in layers])
 
     x = to_images(to_tokens(x))
-    return _run(_prepare_once(parameters, make), _shrunk(x, parameters, strides), [x])
+    return _run(_prepare_once(packed, make), _shrunk(x, packed, layout, strides), [x])
 
 
 def _bias(layer: Parameters) -> Tensor:
     return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
 
 
-def _shrunk(x: Tensor, parameters: list[Tensor | None], strides: list[int]) -> Tensor:
+def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int]) -> Tensor:
     height, width = x.shape[2:]
     for stride in strides:
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    last: Any = parameters[-2]
-    return _images(x, last.shape[0], height, width)
+    last: Any = shapes_of(layout)[-2]
+    return _images(x, last[0], height, width)
 
 
-def _basic_block(x: Tensor, parameters: list[Tensor | None], eps: float) -> Tensor:
+def _basic_block(x: Tensor, packed: Tensor, layout: list[int], eps: float) -> Tensor:
     def make() -> Any:
         from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
 
-        p = BasicLayers(*_layers(parameters))
+        p = BasicLayers(*_layers(unpack(packed, layout)))
         return cpu.BasicBlock(
             cpu.LocalNorm(cpu.Filter(*p.local), p.norm, eps), cpu.Filter(*p.large), cpu.Excite(p.reduce, p.excite),
             _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
         )  # fmt: skip
 
     x = to_images(to_tokens(x))
-    return _run(_prepare_once(parameters, make), _images(x, x.shape[1], *x.shape[2:]), [x])
+    return _run(_prepare_once(packed, make), _images(x, x.shape[1], *x.shape[2:]), [x])
 
 
 def _mixer_block(
-    x: Tensor, context: Tensor | None, prior: Tensor | None, parameters: list[Tensor | None], rpbs: list[Tensor],
-    scale: float, region_grid: int, eps: float,
+    x: Tensor, context: Tensor | None, prior: Tensor | None, packed: Tensor, layout: list[int], scale: float,
+    region_grid: int, eps: float,
 ) -> Tensor:  # fmt: skip
     def make() -> Any:
         from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
 
-        p = MixerLayers(*_layers(parameters))
+        tensors, count = unpack(packed, layout), 2 * len(MixerLayers._fields)
+        p, rpbs = MixerLayers(*_layers(tensors[:count])), tensors[count:]
         fusion, update, value = None, None, None
         if p.fusion.weight is not None:
             fusion = cpu.Fusion(cpu.Filter(*p.fusion), cpu.Product(*p.fusion_project), p.fusion_norm, eps)
@@ -215,14 +204,8 @@ def _mixer_block(
             update = cpu.Update(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
         if p.value.weight is not None:
             value = cpu.Product(*p.value)
-        mix = cpu.Mix(
-            cpu.Product(p.query.weight * scale, p.query.bias * scale),
-            cpu.Product(*p.key),
-            value,
-            p.kernels,
-            rpbs,
-            region_grid,
-        )
+        query = cpu.Product(p.query.weight * scale, p.query.bias * scale)
+        mix = cpu.Mix(query, cpu.Product(*p.key), value, p.kernels, rpbs, region_grid)
         return cpu.MixerBlock(
             update=update, local1=cpu.LocalNorm(cpu.Filter(*p.local1), p.norm1, eps), fusion=fusion, mix=mix,
             out=cpu.Product(*p.out), large=cpu.Filter(*p.large), excite=cpu.Excite(p.reduce, p.excite),
@@ -232,7 +215,7 @@ def _mixer_block(
             context_channels=0 if context is None else context.shape[1],
         )  # fmt: skip
 
-    prepared = _prepare_once([*parameters, *rpbs], make)
+    prepared = _prepare_once(packed, make)
     given = [y for y in (x, context, prior) if y is not None]
     inputs, strides = zip(*map(_as_tokens, given), strict=True)
     return _run(prepared, _images(x, _width(x, context), *x.shape[2:]), list(inputs), strides)
@@ -255,13 +238,17 @@ def _share(residual: Layer, norm: Layer) -> Tensor:
     return torch.ones_like(norm.weight) if residual.weight is None else residual.weight.flatten().contiguous()
 
 
-def kernels_apply(inputs: list[Tensor], parameters: list[Tensor | None]) -> bool:
-    """Whether a call is one for the kernels: float32 on CPU, no gradient wanted, no other backend asked for."""
+def kernels_apply(tensors: list[Tensor]) -> bool:
+    """Whether a call is one for the kernels: float32 on CPU, no gradient wanted, no other backend asked for.
+
+    Args:
+        tensors: those of the call, the input first.
+    """
     with_gradients = torch.is_grad_enabled()
-    for x in (*inputs, *parameters):
-        if x is not None and (not x.is_cpu or x.dtype != torch.float32 or (with_gradients and x.requires_grad)):
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float32 or (with_gradients and x.requires_grad):
             return False
-    return inputs[0].shape[0] > 0 and _is_wanted() and (torch.compiler.is_compiling() or not is_watched())
+    return tensors[0].shape[0] > 0 and _is_wanted() and (torch.compiler.is_compiling() or not is_watched())
 
 
 @torch.compiler.assume_constant_result
@@ -297,14 +284,13 @@ def _images(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
-conv_stack = _define("conv_stack", "Tensor x, Tensor?[] parameters, int[] strides", _conv_stack, _shrunk)
+conv_stack = _define("conv_stack", "Tensor x, Tensor packed, int[] layout, int[] strides", _conv_stack, _shrunk)
 basic_block = _define(
-    "basic_block", "Tensor x, Tensor?[] parameters, float eps", _basic_block,
+    "basic_block", "Tensor x, Tensor packed, int[] layout, float eps", _basic_block,
     lambda x, *_: _images(x, *x.shape[1:]),
 )  # fmt: skip
 mixer_block = _define(
     "mixer_block",
-    "Tensor x, Tensor? context, Tensor? prior, Tensor?[] parameters, Tensor[] rpbs, float scale, int region_grid,"
-    " float eps",
+    "Tensor x, Tensor? context, Tensor? prior, Tensor packed, int[] layout, float scale, int region_grid, float eps",
     _mixer_block, lambda x, context, *_: _images(x, _width(x, context), *x.shape[2:]),
 )  # fmt: skip
