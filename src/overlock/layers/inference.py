@@ -60,11 +60,15 @@ class ConvStack(Packed):
     """Convolutions of all channels, and GELU between them: one operation where its kernels run."""
 
     def __init__(self, layers: nn.Sequential):
-        convs = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-        super().__init__(layers, blocks.parameters_of(convs))
-        self.strides = [conv.stride[0] for conv in convs]
+        convolutions = convolutions_of(layers)
+        super().__init__(layers, blocks.parameters_of(convolutions))
+        self.strides = [convolution.stride[0] for convolution in convolutions]
 
     def forward(self, x: Tensor) -> Tensor:
         if blocks.kernels_apply([x, self.packed]):
-            return blocks.conv_stack(x, self.packed, self.layout, self.strides)
+            return blocks.basic_stack(x, self.packed, self.layout, self.strides, 0.0)
         return self.plain(x)
+
+
+def convolutions_of(layers: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in layers.modules() if isinstance(layer, nn.Conv2d)]

@@ -9,6 +9,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
+from overlock.blocks.inference import FusedBasicBlocks
 from overlock.layers import ConvNorm
 from overlock.layers.inference import ConvStack
 from overlock.network.variants import Variant
@@ -51,6 +52,9 @@ class BlockStack(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x
+
+    def for_cpu(self) -> FusedBasicBlocks:
+        return FusedBasicBlocks(self, self.embed, list(self.blocks))
 
 
 class BaseNet(nn.Module):

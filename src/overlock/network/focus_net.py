@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
+from overlock.blocks.inference import FusedDynamicBlocks
 from overlock.network.base_net import make_embedding
 from overlock.network.variants import Variant
 
@@ -35,6 +36,9 @@ class FocusStage(nn.Module):
             else:
                 x, context = block(x, context, prior)
         return x, context
+
+    def for_cpu(self) -> FusedDynamicBlocks:
+        return FusedDynamicBlocks(self, list(self.blocks))
 
 
 class FocusNet(nn.Module):

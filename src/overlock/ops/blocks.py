@@ -75,19 +75,12 @@ class MixerLayers(NamedTuple):
     response: Layer
     ffn_project: Layer
     residual2: Layer
+    rpbs: Layer  # those of the small and the large kernel, as a pair
 
 
 def parameters_of(layers: Iterable[Layer]) -> list[Tensor | None]:
-    """Weight and bias of each layer, without a module's slow search."""
-    tensors: list[Tensor | None] = []
-    for layer in layers:
-        if layer is None:
-            tensors += (None, None)
-            continue
-        parameters, buffers = layer._parameters, layer._buffers
-        for name in ("weight", "bias"):
-            tensors.append(parameters[name] if name in parameters else buffers.get(name))
-    return tensors
+    """Weight and bias of each layer."""
+    return [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
 
 
 def _layers(tensors: list[Tensor | None]) -> Iterator[Parameters]:
@@ -151,78 +144,89 @@ def _run(prepared: _Prepared, out: Tensor, inputs: list[Tensor], *rest: Any) -> 
     return out
 
 
-def _conv_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int]) -> Tensor:
+def _bias(layer: Parameters) -> Tensor:
+    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
+
+
+def _basic_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int], eps: float) -> Tensor:
     def make() -> Any:
         from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
 
-        layers: Any = zip(_layers(unpack(packed, layout)), strides, strict=True)
-        return cpu.ConvStack([cpu.Convolution(p.weight, _bias(p), stride) for p, stride in layers])
+        layers = list(_layers(unpack(packed, layout)))
+        convolutions: Any = zip(layers, strides, strict=False)
+        blocks = _parts(layers[len(strides) :], BasicLayers)
+        return cpu.BasicStack(
+            [cpu.Convolution(p.weight, _bias(p), stride) for p, stride in convolutions],
+            [_basic_block(p, eps) for p in blocks],
+        )
 
     x = to_images(to_tokens(x))
     return _run(_prepare_once(packed, make), _shrunk(x, packed, layout, strides), [x])
 
 
-def _bias(layer: Parameters) -> Tensor:
-    return layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias
-
-
-def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int]) -> Tensor:
-    height, width = x.shape[2:]
+def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int], _eps: float = 0.0) -> Tensor:
+    channels, height, width = x.shape[1:]
     for stride in strides:
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    last: Any = shapes_of(layout)[-2]
-    return _images(x, last[0], height, width)
+    if strides:
+        channels = shapes_of(layout)[2 * len(strides) - 2][0]  # type: ignore[index]
+    return _images(x, channels, height, width)
 
 
-def _basic_block(x: Tensor, packed: Tensor, layout: list[int], eps: float) -> Tensor:
-    def make() -> Any:
-        from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
-
-        p = BasicLayers(*_layers(unpack(packed, layout)))
-        return cpu.BasicBlock(
-            cpu.LocalNorm(cpu.Filter(*p.local), p.norm, eps), cpu.Filter(*p.large), cpu.Excite(p.reduce, p.excite),
-            _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
-        )  # fmt: skip
-
-    x = to_images(to_tokens(x))
-    return _run(_prepare_once(packed, make), _images(x, x.shape[1], *x.shape[2:]), [x])
+def _parts(tensors: list[Any], kind: Any) -> list[Any]:
+    """Layers block by block."""
+    count = len(kind._fields)
+    return [kind(*tensors[i : i + count]) for i in range(0, len(tensors), count)]
 
 
-def _mixer_block(
+def _basic_block(p: BasicLayers, eps: float) -> Any:
+    from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+    return cpu.BasicBlock(
+        cpu.LocalNorm(cpu.Filter(*p.local), p.norm, eps), cpu.Filter(*p.large), cpu.Excite(p.reduce, p.excite),
+        _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
+    )  # fmt: skip
+
+
+def _mixer_stack(
     x: Tensor, context: Tensor | None, prior: Tensor | None, packed: Tensor, layout: list[int], scale: float,
     region_grid: int, eps: float,
 ) -> Tensor:  # fmt: skip
+    beside = 0 if context is None else context.shape[1]
+
     def make() -> Any:
         from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
 
-        tensors, count = unpack(packed, layout), 2 * len(MixerLayers._fields)
-        p, rpbs = MixerLayers(*_layers(tensors[:count])), tensors[count:]
-        fusion, update, value = None, None, None
-        if p.fusion.weight is not None:
-            fusion = cpu.Fusion(cpu.Filter(*p.fusion), cpu.Product(*p.fusion_project), p.fusion_norm, eps)
-        if p.alpha.weight is not None:
-            update = cpu.Update(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
-        if p.value.weight is not None:
-            value = cpu.Product(*p.value)
-        query = cpu.Product(p.query.weight * scale, p.query.bias * scale)
-        mix = cpu.Mix(query, cpu.Product(*p.key), value, p.kernels, rpbs, region_grid)
-        return cpu.MixerBlock(
-            update=update, local1=cpu.LocalNorm(cpu.Filter(*p.local1), p.norm1, eps), fusion=fusion, mix=mix,
-            out=cpu.Product(*p.out), large=cpu.Filter(*p.large), excite=cpu.Excite(p.reduce, p.excite),
-            gate=cpu.Product(*p.gate), project=cpu.Product(*p.project), share1=_share(p.residual1, p.norm1),
-            local2=cpu.LocalNorm(cpu.Filter(*p.local2), p.norm2, eps),
-            ffn=_feed_forward(p.expand, p.hidden, p.response, p.ffn_project, eps), share2=_share(p.residual2, p.norm2),
-            context_channels=0 if context is None else context.shape[1],
-        )  # fmt: skip
+        blocks = _parts(list(_layers(unpack(packed, layout))), MixerLayers)
+        return cpu.MixerStack([_mixer_block(p, beside, scale, region_grid, eps) for p in blocks])
 
     prepared = _prepare_once(packed, make)
     given = [y for y in (x, context, prior) if y is not None]
     inputs, strides = zip(*map(_as_tokens, given), strict=True)
-    return _run(prepared, _images(x, _width(x, context), *x.shape[2:]), list(inputs), strides)
+    return _run(prepared, _images(x, x.shape[1] + beside, *x.shape[2:]), list(inputs), strides)
 
 
-def _width(x: Tensor, context: Tensor | None) -> int:
-    return x.shape[1] + (0 if context is None else context.shape[1])
+def _mixer_block(p: MixerLayers, beside: int, scale: float, region_grid: int, eps: float) -> Any:
+    from overlock.ops import cpu_blocks as cpu  # noqa: PLC0415
+
+    fusion, update, value = None, None, None
+    if p.fusion.weight is not None:
+        fusion = cpu.Fusion(cpu.Filter(*p.fusion), cpu.Product(*p.fusion_project), p.fusion_norm, eps)
+    if p.alpha.weight is not None:
+        update = cpu.Update(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
+    if p.value.weight is not None:
+        value = cpu.Product(*p.value)
+    query = cpu.Product(p.query.weight * scale, p.query.bias * scale)
+    rpbs = [rpb for rpb in p.rpbs if rpb is not None]
+    mix = cpu.Mix(query, cpu.Product(*p.key), value, p.kernels, rpbs, region_grid)
+    return cpu.MixerBlock(
+        update=update, local1=cpu.LocalNorm(cpu.Filter(*p.local1), p.norm1, eps), fusion=fusion, mix=mix,
+        out=cpu.Product(*p.out), large=cpu.Filter(*p.large), excite=cpu.Excite(p.reduce, p.excite),
+        gate=cpu.Product(*p.gate), project=cpu.Product(*p.project), share1=_share(p.residual1, p.norm1),
+        local2=cpu.LocalNorm(cpu.Filter(*p.local2), p.norm2, eps),
+        ffn=_feed_forward(p.expand, p.hidden, p.response, p.ffn_project, eps), share2=_share(p.residual2, p.norm2),
+        context_channels=beside,
+    )  # fmt: skip
 
 
 def _feed_forward(expand: Layer, hidden: Layer, response: Layer, project: Layer, eps: float) -> Any:
@@ -284,13 +288,12 @@ def _images(x: Tensor, channels: int, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
 
 
-conv_stack = _define("conv_stack", "Tensor x, Tensor packed, int[] layout, int[] strides", _conv_stack, _shrunk)
-basic_block = _define(
-    "basic_block", "Tensor x, Tensor packed, int[] layout, float eps", _basic_block,
-    lambda x, *_: _images(x, *x.shape[1:]),
-)  # fmt: skip
-mixer_block = _define(
-    "mixer_block",
+basic_stack = _define(
+    "basic_stack", "Tensor x, Tensor packed, int[] layout, int[] strides, float eps", _basic_stack, _shrunk
+)
+mixer_stack = _define(
+    "mixer_stack",
     "Tensor x, Tensor? context, Tensor? prior, Tensor packed, int[] layout, float scale, int region_grid, float eps",
-    _mixer_block, lambda x, context, *_: _images(x, _width(x, context), *x.shape[2:]),
-)  # fmt: skip
+    _mixer_stack,
+    lambda x, context, *_: _images(x, x.shape[1] + (0 if context is None else context.shape[1]), *x.shape[2:]),
+)

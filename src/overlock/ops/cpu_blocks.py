@@ -93,28 +93,6 @@ class Convolution:
         )  # fmt: skip
 
 
-class ConvStack:
-    """Convolutions one after another, GELU between them."""
-
-    def __init__(self, convolutions: list[Convolution]):
-        self.convolutions = convolutions
-
-    def shrunk(self, size: Size) -> Size:
-        for convolution in self.convolutions:
-            size = convolution.shrunk(size)
-        return size
-
-    def program(self, size: Size) -> Program:
-        """Of input x (B, H, W, C) and output."""
-        program, x, last = Program(), input_place(0), len(self.convolutions) - 1
-        for i, convolution in enumerate(self.convolutions):
-            small = convolution.shrunk(size)
-            out = input_place(1) if i == last else program.room(small.rows, convolution.width)
-            convolution.add(program, size, x, out, 0 if i == last else GELU)
-            x, size = out, small
-        return program.compile()
-
-
 class Filter:
     """A depthwise convolution."""
 
@@ -191,15 +169,45 @@ class BasicBlock:
     def __init__(self, local: LocalNorm, large: Filter, excite: Excite, ffn: FeedForward, share: Tensor):
         self.local, self.large, self.excite, self.ffn, self.share = local, large, excite, ffn, share
 
-    def program(self, size: Size) -> Program:
-        """Of input x and output, (B, H, W, C) both."""
-        program, channels = Program(), self.share.numel()
-        x, out = input_place(0), input_place(1)
+    def add(self, program: Program, size: Size, x: Place, out: Place) -> None:
+        """Of x and out (B, H, W, C)."""
+        kept, channels = program.numbers, self.share.numel()
         normed, sums = program.room(size.rows, channels), program.room(size.batch, channels)
         self.local.add(program, size, x, out, normed)
         self.large.add(program, size, normed, normed, SUMS, sums)
         self.excite.add(program, size, sums, sums)
         self.ffn.add(program, size, normed, out, other=out, share=self.share, scale=sums)
+        program.numbers = kept
+
+
+class BasicStack:
+    """Convolutions with GELU between them, and basic blocks after them; there may be none of either."""
+
+    def __init__(self, convolutions: list[Convolution], blocks: list[BasicBlock]):
+        self.convolutions, self.blocks = convolutions, blocks
+
+    def shrunk(self, size: Size) -> Size:
+        for convolution in self.convolutions:
+            size = convolution.shrunk(size)
+        return size
+
+    def program(self, size: Size) -> Program:
+        """Of an input and an output (B, H, W, C)."""
+        program, x, out, small = Program(), input_place(0), input_place(1), self.shrunk(size)
+        inner = len(self.blocks) - (not self.convolutions)  # maps between the parts
+        held = [program.room(small.rows, self.blocks[0].share.numel()) for _ in range(min(inner, 2))]
+        outs = [held[i % 2] for i in range(inner)] + [out]
+        kept = program.numbers
+        for i, convolution in enumerate(self.convolutions, start=1):
+            size, before = convolution.shrunk(size), size
+            last = i == len(self.convolutions)
+            to = outs[0] if last else program.room(size.rows, convolution.width)
+            convolution.add(program, before, x, to, 0 if last else GELU)
+            x = to
+        program.numbers = kept
+        for block, to in zip(self.blocks, outs[len(outs) - len(self.blocks) :], strict=True):
+            block.add(program, small, x, to)
+            x = to
         return program.compile()
 
 
@@ -292,30 +300,29 @@ class MixerBlock:
         self.context_channels = context_channels
         self.ones = torch.ones_like(share1)
 
-    def program(self, size: Size, strides: tuple[int, ...]) -> Program:
-        """Of inputs x (T, C), context and prior (T, Cc each) with tokens of some strides, and output (T, C + Cc).
+    def add(self, program: Program, size: Size, inputs: list[Place], strides: tuple[int, ...], out: Place) -> None:
+        """Of inputs x (T, C), context and prior (T, Cc each) with tokens of some strides, and out (T, C + Cc).
 
-        Without a context, of x and output alone.
+        Without a context, of x and out alone.
         """
-        program, channels, beside = Program(), self.gate.width, self.context_channels
-        width = channels + beside
-        x, out = input_place(0), input_place(3 if beside else 1)
+        begin, (x, *others) = program.numbers, inputs
+        width = self.gate.width + self.context_channels
         held, normed = program.room(size.rows, width), program.room(size.rows, width)
         kept = program.numbers
-        if beside:
-            self._join(program, size, strides, held)
+        if others:
+            self._join(program, size, inputs, strides, held)
             x = held
         self.local1.add(program, size, x, out, normed)
         self._aggregate(program, size, held, normed, out)
         program.numbers = kept
         self.local2.add(program, size, out, held, normed)
         self.ffn.add(program, size, normed, out, other=held, share=self.share2)
-        return program.compile()
+        program.numbers = begin
 
-    def _join(self, program: Program, size: Size, strides: tuple[int, ...], out: Place) -> None:
+    def _join(self, program: Program, size: Size, inputs: list[Place], strides: tuple[int, ...], out: Place) -> None:
         update, pieces = self.update or (self.ones,) * 3, max(1, size.rows // 64)
         program.call(
-            join, pieces, *map(input_place, range(3)), *update, out, size.rows, self.gate.width,
+            join, pieces, *inputs, *update, out, size.rows, self.gate.width,
             self.context_channels, *strides, self.update is not None, pieces,
         )  # fmt: skip
 
@@ -339,3 +346,25 @@ class MixerBlock:
         self.project.add(
             program, size.rows, mixed, out, scale=scale, tokens=size.tokens, gate=gate, other=out, share=self.share1
         )  # fmt: skip
+
+
+class MixerStack:
+    """Mixer blocks one after another; the context of one goes on to the next, the prior is the same for all."""
+
+    def __init__(self, blocks: list[MixerBlock]):
+        self.blocks = blocks
+
+    def program(self, size: Size, strides: tuple[int, ...]) -> Program:
+        """Of inputs as those of a block, with tokens of some strides, and an output (T, C + Cc)."""
+        program, inputs = Program(), [input_place(i) for i in range(len(strides))]
+        channels = self.blocks[0].gate.width
+        width = channels + self.blocks[0].context_channels
+        held = [program.room(size.rows, width) for _ in self.blocks[1:3]]
+        outs = [held[i % 2] for i in range(len(self.blocks) - 1)] + [input_place(len(strides))]
+        for block, out in zip(self.blocks, outs, strict=True):
+            block.add(program, size, inputs, strides, out)
+            if len(strides) > 1:
+                inputs, strides = [out, out + channels, inputs[2]], (width, width, strides[2])
+            else:
+                inputs = [out]
+        return program.compile()
