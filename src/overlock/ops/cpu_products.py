@@ -25,7 +25,7 @@ from overlock.ops.tiles import (
     multiply_three_halves,
     multiply_vector,
 )
-from overlock.ops.vectors import LANES, gelu, load, load_part, prefetch, silu, store, store_part, zeros
+from overlock.ops.vectors import LANES, gelu, load, load_part, prefetch, room, silu, store, store_part
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
 SCALED, GATED, RESIDUAL, SILU, GELU = 1, 2, 4, 8, 16
@@ -148,16 +148,16 @@ def product(call, thread, threads):
     other, part, out = floats(p[6], everything), floats(p[7], everything), floats(p[8], everything)
     chunk = p[26]
     size = (depth + chunk - 1) // chunk * ROWS * STRIDE
-    room = max(1, ROOM // size)
-    packed, tile = zeros(room * size), zeros(ROWS * PANEL)
+    held = max(1, ROOM // size)  # blocks of rows
+    packed, tile = room(held * size), room(ROWS * PANEL)
     packed_at, tile_at = packed.ctypes.data, tile.ctypes.data
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         row_piece, panel_piece = job // p[19], job % p[19]
         top, bottom = rows * row_piece // p[18], rows * (row_piece + 1) // p[18]
         blocks = (bottom - top + ROWS - 1) // ROWS
-        for start in range(0, blocks, room):
-            stop = min(blocks, start + room)
+        for start in range(0, blocks, held):
+            stop = min(blocks, start + held)
             for block in range(start, stop):
                 first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                 place = (block - start) * size
@@ -216,5 +216,5 @@ def cut(rows: int, chunks: int, width: int) -> tuple[int, int]:
     threads, panels = torch.get_num_threads(), -(-width // PANEL)
     if rows < ROWS * threads:
         return 1, min(threads, panels)
-    room = max(1, ROOM // (chunks * ROWS * STRIDE)) * ROWS
-    return -(-max(1, -(-rows // room)) // threads) * threads, 1
+    rows_at_once = max(1, ROOM // (chunks * ROWS * STRIDE)) * ROWS
+    return -(-max(1, -(-rows // rows_at_once)) // threads) * threads, 1
