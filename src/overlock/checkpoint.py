@@ -136,11 +136,7 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None) -> tup
     Raises:
         ValueError: for a missing, damaged or foreign file, naming it.
     """
-    path = Path(path)
-    if path.is_dir():
-        if not (path / MODEL_FILE).is_file():
-            raise ValueError(f"{path}: no {MODEL_FILE} in this folder; give the folder of a finished run")
-        path = path / MODEL_FILE
+    path = _file_of(path)
     state = unwrap(read_checkpoint(path))
     record = read_record(path)
     if record is None:
@@ -157,6 +153,21 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None) -> tup
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     return network.eval(), record
+
+
+def load_record(path: str | os.PathLike[str], *, model: str | None = None) -> Record:
+    """What :func:`load_model` says of a network, without building it."""
+    path = _file_of(path)
+    return read_record(path) or infer_record(unwrap(read_checkpoint(path)), path, model=model)
+
+
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    if not (path / MODEL_FILE).is_file():
+        raise ValueError(f"{path}: no {MODEL_FILE} in this folder; give the folder of a finished run")
+    return path / MODEL_FILE
 
 
 def read_record(path: Path) -> Record | None:

@@ -8,16 +8,13 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Column, Table
 
 from overlock.cli.command import Command
-
-if TYPE_CHECKING:
-    from overlock.checkpoint import Record
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -57,18 +54,16 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.checkpoint import load_model  # noqa: PLC0415
+    from overlock.checkpoint import load_record  # noqa: PLC0415
 
-    dense = []
-    for source in options.models:
-        if Path(source).is_dir() or Path(source).is_file():
-            network, record = load_model(source, model=options.model)
-            if record.head is not None:
-                dense.append((source, network, record))
-    if not dense:
+    tasks = {
+        load_record(source, model=options.model).task if Path(source).exists() else "classify"
+        for source in options.models
+    }
+    if tasks == {"classify"}:
         _evaluate_classifiers(options, console)
-    elif len(dense) == len(options.models) and len({record.task for *_, record in dense}) == 1:
-        _evaluate_dense(dense, options, console)
+    elif len(tasks) == 1:
+        _evaluate_dense(options, console, *tasks)
     else:
         raise ValueError(
             "models of different tasks have no table in common; evaluate classifiers, detectors and "
@@ -110,19 +105,20 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> None:
         console.print(f"not readable: {problem}")
 
 
-def _evaluate_dense(models: list[tuple[str, Any, Record]], options: Namespace, console: Console) -> None:
+def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
+    from overlock.checkpoint import load_model  # noqa: PLC0415
     from overlock.deploy.evaluate_dense import evaluate_dense  # noqa: PLC0415
 
     testing: dict[str, Any] = {}
-    if models[0][2].task == "segment":
+    if task == "segment":
         testing = {name: options[name] for name in ("scales", "flip", "window", "stride")}
     results = [
         evaluate_dense(
-            network, record, options.data, name=source, part=options.val_split, shift=options.shift,
-            ignore_index=options.ignore_index, workers=options.workers, device=options.device,
+            *load_model(source, model=options.model), options.data, name=source, part=options.val_split,
+            shift=options.shift, ignore_index=options.ignore_index, workers=options.workers, device=options.device,
             show_progress=console.is_terminal, **testing,
         )
-        for source, network, record in models
+        for source in options.models
     ]  # fmt: skip
     if options.json:
         sys.stdout.write(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
