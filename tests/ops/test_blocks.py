@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -270,6 +271,36 @@ def test_without_numba(kind, monkeypatch, calls):
     monkeypatch.setattr(blocks, "numba_installed", lambda: False)
     check(fused(*inputs), expected_of(block, inputs))
     assert not calls
+
+
+@kinds
+@torch.no_grad()
+def test_plain_layers_on_several_threads(kind, calls):
+    """None sees another's tensors come and go."""
+    block, fused, inputs = make(kind)
+    fused, inputs = fused.double(), [x.double() for x in inputs]
+    expected = expected_of(block, inputs)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: joined(fused(*inputs)), range(12)):
+            check(result, expected)
+    assert not calls
+
+
+@kinds
+@torch.no_grad()
+def test_copies_and_files(kind, tmp_path):
+    """A copy goes on by itself; a pickled one is the same."""
+    block, fused, inputs = make(kind)
+    expected = expected_of(block, inputs)
+    check(fused(*inputs), expected)
+    check(fused.double()(*[x.double() for x in inputs]), expected)
+    copied = copy.deepcopy(fused).float()
+    for parameter in fused.parameters():
+        parameter.zero_()
+    check(copied(*inputs), expected)
+    torch.save(copied, tmp_path / "fused.pt")
+    assert (tmp_path / "fused.pt").stat().st_size < 4 * sum(p.numel() for p in copied.parameters()) + 200_000
+    check(torch.load(tmp_path / "fused.pt", weights_only=False)(*inputs), expected)
 
 
 @kinds

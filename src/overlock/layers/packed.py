@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.weak import WeakIdKeyDictionary
 
+from overlock.ops.blocks import is_watched
 from overlock.ops.packing import pack, unpack
+
+# Not attributes, since copies and files would hold them too.
+_modules: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Packed(nn.Module):
@@ -38,11 +43,25 @@ class Packed(nn.Module):
 
     def plain(self, *inputs: Tensor) -> Any:
         """What the module itself gives."""
+        if torch.compiler.is_compiling():
+            return functional_call(self._module[0], self._tensors(), inputs)
+        if is_watched() or (self.packed.requires_grad and torch.is_grad_enabled()):
+            return _module_of(self._module[0], self._tensors())(*inputs)
+        return self._kept()(*inputs)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Views of the packed one, by their names in the module."""
         tensors = [tensor for tensor in unpack(self.packed, self.layout) if tensor is not None]
-        named = dict(zip(self.names, tensors, strict=True))
-        if torch.jit.is_tracing():  # which functional_call refuses
-            return _module_of(self._module[0], named)(*inputs)
-        return functional_call(self._module[0], named, inputs)
+        return dict(zip(self.names, tensors, strict=True))
+
+    def _kept(self) -> nn.Module:
+        """The module over the memory of the packed tensor, made anew when that moves."""
+        key = self.packed.data_ptr(), self.packed.dtype
+        known = _modules.get(self.packed)
+        if known is None or known[0] != key:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                known = _modules[self.packed] = key, _module_of(self._module[0], self._tensors())
+        return known[1]
 
     def for_cpu(self) -> Packed:
         return self
@@ -53,7 +72,7 @@ class Packed(nn.Module):
 
 def _module_of(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A copy of a module with tensors in the place of its parameters and buffers."""
-    module = copy.deepcopy(module)
+    module = copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
     for name, tensor in tensors.items():
         path, _, key = name.rpartition(".")
         owner = module.get_submodule(path)
