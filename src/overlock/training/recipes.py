@@ -103,6 +103,20 @@ def cifar10(data: str) -> TrainConfig:
     )
 
 
+def cifar10_mixed(data: str) -> TrainConfig:
+    """Further on CIFAR-10 from the weights of the recipe cifar10, with images altered and, half of the time, mixed."""
+    first = cifar10(data)
+    return replace(
+        first,
+        output="runs/cifar10_mixed",
+        weights=first.output,
+        epochs=9,
+        augment=replace(first.augment, rand_augment="rand-m5-mstd0.5-inc1"),
+        loss=LossConfig(cutmix=1.0, mix_prob=0.5),
+        optim=replace(first.optim, lr=1.5e-3),
+    )
+
+
 def digits(data: str = "digits") -> TrainConfig:
     """The smallest network on scikit-learn's handwritten digits: two minutes on two cores, to see it all work."""
     return TrainConfig(
@@ -123,7 +137,7 @@ def digits(data: str = "digits") -> TrainConfig:
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        *(imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, digits),
+        *(imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, cifar10_mixed, digits),
         *DENSE_RECIPES,
     )
 }
