@@ -15,7 +15,7 @@ import torch
 from numba import carray, njit
 from torch import Tensor
 
-from overlock.ops.cpu_kernels import LOG2_E, PAIR, four_logits, read_token, tap_biases
+from overlock.ops.cpu_kernels import LOG2_E, PAIR, four_logits, no_biases, read_token, tap_biases
 from overlock.ops.threads import OPTIONS, floats, kernel, run, share
 from overlock.ops.vectors import (
     LANES,
@@ -280,7 +280,7 @@ def mix_backward(call, thread, threads):
     bias_sums, table_sums = np.zeros(taps, np.float32), np.zeros(side + LANES, np.float32)
     sums, mixed = np.zeros(blocks * size * LANES, np.float32), np.zeros(4 * LANES, np.float32)
     query, grad = np.zeros(4 * depth + LANES, np.float32), np.zeros(4 * channels + LANES, np.float32)
-    start, logits = np.full(4 * (taps + LANES), -np.inf, np.float32), np.zeros(4 * taps, np.float32)
+    start, logits = no_biases(used, taps), np.zeros(4 * taps, np.float32)
     kernel_grads, scale = np.zeros(4 * step, np.float32), np.zeros(4, np.float32)
     window, held = np.zeros(4, np.int64), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)

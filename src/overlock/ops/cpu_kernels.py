@@ -85,6 +85,15 @@ def tap_biases(bias, table, row, column, kernel_height, kernel_width, out, to):
 
 
 @njit(**OPTIONS)
+def no_biases(used, taps):
+    """Those of four tokens (4, N + LANES) to begin with: zeros, also for tokens beside the last, and -inf beyond."""
+    biases = zeros(4 * (taps + LANES))
+    for i in range(4):
+        biases[i * (taps + LANES) + used : (i + 1) * (taps + LANES)] = -np.inf
+    return biases
+
+
+@njit(**OPTIONS)
 def four_logits(query, depth, rows, taps, biases, out):
     """out (4, N) = biases (4, N + LANES) + query (4, D) @ rows (D, N)."""
     step = taps + LANES
@@ -276,7 +285,7 @@ def mix(call, thread, threads):
     for n in range(used):
         bias[n] = biases[n] * LOG2_E
     query, logits = zeros(4 * depth + LANES), zeros(4 * taps)
-    start, mixed = np.full(4 * (taps + LANES), -np.inf, np.float32), zeros(4 * LANES)
+    start, mixed = no_biases(used, taps), zeros(4 * LANES)
     window, scale, held = np.zeros(4, np.int64), np.zeros(4, np.float32), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
