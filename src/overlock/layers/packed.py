@@ -1,7 +1,7 @@
 """A module whose parameters are one tensor.
 
 Each tensor costs Python, guards and dispatch some microseconds a call, with what a long kernel has left in the caches;
-for the fifty of a block that came to a tenth of its time at 224 x 224.
+for the fifty of each block that came to 3 of XT's 165 ms at 512 x 512.
 """
 
 from __future__ import annotations
