@@ -194,6 +194,39 @@ def test_convert_the_merged_form(tmp_path, capsys):
         torch.testing.assert_close(converted(images(1, 1, 40, 40)), network(images(1, 1, 40, 40)))
 
 
+def save_networks(folder, *seeds, model="overlock_atto", classes=("cat", "dog")):
+    for seed in seeds:
+        network = randomise(timm.create_model(model, num_classes=len(classes), in_chans=1), seed=seed)
+        arguments = dict(num_classes=len(classes), in_chans=1)
+        save_model(
+            folder / f"{seed}.safetensors",
+            network.state_dict(),
+            Record(model=model, model_args=arguments, classes=classes),
+        )
+    return [folder / f"{seed}.safetensors" for seed in seeds]
+
+
+def test_average(tmp_path, capsys):
+    paths = save_networks(tmp_path, 1, 2, 3)
+    out = succeeds(capsys, "average", *paths, "--output", tmp_path / "mean.safetensors")
+    assert "the mean of 3 checkpoints of overlock_atto" in out
+    network, record = load_classifier(tmp_path / "mean.safetensors")
+    assert record.classes == ("cat", "dog")
+    weights = [load_file(path) for path in paths]
+    for name, value in network.state_dict().items():
+        expected = torch.stack([state[name].double() for state in weights]).mean(0)
+        torch.testing.assert_close(value, expected.to(value.dtype))
+    assert "pass --force" in fails(capsys, "average", *paths, "--output", tmp_path / "mean.safetensors")
+
+
+def test_average_of_unlike_checkpoints(tmp_path, capsys):
+    paths = save_networks(tmp_path, 1) + save_networks(tmp_path, 2, classes=("cat", "dog", "owl"))
+    target = tmp_path / "mean.safetensors"
+    assert "differs from" in fails(capsys, "average", *paths, "--output", target)
+    assert "two checkpoints or more" in fails(capsys, "average", paths[0], "--output", target)
+    assert not target.exists()
+
+
 def test_predict_with_the_authors_file(official_file, run_folder, capsys):
     path, _ = official_file
     image = run_folder / "image.png"
@@ -226,7 +259,7 @@ def test_predict_with_the_authors_file(official_file, run_folder, capsys):
         (("summary", "resnet18"), "unknown model 'resnet18'; the models are overlock_atto"),
         (("summary", "overlock_t", "--image-size", "8", "8"), "at least 32 x 32 pixels, got 8 x 8"),
         (("convert", "nowhere.pth", "out.safetensors"), "nowhere.pth: no such file"),
-        (("convert", "nowhere.pth", "out.pth"), "out.pth: the name of the converted file must end in .safetensors"),
+        (("convert", "nowhere.pth", "out.pth"), "out.pth: the name of a file of weights must end in .safetensors"),
         (("predict", "--checkpoint", "x"), "required: images"),
         (("predict", "a.png", "--model", "overlock_t"), "what a checkpoint holds; give one with --checkpoint"),
     ],
@@ -320,7 +353,9 @@ def test_as_a_process(tmp_path):
     assert done.stderr.count("\n") == 1
     help_text = run("--help")
     assert help_text.returncode == 0
-    assert all(name in help_text.stdout for name in ("train", "evaluate", "predict", "push", "summary", "convert"))
+    assert all(
+        name in help_text.stdout for name in ("train", "evaluate", "predict", "push", "summary", "average", "convert")
+    )
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

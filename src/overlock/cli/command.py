@@ -1,8 +1,9 @@
-"""What a sub-command consists of."""
+"""What a sub-command consists of, and the file of weights that some of them write."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
@@ -17,3 +18,24 @@ class Command(NamedTuple):
     """Adds options to a parser; the words after the sub-command's name tell which, where they depend on them."""
     run: Callable[[Namespace, Console], int | None]
     """Carries it out; returns an exit code, None for 0."""
+
+
+def add_target(parser: ArgumentParser, name: str) -> None:
+    """The options that :func:`check_target` reads: the file to write, and leave to replace it."""
+    required = dict(required=True) if name.startswith("--") else {}
+    parser.add_argument(name, type=str, metavar="OUT.safetensors", help="File to write.", **required)
+    parser.add_argument("--force", action="store_true", help="Replace a file that is there.")
+
+
+def check_target(name: str, *, force: bool) -> Path:
+    """The path of a file of weights to write.
+
+    Raises:
+        ValueError: where its name has another ending, or, without ``force``, where it exists.
+    """
+    path = Path(name)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: the name of a file of weights must end in .safetensors")
+    if path.exists() and not force:
+        raise ValueError(f"{path}: exists already; choose another name or pass --force")
+    return path

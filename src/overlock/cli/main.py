@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 
-from overlock.cli import convert, evaluate, pack, predict, push, summary, train
+from overlock.cli import average, convert, evaluate, pack, predict, push, summary, train
 from overlock.version import __version__
 
 USER_FAULT, INTERRUPTED = 2, 130
@@ -26,6 +26,7 @@ COMMANDS = {
     "push": push.COMMAND,
     "pack": pack.COMMAND,
     "summary": summary.COMMAND,
+    "average": average.COMMAND,
     "convert": convert.COMMAND,
 }
 
