@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,10 +16,11 @@ from runs import run, settings
 from torch.nn import functional as F
 
 from overlock.checkpoint import load_classifier
+from overlock.data import load_data
 from overlock.data.loaders import Batch
 from overlock.deploy import Predictor
 from overlock.training import TrainConfig
-from overlock.training.classification import Classification
+from overlock.training.classification import Classification, make_network
 from overlock.training.config import LossConfig, OptimConfig
 from overlock.training.optim import make_optimizer, make_schedule
 from overlock.training.run import train
@@ -263,8 +265,11 @@ def test_layer_decay_falls_towards_the_images():
     assert len({by_name[name] for name in order}) == len(order)
 
 
-def test_a_peer_takes_its_own_arguments(tmp_path):
-    """convnext's stem of single pixels keeps images of 32 x 32 at 4 x 4 to the end; its record builds it again so."""
+def test_a_peer_takes_its_own_arguments_and_weights(tmp_path):
+    """convnext's stem of single pixels keeps images of 32 x 32 at 4 x 4 to the end; its record builds it again so.
+
+    Another run starts from its weights, with its classifier where the classes are as many, and a new one where not.
+    """
     make_classes(tmp_path / "data", 5)
     args = dict(patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
     config = settings(tmp_path / "data", tmp_path / "run", epochs=1, model="convnext_atto", model_args=args)
@@ -272,6 +277,15 @@ def test_a_peer_takes_its_own_arguments(tmp_path):
     network, record = load_classifier(tmp_path / "run")
     assert record.model_args["patch_size"] == 1
     assert network.forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == (4, 4)
+    for folder, alike in (("data", True), ("fewer", False)):
+        if not alike:
+            make_classes(tmp_path / folder, 5, colours=tuple(COLOURS)[:2])
+        again = replace(config, data=str(tmp_path / folder), weights=str(tmp_path / "run"))
+        started, _ = make_network(again, load_data(again.data))
+        differs = [name for name, p in started.state_dict().items() if not p.equal(network.state_dict()[name])]
+        assert differs == ([] if alike else ["head.fc.weight", "head.fc.bias"])
+    with pytest.raises(ValueError, match="size mismatch"):
+        make_network(replace(again, model_args=dict(args, dims=[8, 8, 8, 16])), load_data(again.data))
 
 
 def test_output_is_not_overwritten_unasked(trained):
@@ -289,7 +303,7 @@ def test_output_is_not_overwritten_unasked(trained):
         (dict(image_size=16), "image_size must be at least 32 with this stem, got 16"),
         (dict(weights="nowhere.pth"), "nowhere.pth: no such file"),
         (dict(data="nowhere"), "nowhere: no such folder"),
-        (dict(model="test_convnext", weights="a.pth"), "weights are read for OverLoCK's models"),
+        (dict(model="test_convnext", weights="nowhere.pth"), "nowhere.pth: no such file"),
         (dict(freeze=["base"]), "no parameter's name begins with 'base'; OverLoCK has base_net"),
         (dict(freeze=["base_net", "overview_net", "focus_net", "head", "aux_head"]), "freeze leaves nothing to train"),
         (dict(batch_size=5), "mixup and cutmix join images by pairs"),

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.checkpoint import CONFIG_FILE, Record, build, default_preprocessing, to_timm_config
+from overlock.checkpoint import CONFIG_FILE, Record, build, default_preprocessing, read_record, to_timm_config
 from overlock.data import ImageData, load_data, make_eval_transform, make_train_transform
 from overlock.data.images import save_examples
 from overlock.data.loaders import Batch, OnImage
@@ -20,7 +20,7 @@ from overlock.hub import find_weights
 from overlock.network import VARIANTS
 from overlock.training.config import LossConfig, TrainConfig
 from overlock.training.job import Job
-from overlock.weights import load_weights
+from overlock.weights import load_weights, read_checkpoint, unwrap
 
 EXAMPLES = "examples"
 
@@ -146,14 +146,19 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
     only_training: dict[str, Any] = dict(drop_path_rate=rate) if rate else {}
     if ours and config.loss.aux_weight:
         only_training["aux_head"] = True
+    source = None if config.weights is None else find_weights(config.weights)
+    given: dict[str, Any] = dict(pretrained=config.pretrained)
+    if source is not None and not ours:  # timm fits them to another number of classes or channels
+        before = read_record(source)
+        its_classes = {} if before is None else dict(num_classes=len(before.classes))
+        state = unwrap(read_checkpoint(source))
+        given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, **its_classes))
     try:
-        network = build(config.model, pretrained=config.pretrained, **arguments, **only_training)
+        network = build(config.model, **given, **arguments, **only_training)
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
-    if config.weights is not None:
-        if not ours:
-            raise ValueError(f"weights are read for OverLoCK's models, not for {config.model}; try --pretrained true")
-        load_weights(network, find_weights(config.weights))
+    if source is not None and ours:
+        load_weights(network, source)
     smallest = getattr(network, "smallest_image", 1)
     if config.image_size < smallest:
         raise ValueError(f"image_size must be at least {smallest} with this stem, got {config.image_size}")
