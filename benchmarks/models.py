@@ -25,7 +25,7 @@ import torch
 from alternatives import by_unfold, make_kernels
 from jsonargparse import auto_cli
 from ops import peak_extra_memory
-from timing import interleave, leave_out, middle, report, spread
+from timing import interleave, leave_out, middle, ratio, report, spread
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -172,12 +172,11 @@ def measure(
     seconds = interleave({f"{network.label}, {form}": call for network, form, call in calls}, repeats=repeats)
     batch, _, *size = images.shape
 
-    def rate(network: Network, form: Form) -> float | None:
-        taken = seconds.get(f"{network.label}, {form}")
-        return taken and batch * count_macs(network.name, tuple(size), settings["features"]) / 1e6 / middle(taken)
+    def work(network: Network) -> float:
+        return batch * count_macs(network.name, tuple(size), settings["features"]) / 1e9
 
     for network, form, call in calls:
-        taken, last = seconds[f"{network.label}, {form}"], rate(networks[-1], form)
+        taken, last = seconds[f"{network.label}, {form}"], seconds.get(f"{networks[-1].label}, {form}")
         yield {
             "model": network.label,
             "form": form,
@@ -186,9 +185,9 @@ def measure(
             "ms": middle(taken),
             "spread, %": spread(taken),
             "images/s": 1e3 * batch / middle(taken),
-            "GMAC": count_macs(network.name, tuple(size), settings["features"]) / 1e9,
-            "GMAC/s": rate(network, form),
-            "over last model": rate(network, form) / last if last else "",
+            "GMAC": work(network) / batch,
+            "GMAC/s": 1e3 * work(network) / middle(taken),
+            "over last model": work(network) / work(networks[-1]) * ratio(last, taken) if last else "",
             "extra memory, MiB": peak_extra_memory(call, images.device.type),
         }
 
@@ -211,7 +210,7 @@ def main(
     """Time networks by turns and print medians.
 
     Args:
-        models: names that timm knows, ours among them; rates are compared to the last one's.
+        models: names that timm knows, ours among them; rates are compared to the last one's, round by round.
         batch_sizes: images in a batch.
         sizes: heights and widths of the images.
         mode: inference, or a training step without an optimiser.

@@ -42,6 +42,15 @@ def middle(seconds: list[float]) -> float:
     return 1e3 * statistics.median(seconds)
 
 
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Median over the rounds of one candidate's time over another's in the same round.
+
+    A machine that others share is slower for some seconds and not for the next: two medians may fall into different
+    spells, the two times of a round hardly ever do.
+    """
+    return statistics.median(mine / other for mine, other in zip(seconds, others, strict=True))
+
+
 def spread(seconds: list[float]) -> float:
     """Distance of the quartiles over the median, in percent."""
     first, _, third = statistics.quantiles(seconds, n=4)

@@ -67,6 +67,8 @@ CASES = [
     lambda: basic(100, 13, (1, 30, 33)),
     lambda: basic(56, 15, (1, 56, 40)),
     lambda: basic(336, 7, (2, 7, 7), scaled=True),
+    lambda: basic(20, 3, (2, 25, 1)),  # high enough for the product and the filter in one
+    lambda: basic(9, 3, (1, 51, 270), scaled=True, ffn_ratio=3),  # more columns than tokens at once
     lambda: dynamic(first=True),
     lambda: dynamic(64, 24, 4, 9, (1, 16, 31)),
     lambda: dynamic(8, 4, 2, 7, (3, 7, 7)),

@@ -98,6 +98,13 @@ def test_limits_keep_nan():
     np.testing.assert_array_equal(high, np.minimum(x, 0))
 
 
+def test_gelu_of_zero():
+    """Nothing stays nothing, and its neighbours keep their sign."""
+    actual = apply(v.gelu, np.array([0, 1e-30, -1e-30, 1e-4], np.float32))
+    assert actual[0] == 0
+    torch.testing.assert_close(actual, torch.nn.functional.gelu(torch.tensor([0, 1e-30, -1e-30, 1e-4])))
+
+
 def test_exp2():
     """To a relative 2e-7 down to 2^-99; what lies below -100 is 2^-100; a NaN stays."""
     x = torch.linspace(-99, 0, 100_003)
@@ -108,17 +115,17 @@ def test_exp2():
     assert edge[4].isnan()
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "_gelu_by_formula"])
 def test_activations(name):
     """Against PyTorch's in float64, to 5e-7 of the largest number or to 5e-7 of the input."""
-    function = getattr(torch.nn.functional, name)
+    function = torch.nn.functional.silu if name == "silu" else torch.nn.functional.gelu
     for limit in (1, 10, 1e4, 1e30):
         x = torch.linspace(-limit, limit, 100_003)
         error = (apply(getattr(v, name), x.numpy()).double() - function(x.double())).abs()
         assert float((error / x.double().abs().clamp_min(1)).max()) < 5e-7
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu"])
+@pytest.mark.parametrize("name", ["silu", "gelu", "_gelu_by_formula"])
 def test_activations_of_what_is_not_finite(name):
     """As PyTorch's: infinity stays, NaN stays, and so at least does not become a number."""
     x = torch.tensor([math.inf, math.nan, -math.inf])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from overlock.ops.cpu import map_pieces, prepare
+from overlock.ops.cpu_expand import expand_and_filter, plan
 from overlock.ops.cpu_filters import GELU_AFTER, GELU_BEFORE, SQUARES, SUMS, depthwise
 from overlock.ops.cpu_kernels import mix
 from overlock.ops.cpu_norms import average_regions, join, local_and_norm
@@ -153,13 +154,22 @@ class FeedForward:
     ) -> None:  # fmt: skip
         """out = share * other + ConvFFN(scale * x)."""
         width = self.expand.width
-        hidden, squares = program.room(size.rows, width), program.room(size.batch, width)
-        self.expand.add(program, size.rows, x, hidden, scale=scale, tokens=size.tokens)
-        self.local.add(program, size, hidden, hidden, GELU_BEFORE | SQUARES, squares)
-        arguments = (squares, self.norm_weight, self.eps, squares)
-        program.call(response_scale, size.batch, *arguments, size.batch, width)
+        hidden, response = program.room(size.rows, width), program.room(size.batch, width)
+        planned = plan(*size, self.expand.packed.numel())
+        pieces, band = planned or (1, 0)
+        squares = program.room(size.batch, pieces, width)
+        if planned:
+            program.call(
+                expand_and_filter, size.batch * pieces, x, scale or x, self.expand.packed, self.local.weight,
+                self.local.bias, hidden, squares, *size, self.expand.depth, width, SCALED if scale else 0, pieces, band,
+            )  # fmt: skip
+        else:
+            self.expand.add(program, size.rows, x, hidden, scale=scale, tokens=size.tokens)
+            self.local.add(program, size, hidden, hidden, GELU_BEFORE | SQUARES, squares)
+        arguments = (squares, self.norm_weight, self.eps, response)
+        program.call(response_scale, size.batch, *arguments, size.batch, width, pieces)
         self.project.add(
-            program, size.rows, hidden, out, scale=squares, tokens=size.tokens, other=other, share=share
+            program, size.rows, hidden, out, scale=response, tokens=size.tokens, other=other, share=share
         )  # fmt: skip
 
 

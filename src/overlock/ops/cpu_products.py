@@ -29,6 +29,7 @@ from overlock.ops.vectors import LANES, gelu, load, load_part, prefetch, room, s
 
 # What is done in the same pass, added up: to x before the product, then to the result, in this order.
 SCALED, GATED, RESIDUAL, SILU, GELU = 1, 2, 4, 8, 16
+LINE = 64  # bytes of the cache
 ROOM = 1 << 16  # numbers of packed tokens: half of a second cache, with weights and results beside them
 
 
@@ -90,10 +91,11 @@ def pack_windows_of(x, first, last, height, width, channels, size, stride, span,
 
 
 @njit(**OPTIONS)
-def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step):
+def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step, later, later_step):
     """out (rows, PANEL) = bias + packed rows @ a panel of the weights, of whose columns ``width`` are used.
 
-    All are addresses; the tile has room for the sums of a part of the depth, which is packed by chunks.
+    All are addresses; the tile has room for the sums of a part of the depth, which is packed by chunks. Meanwhile the
+    lines from ``later`` on, by ``later_step`` bytes for each step of the depth, begin to come to the second cache.
     """
     start, start_step = panel, 0  # the bias comes first, the same for all rows
     x, weight = packed, panel + 4 * PANEL
@@ -101,16 +103,18 @@ def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step):
         steps = min(chunk, depth)
         to, to_step = (out, out_step) if depth <= chunk else (tile, PANEL)
         if width > 3 * HALF:
-            multiply_panel(rows, x, weight, steps, start, start_step, to, to_step)
+            multiply_panel(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
         elif width > LANES:
             for r in range(0, rows, HALF_ROWS):
                 here, begin, end = min(HALF_ROWS, rows - r), start + 4 * r * start_step, to + 4 * r * to_step
-                multiply_three_halves(here, x + 4 * r * STRIDE, weight, steps, begin, start_step, end, to_step)
+                multiply_three_halves(
+                    here, x + 4 * r * STRIDE, weight, steps, begin, start_step, end, to_step, later, later_step
+                )
         elif width > HALF:
-            multiply_vector(rows, x, weight, steps, start, start_step, to, to_step)
+            multiply_vector(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
         else:
-            multiply_half(rows, x, weight, steps, start, start_step, to, to_step)
-        start, start_step = tile, PANEL
+            multiply_half(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
+        start, start_step, later = tile, PANEL, later + chunk * later_step
         x, weight, depth = x + 4 * ROWS * STRIDE, weight + 4 * chunk * PANEL, depth - chunk
 
 
@@ -129,6 +133,13 @@ def write_tile(tile, rows, width, other, other_first, other_step, share, column,
             if steps & GELU:
                 value = gelu(value)
             store_part(out, out_first + r * out_step + c, value, lanes)
+
+
+@njit(**OPTIONS)
+def prefetch_tile(out, first, last, step, column, width):
+    for r in range(first, last):
+        for c in range(0, min(PANEL, width), LANES):
+            prefetch(out, r * step + column + c)
 
 
 @kernel
@@ -151,6 +162,9 @@ def product(call, thread, threads):
     held = max(1, ROOM // size)  # blocks of rows
     packed, tile = room(held * size), room(ROWS * PANEL)
     packed_at, tile_at = packed.ctypes.data, tile.ctypes.data
+    # Numbers of x from what is read for one row to that for the next, and of a window below its middle.
+    advance, below = (p[24] * p[24] * p[22], p[23] // 2 * p[21] * p[22]) if p[23] else (p[13], 0)
+    later_step = min(LINE, 4 * ROWS * advance // depth + 1)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         row_piece, panel_piece = job // p[19], job % p[19]
@@ -158,6 +172,7 @@ def product(call, thread, threads):
         blocks = (bottom - top + ROWS - 1) // ROWS
         for start in range(0, blocks, held):
             stop = min(blocks, start + held)
+            ahead = (bottom - top) * stop // blocks - (bottom - top) * start // blocks
             for block in range(start, stop):
                 first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                 place = (block - start) * size
@@ -167,22 +182,25 @@ def product(call, thread, threads):
                     for r in range(first, last):
                         pack_row(x, r * p[13], scale, r // tokens * depth, gate, r * p[14], depth, steps, packed, place)
                         place += STRIDE
-            for panel in range(panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]):
+            first_panel, last_panel = panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]
+            for panel in range(first_panel, last_panel):
                 column = panel * PANEL
                 used = width - column
                 at_once = steps & (RESIDUAL | SILU | GELU) == 0 and (used >= PANEL or used % HALF == 0)
                 for block in range(start, stop):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
-                    x_at = packed_at + 4 * (block - start) * size
-                    panel_at = weight + 4 * panel * (depth + 1) * PANEL
-                    for r in range(first, last):  # so that the lines are there when the tile is written
-                        for c in range(0, min(PANEL, used), LANES):
-                            prefetch(out, r * p[16] + column + c)
-                    if at_once:
-                        to = p[8] + 4 * (first * p[16] + column)
-                        multiply(last - first, x_at, depth, chunk, panel_at, used, tile_at, to, p[16])
-                    else:
-                        multiply(last - first, x_at, depth, chunk, panel_at, used, tile_at, tile_at, PANEL)
+                    # While these are multiplied, the rows of the next blocks arrive, and the lines of the result.
+                    later = p[2] + 4 * ((first + ahead) * advance + below) if panel == first_panel else tile_at
+                    prefetch_tile(out, first, last, p[16], column, used)
+                    if steps & RESIDUAL:
+                        prefetch_tile(other, first, last, p[15], column, used)
+                    to, to_step = (p[8] + 4 * (first * p[16] + column), p[16]) if at_once else (tile_at, PANEL)
+                    multiply(
+                        last - first, packed_at + 4 * (block - start) * size, depth, chunk,
+                        weight + 4 * panel * (depth + 1) * PANEL, used, tile_at, to, to_step,
+                        later, later_step if panel == first_panel else 0,
+                    )  # fmt: skip
+                    if not at_once:
                         write_tile(
                             tile, last - first, used, other, first * p[15] + column, p[15], part, column,
                             out, first * p[16] + column, p[16], steps,

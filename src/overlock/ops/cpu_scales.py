@@ -84,24 +84,33 @@ def excite_images(call, thread, threads):
         excite(means, reduce_weight, reduce_bias, expand_weight, expand_bias, hidden, scale[b])
 
 
+@njit(**OPTIONS)
+def respond(sums, first, parts, weight, eps, scale):
+    """scale (C) = 1 + weight * g / (mean of g + eps), with g the roots of sums (parts, C) from ``first`` on."""
+    channels, mean = weight.size, 0.0
+    for c in range(channels):
+        total = 0.0
+        for i in range(parts):
+            total += sums[first + i * channels + c]
+        scale[c] = math.sqrt(total)
+        mean += scale[c] / channels
+    for c in range(channels):
+        scale[c] = np.float32(1) + weight[c] * scale[c] / (np.float32(mean) + eps)
+
+
 @kernel
 def response_scale(call, thread, threads):
-    """scale (B, C) = 1 + weight * g / (mean of g + eps), with g the roots of squares (B, C).
+    """scale (B, C) = 1 + weight * g / (mean of g + eps), with g the roots of sums (B, parts, C).
 
-    ``call`` holds from index 2 on: the addresses of the squares, the weight, eps and the scale; B and C.
+    ``call`` holds from index 2 on: the addresses of the sums, weight, eps and scale; B, C and the parts.
     """
-    p = carray(call, 8)
-    batch, channels = p[6], p[7]
-    squares, scale = floats(p[2], (batch, channels)), floats(p[5], (batch, channels))
+    p = carray(call, 9)
+    batch, channels, parts = p[6], p[7], p[8]
+    sums, scale = floats(p[2], (batch * parts * channels,)), floats(p[5], (batch, channels))
     weight, eps = floats(p[3], (channels,)), floats(p[4], (1,))[0]
     begin, end = share(p, thread, threads)
     for b in range(begin, end):
-        mean = 0.0
-        for c in range(channels):
-            scale[b, c] = math.sqrt(squares[b, c])
-            mean += scale[b, c] / channels
-        for c in range(channels):
-            scale[b, c] = np.float32(1) + weight[c] * scale[b, c] / (np.float32(mean) + eps)
+        respond(sums, b * parts * channels, parts, weight, eps, scale[b])
 
 
 @kernel
@@ -120,21 +129,13 @@ def scale_by_response(call, thread, threads):
         floats(p[4], (channels,)),
         floats(p[5], numbers),
     )
-    sums, eps = floats(p[6], (batch, parts, channels)), floats(p[7], (1,))[0]
+    sums, eps = floats(p[6], (batch * parts * channels,)), floats(p[7], (1,))[0]
     scale, shift = zeros(channels + LANES), zeros(channels + LANES)
     shift[:channels] = bias
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
         b, piece = job // pieces, job % pieces
-        mean = 0.0
-        for c in range(channels):
-            total = 0.0
-            for i in range(parts):
-                total += sums[b, i, c]
-            scale[c] = math.sqrt(total)
-            mean += scale[c] / channels
-        for c in range(channels):
-            scale[c] = np.float32(1) + weight[c] * scale[c] / (np.float32(mean) + eps)
+        respond(sums, b * parts * channels, parts, weight, eps, scale)
         for t in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
             for c in range(0, channels, LANES):
                 place, lanes = (b * tokens + t) * channels + c, min(LANES, channels - c)

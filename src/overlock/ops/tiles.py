@@ -27,7 +27,7 @@ class _Builder:
 
     def __init__(self, builder: Any, arguments: Any, lanes: int):
         self.builder, self.lanes, self.kind = builder, lanes, ir.VectorType(ir.FloatType(), lanes)
-        _, x, weight, self.depth, start, self.start_step, out, self.out_step = arguments
+        _, x, weight, self.depth, start, self.start_step, out, self.out_step, self.later, self.later_step = arguments
         self.x, self.weight, self.start, self.out = (
             builder.inttoptr(address, self.kind.as_pointer()) for address in (x, weight, start, out)
         )
@@ -58,6 +58,15 @@ class _Builder:
         number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
         return _spread(self.builder, self.builder.load(number), self.kind)
 
+    def prefetch(self, address: Any) -> None:
+        """Begin to bring a line to the second cache."""
+        place = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        known = self.builder.module.globals.get("llvm.prefetch.p0i8")
+        call = known or ir.Function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        self.builder.call(call, [place, number(0), number(2), number(1)])
+
     def multiply(self, rows: int, vectors: int, end: Any) -> Any:
         """A loop over the depth for a count of rows; returns the block that begins it."""
         builder, places = self.builder, [(r, v) for r in range(rows) for v in range(vectors)]
@@ -76,6 +85,7 @@ class _Builder:
             number = self.spread(x, r * STRIDE)
             for v in range(vectors):
                 added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
+        self.prefetch(builder.add(self.later, builder.mul(step, self.later_step)))
         following = builder.add(step, INDEX(1))
         for phi, first, later in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
             phi.add_incoming(first, begin)
@@ -93,7 +103,7 @@ def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
     """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
 
     @intrinsic
-    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step):  # noqa: ARG001
+    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step, later, later_step):  # noqa: ARG001
         def generate(context, builder, _signature, arguments):
             loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
             choice = builder.switch(arguments[0], end)
@@ -102,7 +112,7 @@ def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 10), generate
 
     return multiply
 

@@ -7,6 +7,7 @@ shorter. Products and sums contract to fused ones.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
+from numpy.polynomial import Chebyshev, Polynomial
 
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
@@ -191,6 +193,36 @@ def power_of_two(_typing_context, shifted):  # noqa: ARG001
     return vector(vector), generate
 
 
+@intrinsic
+def magnitude(_typing_context, value):  # noqa: ARG001
+    def generate(_context, builder, _signature, arguments):
+        name, kind = f"llvm.fabs.v{LANES}f32", ir.FunctionType(VECTOR, [VECTOR])
+        known = builder.module.globals.get(name)
+        return builder.call(known or ir.Function(builder.module, kind, name), arguments)
+
+    return vector(vector), generate
+
+
+def _table(numbers: np.ndarray) -> Any:
+    """32 numbers in two registers of AVX-512, of which each lane takes one."""
+
+    @intrinsic
+    def look_up(_typing_context, shifted):  # noqa: ARG001
+        """The numbers at indices given as the last bits of a float32: as the index plus SHIFT."""
+
+        def generate(_context, builder, _signature, arguments):
+            name = "llvm.x86.avx512.vpermi2var.ps.512"
+            kind = ir.FunctionType(VECTOR, [VECTOR, INTEGERS, VECTOR])
+            known = builder.module.globals.get(name)
+            low, high = (ir.Constant(VECTOR, [float(x) for x in half]) for half in numbers.reshape(2, LANES))
+            function = known or ir.Function(builder.module, kind, name)
+            return builder.call(function, [low, builder.bitcast(arguments[0], INTEGERS), high])
+
+        return vector(vector), generate
+
+    return look_up
+
+
 def _arithmetic(name: str) -> Any:
     @intrinsic
     def compute(_typing_context, a, b):  # noqa: ARG001
@@ -314,9 +346,47 @@ def normal_cdf(x):
     return half + half * (z * p / q)
 
 
+PIECE = 5.25 / 31  # of a magnitude; GELU differs from max(x, 0) by less than 1e-6 beyond the last
+
+
+def _gelu_pieces() -> np.ndarray:
+    """Coefficients (4, 32) of |x| normal_cdf(-|x|), by which GELU differs from max(x, 0), about the multiples of PIECE.
+
+    The first has no constant, that GELU be 0 at 0, and the last is zero.
+    """
+
+    def below(x: np.ndarray) -> np.ndarray:
+        return np.array([math.erfc(number / math.sqrt(2)) / 2 for number in x])
+
+    def fit(function: Any, degree: int, begin: float, end: float) -> np.ndarray:
+        return Chebyshev.interpolate(function, degree, [begin, end]).convert(kind=Polynomial).coef
+
+    first = [0, *fit(below, 2, 0, PIECE / 2)]
+    others = [
+        fit(lambda x, about=i * PIECE: (x + about) * below(x + about), 3, -PIECE / 2, PIECE / 2) for i in range(1, 31)
+    ]
+    return np.array([first, *others, [0] * 4], np.float32).T
+
+
 @njit(error_model="numpy", nogil=True)
-def gelu(x):
+def _gelu_by_formula(x):
     return x * normal_cdf(x)
+
+
+@njit(error_model="numpy", nogil=True)
+def _gelu_by_table(x):
+    size, half = magnitude(x), spread(np.float32(0.5))
+    short = at_most(size, spread(np.float32(31 * PIECE)))
+    shifted = short * spread(np.float32(1 / PIECE)) + spread(SHIFT)
+    f = short - (shifted - spread(SHIFT)) * spread(np.float32(PIECE))
+    below = _cubic(shifted) * f + _square(shifted)
+    below = (below * f + _linear(shifted)) * f + _constant(shifted)
+    return half * x + (half * size - below)
+
+
+if LANES == 16:  # 2.8 in place of 5.0 ns for a vector; absolute error 4e-7 up to 1, relative above
+    _constant, _linear, _square, _cubic = map(_table, _gelu_pieces())
+gelu = _gelu_by_table if LANES == 16 else _gelu_by_formula
 
 
 @njit(error_model="numpy", nogil=True)
