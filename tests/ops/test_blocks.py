@@ -164,7 +164,7 @@ def test_parts_of_a_batch(kind, monkeypatch):
 @torch.no_grad()
 def test_threads_agree_and_runs_repeat(kind, monkeypatch):
     """The same numbers at every run; one thread, two, five, and two without OpenMP differ by rounding at most."""
-    _, fused, inputs = make(kind, size=(1, 30, 20))
+    _, fused, inputs = make(kind, size=(1, 50, 20))
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 5, 2):
