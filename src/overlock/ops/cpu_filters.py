@@ -187,10 +187,10 @@ def write_row(row, begin, width, lanes, steps, out, first, channels, squares, ot
 def depthwise(call, thread, threads):
     """Filter images (B, H, W, C) with weights (K K, C) and bias (C), zeros around them, into out (B, H, W, C).
 
-    ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, C), which takes the sums of
-    the results or of their squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1 where
-    ``out`` is ``images`` or there are sums to take; the dilation; and the address of other images, which GELU_GRADIENT
-    reads. LANES channels of the rows that a filter spans are kept at hand, so that it can write over what it reads.
+    ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, pieces, C), which takes
+    the sums of the results or of their squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1
+    where ``out`` is ``images``; the dilation; and the address of other images, which GELU_GRADIENT reads. LANES
+    channels of the rows that a filter spans are kept at hand, so that it can write over what it reads.
     """
     p = carray(call, 16)
     batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
@@ -199,7 +199,7 @@ def depthwise(call, thread, threads):
     weights, bias, sums = (
         floats(p[3], (size * size * channels,)),
         floats(p[4], (channels,)),
-        floats(p[6], (batch, channels)),
+        floats(p[6], (batch, pieces, channels)),
     )
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
@@ -208,7 +208,7 @@ def depthwise(call, thread, threads):
     squares, sum_of_squares = zeros(LANES), np.zeros(LANES, np.float64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
-        b, block, piece = job // (blocks * pieces), job // pieces % blocks, job % pieces
+        b, piece, block = job // (blocks * pieces), job // blocks % pieces, job % blocks
         lanes, first_row, last_row = (
             min(LANES, channels - block * LANES),
             height * piece // pieces,
@@ -245,7 +245,7 @@ def depthwise(call, thread, threads):
             y += count
         if steps & (SQUARES | SUMS):
             for c in range(lanes):
-                sums[b, block * LANES + c] = sum_of_squares[c]
+                sums[b, piece, block * LANES + c] = sum_of_squares[c]
 
 
 def filter_tokens(

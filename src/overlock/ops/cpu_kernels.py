@@ -289,8 +289,7 @@ def mix(call, thread, threads):
     window, scale, held = np.zeros(4, np.int64), np.zeros(4, np.float32), np.zeros((4, 2), np.int64)
     begin, end = share(p, thread, threads)
     for job in range(begin, end):
-        bg, piece = job // pieces, job % pieces
-        b, g = bg // groups, bg % groups
+        b, piece, g = job // (groups * pieces), job // groups % pieces, job % groups
         first, last = size * piece // pieces, size * (piece + 1) // pieces
         fold_key(keys, b * p[31] + g * p[32], p[33], p[34], weights, depth, regions, used, taps, rows)
         held[:] = -1
