@@ -167,6 +167,13 @@ def test_summary(capsys, model, size, numbers):
     assert ("paper, Table 2" in out) == (model == "overlock_xt")
 
 
+def test_a_missing_library(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers.models.upernet.modeling_upernet", None)
+    told = fails(capsys, "summary", "overlock_atto", "--task", "upernet")
+    assert told == "error: UperNet needs transformers: pip install 'overlock[segment]'\n"
+
+
 def test_convert_gives_the_same_network(official_file, tmp_path, capsys):
     path, network = official_file
     out = succeeds(capsys, "convert", path, tmp_path / "a.safetensors")

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return COMMANDS[options.subcommand].run(options[options.subcommand], console) or 0
     except ArgumentError as error:
         sentence = _explain(error, arguments, subparsers)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # the latter says what to install
         sentence = _sentence(error)
     except KeyboardInterrupt:
         errors.print("interrupted")
@@ -123,7 +123,7 @@ def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
     return f"did you mean {near[0]}?" if near else f"see {otherwise}"
 
 
-def _sentence(error: ValueError) -> str:
+def _sentence(error: Exception) -> str:
     """The message alone, also where a loading process has wrapped it in its traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)

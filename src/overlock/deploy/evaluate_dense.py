@@ -79,6 +79,7 @@ def evaluate_dense(
 
     Raises:
         ValueError: for data that cannot be read, or is of other classes.
+        ImportError: of a detector, without torchmetrics or pycocotools.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = fuse(network.to(where))
@@ -86,7 +87,7 @@ def evaluate_dense(
     source: Any
     score: DetectionScore | SegmentationScore
     if record.task == "detect":
-        score = _detection_score(masks=masks)
+        score = DetectionScore(masks=masks)
         source = load_coco_part(data, part=part, masks=masks, categories=record.classes)
         if source.classes != record.classes:
             raise ValueError(f"{source.path}: its categories are in another order than the model's")
@@ -119,10 +120,3 @@ def evaluate_dense(
         measures=score.measures(), classes={c: float(x) for c, x in zip(record.classes, ious, strict=False)},
         speed_with_loading=speed,
     )  # fmt: skip
-
-
-def _detection_score(*, masks: bool) -> DetectionScore:
-    try:
-        return DetectionScore(masks=masks)
-    except ImportError as error:
-        raise ValueError(str(error)) from None

@@ -32,6 +32,7 @@ def make_network(config: RunConfig, record: Record, **only_training: Any) -> nn.
 
     Raises:
         ValueError: for a model or weights that will not do.
+        ImportError: without the library of the head.
     """
     check_model_name(config.model)
     torch.manual_seed(config.seed)  # the initial weights, the same on all processes
@@ -43,8 +44,6 @@ def make_network(config: RunConfig, record: Record, **only_training: Any) -> nn.
         )  # fmt: skip
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
-    except ImportError as error:
-        raise ValueError(str(error)) from None
     if config.weights is not None:
         if config.model.partition(".")[0] not in VARIANTS:
             raise ValueError(f"weights are read for OverLoCK's models, not for {config.model}; try --pretrained true")

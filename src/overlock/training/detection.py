@@ -78,11 +78,9 @@ def make_job(config: DetectConfig) -> Job:
 
     Raises:
         ValueError: for data, weights or a model that will not do.
+        ImportError: without torchmetrics or pycocotools.
     """
-    try:
-        DetectionScore(masks=config.masks)
-    except ImportError as error:
-        raise ValueError(str(error)) from None
+    DetectionScore(masks=config.masks)  # that nothing is missing after the first epoch
     data = load_coco(
         config.data, train_split=config.train_split, val_split=config.val_split, masks=config.masks,
         categories=config.categories,
