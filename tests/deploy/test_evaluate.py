@@ -87,3 +87,11 @@ def test_any_model_of_timm(tmp_path, monkeypatch):
     result = evaluate("test_convnext", load_test_data(str(tmp_path)), workers=0, device="cpu", precision="bf16")
     assert result.images == 2
     assert result.params == sum(p.numel() for p in timm.create_model("test_convnext").parameters())
+
+
+@pytest.mark.slow
+def test_the_weights_of_the_package(default_file, shared_data):
+    """What docs/results.md says of them."""
+    result = evaluate(str(default_file), load_test_data(str(shared_data / "cifar10")), workers=0, device="cpu")
+    assert result.images == 10_000
+    assert result.top1 >= 0.88

@@ -44,4 +44,6 @@ def run(options: Namespace, console: Console) -> None:
     console.print(f"{target}: the mean of {len(options.checkpoints)} checkpoints of {record.name}")
 
 
-COMMAND = Command("Write the mean of several trainings' weights, often better than each of them.", add_options, run)
+COMMAND = Command(
+    "Write the mean of several trainings' weights, which can be better than each of them.", add_options, run
+)
