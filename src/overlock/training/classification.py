@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.fabric import Fabric
@@ -159,6 +159,7 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
     if source is not None and ours:
         load_weights(network, source)
+    cast(Any, network).pretrained_cfg.pop("state_dict", None)  # or every copy of the network would copy it too
     smallest = getattr(network, "smallest_image", 1)
     if config.image_size < smallest:
         raise ValueError(f"image_size must be at least {smallest} with this stem, got {config.image_size}")

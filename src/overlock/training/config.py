@@ -195,7 +195,8 @@ class RunConfig:
     pretrained: bool = False
     """Start from published weights, downloaded by timm."""
     weights: str | None = None
-    """Start from weights: a file, the authors', ours or another model's, a run's folder, or 'hf-hub:USER/NAME'."""
+    """Start from weights: a file, the authors' or ours, or of a classifier of timm's its own; a run's folder; or
+    'hf-hub:USER/NAME'."""
     freeze: tuple[str, ...] = ()
     """Parts that stay as they are: base_net, overview_net, focus_net, head, or any prefix of parameter names."""
     drop_path: float | None = None
