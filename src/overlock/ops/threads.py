@@ -22,8 +22,11 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-# No "nnan" and "ninf": a NaN must come out as one.
-OPTIONS: dict[str, Any] = dict(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True)
+# Of the functions that kernels are made of. No "nnan" and "ninf": a NaN must come out as one. Always inlined: an array
+# is handed on as seven numbers, so that a call of a few arrays costs as much as a small loop.
+OPTIONS: dict[str, Any] = dict(
+    fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, forceinline=True
+)
 CALL = types.CPointer(types.int64)
 KERNEL = types.void(CALL, types.int64, types.int64)
 C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
@@ -31,7 +34,7 @@ C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int6
 
 def kernel(function: Callable[..., None]) -> Any:
     """Compile now for the one signature, and cache where there is a place to write."""
-    options = {name: value for name, value in OPTIONS.items() if name != "nogil"}  # C functions never hold the lock
+    options = {name: OPTIONS[name] for name in ("fastmath", "error_model")}  # a C function never holds the lock
     try:
         return cfunc(KERNEL, cache=True, **options)(function)
     except RuntimeError:  # no writable place for the cache
