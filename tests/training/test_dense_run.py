@@ -119,21 +119,23 @@ def test_a_run_starts_from_a_classifier_or_another_dense_run(trained, scenes, tm
         start_from(make_network(wider, type(record)(model="overlock_nano", head=record.head, classes=classes)), folder)
 
 
-def test_a_classifiers_weights_go_into_the_backbone(scenes, tmp_path):
+@pytest.mark.parametrize("model", ["overlock_atto", "convnext_atto", "resnet18"])
+def test_a_classifiers_weights_go_into_the_backbone(model, scenes, tmp_path):
     import timm
 
     from overlock.checkpoint import MODEL_FILE, Record, default_preprocessing, save_model
 
-    network = timm.create_model("overlock_atto", num_classes=3)
+    network = timm.create_model(model, num_classes=3)
     record = Record(
-        model="overlock_atto", classes=("a", "b", "c"), preprocessing=default_preprocessing(network, in_chans=3),
+        model=model, classes=("a", "b", "c"), preprocessing=default_preprocessing(network, in_chans=3),
         model_args=dict(num_classes=3),
     )  # fmt: skip
     save_model(tmp_path / MODEL_FILE, network.state_dict(), record)
-    job = make_job(settings("detect", scenes, tmp_path / "run", weights=str(tmp_path), detector="faster_rcnn"))
-    inner = job.network.backbone.body.backbone.state_dict()
-    given = network.state_dict()
-    assert all(torch.equal(tensor, given[name]) for name, tensor in inner.items())
+    own = dict(model=model, weights=str(tmp_path), detector="faster_rcnn")
+    body = make_job(settings("detect", scenes, tmp_path / "run", **own)).network.backbone.body
+    inner = getattr(body, "backbone", body).state_dict()
+    given = {name.replace(".", "_"): tensor for name, tensor in network.state_dict().items()}
+    assert all(torch.equal(tensor, given[name.replace(".", "_")]) for name, tensor in inner.items())
 
 
 def test_parts_of_the_backbone_stay_as_they_are(scenes, tmp_path):

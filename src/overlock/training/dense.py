@@ -15,7 +15,6 @@ from overlock.checkpoint import HEADS, Record, check_model_name, load_model
 from overlock.drawing import join_pictures
 from overlock.files import write_atomically
 from overlock.hub import find_weights
-from overlock.network import VARIANTS
 from overlock.tasks.pyramid import Pyramid
 from overlock.training.config import RunConfig
 
@@ -45,8 +44,6 @@ def make_network(config: RunConfig, record: Record, **only_training: Any) -> nn.
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
     if config.weights is not None:
-        if config.model.partition(".")[0] not in VARIANTS:
-            raise ValueError(f"weights are read for OverLoCK's models, not for {config.model}; try --pretrained true")
         start_from(network, find_weights(config.weights))
     return network
 
@@ -58,12 +55,15 @@ def start_from(network: nn.Module, path: Path) -> None:
         ValueError: for weights that leave something of the backbone without.
     """
     given, record = load_model(path)
-    root, pyramid = next((name, part) for name, part in network.named_modules() if isinstance(part, Pyramid))
-    prefix = f"{root}.backbone." if record.head is None else ""
-    own = network.state_dict()
-    found = {f"{prefix}{name}": tensor for name, tensor in given.state_dict().items()}
-    found = {name: tensor for name, tensor in found.items() if name in own and own[name].shape == tensor.shape}
-    missing = [name for name in pyramid.backbone.state_dict() if f"{root}.backbone.{name}" not in found]
+    root = "backbone.body" if hasattr(network.backbone, "body") else "backbone"  # a detector's or a segmenter's
+    if isinstance(network.get_submodule(root), Pyramid):
+        root += ".backbone"
+    prefix = f"{root}." if record.head is None else ""
+    # What a classifier of timm calls stages.0 is stages_0 where features are taken from it.
+    held = {f"{prefix}{name}".replace(".", "_"): tensor for name, tensor in given.state_dict().items()}
+    own = {name: (tensor, held.get(name.replace(".", "_"))) for name, tensor in network.state_dict().items()}
+    found = {name: new for name, (old, new) in own.items() if new is not None and new.shape == old.shape}
+    missing = [name for name in own if name.startswith(f"{root}.") and name not in found]
     if missing:
         raise ValueError(
             f"{path}: its {record.name} has nothing for {len(missing)} weights of the backbone (first: {missing[0]}); "
