@@ -86,6 +86,15 @@ def test_weights_score_as_the_log_says(trained, scenes):
         assert value == pytest.approx(float(logged[name]), abs=2e-3)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_score_alike_in_half_precision(trained, scenes, precision):
+    _, folder, _ = trained
+    whole = evaluate_dense(*load_model(folder), str(scenes), name="it", workers=0).measures
+    half = evaluate_dense(*load_model(folder), str(scenes), name="it", workers=0, precision=precision).measures
+    assert half.keys() == whole.keys()
+    assert all(half[name] == pytest.approx(whole[name], abs=0.05) for name in whole)
+
+
 def test_stopped_and_resumed_ends_in_the_same_bits(trained, scenes, tmp_path, monkeypatch):
     task, whole, _ = trained
     config = settings(task, scenes, tmp_path / "run")

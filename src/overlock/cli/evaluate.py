@@ -37,11 +37,13 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own."
     )
     parser.add_argument("--crop_pct", type=float | None, default=None, help="classify: share kept by the crop.")
-    parser.add_argument("--batch_size", type=int, default=64, help="classify: images a pass.")
+    parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="Images a pass: 64 to classify, 1 to detect unless given."
+    )
     parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
     parser.add_argument(
-        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="classify: precision."
+        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
     )
     parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
     parser.add_argument("--ignore_index", type=int, default=255, help="segment: label of pixels that do not count.")
@@ -78,10 +80,12 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> None:
     data = load_test_data(
         options.data, held_out=options.held_out, seed=options.seed, val_split=options.val_split, classes=options.classes
     )
-    settings = ("model", "image_size", "crop_pct", "batch_size", "workers", "device", "precision")
+    settings = ("model", "image_size", "crop_pct", "workers", "device", "precision")
     results = []
     for source in options.models:
-        result = evaluate(source, data, **{name: options[name] for name in settings})
+        result = evaluate(
+            source, data, batch_size=options.batch_size or 64, **{name: options[name] for name in settings}
+        )
         results.append(result)
         if options.save:
             stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/"))
@@ -115,7 +119,8 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     results = [
         evaluate_dense(
             *load_model(source, model=options.model), options.data, name=source, part=options.val_split,
-            shift=options.shift, ignore_index=options.ignore_index, workers=options.workers, device=options.device,
+            shift=options.shift, ignore_index=options.ignore_index, batch_size=options.batch_size or 1,
+            workers=options.workers, device=options.device, precision=options.precision,
             show_progress=console.is_terminal, **testing,
         )
         for source in options.models

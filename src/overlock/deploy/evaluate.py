@@ -27,6 +27,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _TYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
+def cast_to(precision: Precision, where: torch.device) -> torch.autocast:
+    """The context in which a network computes in a precision."""
+    return torch.autocast(where.type, _TYPES.get(precision), enabled=precision != "fp32")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a classifier did on labelled images."""
@@ -144,7 +149,7 @@ def evaluate(
         data.test, OnImage(make_eval_transform(preprocessing)), batch_size=batch_size, workers=workers,
         pin_memory=where.type == "cuda",
     )  # fmt: skip
-    cast = torch.autocast(where.type, _TYPES.get(precision), enabled=precision != "fp32")
+    cast = cast_to(precision, where)
     started = time.perf_counter()
     counts = _count(network, loader, places, classes=len(record.classes), cast=cast, device=where)
     seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ from overlock.data.dense_transforms import (
 )
 from overlock.data.label_maps import IGNORED, load_label_part
 from overlock.data.loaders import as_lists, make_test_loader
+from overlock.deploy.evaluate import Precision, cast_to
 from overlock.fusion import fuse
 from overlock.tasks.scores import DetectionScore, SegmentationScore
 from overlock.tasks.sliding import segment
@@ -58,6 +59,7 @@ def evaluate_dense(
     batch_size: int = 1,
     workers: int = 2,
     device: str | None = None,
+    precision: Precision = "fp32",
     show_progress: bool = False,
     **testing: Any,
 ) -> DenseEvaluation:
@@ -74,6 +76,7 @@ def evaluate_dense(
         batch_size: images a pass, of detectors.
         workers: processes that load images.
         device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
+        precision: of the network's arithmetic.
         show_progress: on stderr.
         testing: of segmenters: scales, flip, window and stride, as :func:`overlock.tasks.sliding.segment` takes them.
 
@@ -106,10 +109,13 @@ def evaluate_dense(
         count += len(batch.labels)
         if isinstance(score, DetectionScore):
             if len(batch.labels):
-                score.update(network([image.to(where) for image in batch.images]), batch.labels)
+                with cast_to(precision, where):
+                    found = network([image.to(where) for image in batch.images])
+                score.update(found, batch.labels)
             continue
         for image, labels in zip(batch.images, batch.labels, strict=True):
-            shares = segment(network, image[None].to(where), size=labels.shape, **testing)
+            with cast_to(precision, where):
+                shares = segment(network, image[None].to(where), size=labels.shape, **testing)
             score.update(shares[0].argmax(dim=0), labels)
     if count == 0:
         raise ValueError(f"none of the {len(unreadable)} images could be read; the first: {unreadable[0]}")
