@@ -107,7 +107,7 @@ def upernet_b(data: str) -> SegmentConfig:
 
 
 def small_detect(data: str) -> DetectConfig:
-    """A small detector from nothing on some hundreds of images of one's own; about an hour on a core."""
+    """A small detector from nothing on some hundreds of images of one's own."""
     return DetectConfig(
         data=data,
         output="runs/small_detect",
@@ -127,7 +127,7 @@ def small_detect(data: str) -> DetectConfig:
 
 
 def small_segment(data: str) -> SegmentConfig:
-    """A small segmenter from nothing on some hundreds of images of one's own; about an hour on a core."""
+    """A small segmenter from nothing on some hundreds of images of one's own."""
     return SegmentConfig(
         data=data,
         output="runs/small_segment",
