@@ -229,6 +229,32 @@ def has_cpu_form(model):
     return any(isinstance(child, Packed) for child in model.modules())
 
 
+def set_eps(model):
+    model.base_net.stages[0].blocks[-1].norm.eps = 0.3
+
+
+def set_eps_of_response(model):
+    model.focus_net.stage3.blocks[0].ffn.norm.eps = 0.3
+
+
+def set_scale(model):
+    model.focus_net.stage3.blocks[-1].mixer.aggregator.mixer.scale *= 300
+
+
+@pytest.mark.parametrize("change", [set_eps, set_eps_of_response, set_scale])
+@torch.no_grad()
+def test_blocks_of_their_own_settings(change):
+    """A block that differs from those beside it keeps what it was given."""
+    module, _ = make("OverLoCK", torch.float32)
+    x = images(1, 3, 224, 225)
+    usual = module(x)
+    change(module)
+    expected, fused = module(x), overlock.fuse(module)
+    assert relative_error(expected, usual) > 1e-3
+    assert relative_error(fused(x), expected) < 1e-4
+    assert has_cpu_form(fused)
+
+
 @torch.no_grad()
 def test_without_numba(monkeypatch, on_cpu):
     """The network is fused in PyTorch's layers."""

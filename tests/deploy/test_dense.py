@@ -15,6 +15,7 @@ from overlock.checkpoint import MODEL_FILE, Record, save_model
 from overlock.cli import main
 from overlock.deploy import Detector, Predictor, Segmenter
 from overlock.drawing import colour_of, draw_labels, draw_objects
+from overlock.tasks.scores import SegmentationScore
 
 GROUND = ("ground", *CLASSES)
 
@@ -168,6 +169,22 @@ def test_command_evaluates(detector, segmenter, scenes, capsys):
     table = capsys.readouterr().out
     assert "mIoU, %" in table
     assert "IoU of ground, %" in table
+
+
+def test_command_evaluates_where_a_class_is_nowhere(segmenter, scenes, capsys, monkeypatch):
+    """JSON has null for its IoU, since it has no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    words = ["evaluate", str(segmenter), "--data", str(scenes), "--workers", "0"]
+    monkeypatch.setattr(SegmentationScore, "iou", lambda self: torch.full((self.num_classes,), torch.nan))
+    assert main([*words, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert set(row["classes"].values()) == {None}
+    assert row["measures"]["mIoU"] is not None
+    assert main(words) == 0
+    assert "none" in capsys.readouterr().out
 
 
 def test_pictures():

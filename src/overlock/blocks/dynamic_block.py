@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from overlock.blocks.inference import FusedContMixBlock, FusedDynamicBlocks
+from overlock.blocks.inference import FusedContMixBlock, FusedDynamicBlocks, alike
 from overlock.layers import GDSA, AffineScale, Aggregator, ContMix, ConvFFN, LocalConv
 from overlock.layers.conv_ffn import ScaledResidual, fold_residual, make_residual
 
@@ -133,8 +133,8 @@ class DynamicBlock(MixerBlock):
         x, context = y.split(self.split, dim=1)
         return x, context
 
-    def for_cpu(self) -> FusedDynamicBlocks:
-        return FusedDynamicBlocks(self, [self])
+    def for_cpu(self) -> nn.Module:
+        return FusedDynamicBlocks(self, [self]) if alike([self]) else self
 
 
 class SelfMixer(nn.Module):
@@ -196,5 +196,5 @@ class ContMixBlock(MixerBlock):
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x)
 
-    def for_cpu(self) -> FusedContMixBlock:
-        return FusedContMixBlock(self)
+    def for_cpu(self) -> nn.Module:
+        return FusedContMixBlock(self) if alike([self]) else self

@@ -6,7 +6,7 @@ the caches, which took a third of a millisecond.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +16,21 @@ from overlock.layers.packed import Packed
 from overlock.ops import blocks as ops
 
 
+def alike(blocks: Iterable[nn.Module]) -> bool:
+    """Whether blocks have in common what an operation takes once for all of them, as those of every variant do."""
+    modules = [module for block in blocks for module in block.modules()]
+    eps = {module.eps for module in modules if hasattr(module, "eps")}
+    mixes = {(m.kernel_size, m.scale, m.region_grid) for m in modules if hasattr(m, "region_grid")}
+    return len(eps) <= 1 and len(mixes) <= 1
+
+
 class FusedBasicBlocks(Packed):
     """(B, C, H, W) -> (B, C', H', W').
 
     Args:
         module: of the embedding and the blocks; of one of these.
         embed: a convolution, or several with GELU between them.
-        blocks: basic blocks, at least one.
+        blocks: basic blocks, at least one, :func:`alike`.
     """
 
     def __init__(self, module: nn.Module, embed: nn.Module | None, blocks: Sequence[Any]):
@@ -94,7 +102,7 @@ class FusedDynamicBlocks(_FusedMixers):
 
     Args:
         module: of the blocks, or the only one.
-        blocks: dynamic blocks, at least one.
+        blocks: dynamic blocks, at least one, :func:`alike`.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[Any]):

@@ -26,12 +26,14 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="Folders of runs, files of weights, or names of timm's models.",
     )
     parser.add_argument("--data", type=str, required=True, help="Labelled images, in any form that training takes.")
-    parser.add_argument("--val_split", type=str | None, default=None, help="Part of shards or Hugging Face data.")
-    parser.add_argument("--classes", type=str | None, default=None, help="File of class names, for shards without.")
     parser.add_argument(
-        "--held_out", action="store_true", help="Of a folder without a test part, only what training holds out."
+        "--val_split", type=str | None, default=None, help="Name of the part to test on; the usual names are tried."
     )
-    parser.add_argument("--seed", type=int, default=0, help="Of that split, as in training.")
+    parser.add_argument("--classes", type=str | None, default=None, help="classify: file of names, for shards without.")
+    parser.add_argument(
+        "--held_out", action="store_true", help="classify: of a folder without a test part, what training holds out."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="classify: of that split, as in training.")
     parser.add_argument("--model", type=str | None, default=None, help="Model of a file that does not say.")
     parser.add_argument(
         "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own."
@@ -126,7 +128,11 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
         for source in options.models
     ]  # fmt: skip
     if options.json:
-        sys.stdout.write(json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n")
+        rows = [dataclasses.asdict(result) for result in results]
+        for row in rows:
+            for part in ("measures", "classes"):  # JSON knows no NaN
+                row[part] = {name: None if math.isnan(share) else share for name, share in row[part].items()}
+        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         return
     columns = (Column(result.name, justify="right", overflow="fold") for result in results)
     table = Table("measure", *columns, title=f"{results[0].images} images")

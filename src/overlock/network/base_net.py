@@ -9,7 +9,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
-from overlock.blocks.inference import FusedBasicBlocks
+from overlock.blocks.inference import FusedBasicBlocks, alike
 from overlock.layers import ConvNorm
 from overlock.layers.inference import ConvStack
 from overlock.network.variants import Variant
@@ -53,8 +53,8 @@ class BlockStack(nn.Module):
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x
 
-    def for_cpu(self) -> FusedBasicBlocks:
-        return FusedBasicBlocks(self, self.embed, list(self.blocks))
+    def for_cpu(self) -> nn.Module:
+        return FusedBasicBlocks(self, self.embed, list(self.blocks)) if alike(self.blocks) else self
 
 
 class BaseNet(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
-from overlock.blocks.inference import FusedDynamicBlocks
+from overlock.blocks.inference import FusedDynamicBlocks, alike
 from overlock.network.base_net import make_embedding
 from overlock.network.variants import Variant
 
@@ -37,8 +37,8 @@ class FocusStage(nn.Module):
                 x, context = block(x, context, prior)
         return x, context
 
-    def for_cpu(self) -> FusedDynamicBlocks:
-        return FusedDynamicBlocks(self, list(self.blocks))
+    def for_cpu(self) -> nn.Module:
+        return FusedDynamicBlocks(self, list(self.blocks)) if alike(self.blocks) else self
 
 
 class FocusNet(nn.Module):
