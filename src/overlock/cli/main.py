@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
+from rich.logging import RichHandler
 
 from overlock.cli import average, convert, evaluate, pack, predict, push, summary, train
 from overlock.version import __version__
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Names of classes and files are printed as they are, not read as markup.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     subparsers: dict[str, ArgumentParser] = {}
+    _show_notes(errors)
     try:
         parser, subparsers = make_parser(arguments)
         options = parser.parse_args(arguments)
@@ -64,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors.print("[red]error:[/red]", end=" ")
     errors.print(sentence, markup=False)
     return USER_FAULT
+
+
+def _show_notes(errors: Console) -> None:
+    """Like progress bars, the package's own notes on what takes long are for people at a terminal."""
+    logger = logging.getLogger("overlock")
+    if errors.is_terminal and not logger.handlers:
+        logger.addHandler(RichHandler(console=errors, show_time=False, show_level=False, show_path=False))
+        logger.setLevel(logging.INFO)
 
 
 def make_parser(arguments: Sequence[str] = ()) -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

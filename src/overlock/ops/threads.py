@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ import torch
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 # Of the functions that kernels are made of. No "nnan" and "ninf": a NaN must come out as one. Always inlined: an array
 # is handed on as seven numbers, so that a call of a few arrays costs as much as a small loop.
@@ -36,9 +39,19 @@ def kernel(function: Callable[..., None]) -> Any:
     """Compile now for the one signature, and cache where there is a place to write."""
     options = {name: OPTIONS[name] for name in ("fastmath", "error_model")}  # a C function never holds the lock
     try:
-        return cfunc(KERNEL, cache=True, **options)(function)
-    except RuntimeError:  # no writable place for the cache
+        compiled = cfunc(KERNEL, cache=True, **options)(function)
+    except RuntimeError:
+        _tell("compiling kernels anew, since there is no writable place for numba's cache; set NUMBA_CACHE_DIR to one")
         return cfunc(KERNEL, **options)(function)
+    if not compiled.cache_hits:
+        _tell("compiling kernels for this processor, which is done once and takes about half a minute")
+    return compiled
+
+
+@functools.cache
+def _tell(note: str) -> None:
+    """Once for all kernels: those of a classifier took 34 s on one core of a Zen 4."""
+    logger.info(note)
 
 
 def run(compiled: Any, jobs: int, *arguments: Tensor | int) -> None:
