@@ -1,20 +1,23 @@
 # make quickstart   install, and name what is on some photographs; no GPU needed
 # make test         linters, types, import contracts and tests
+# make test-oldest  the tests with the oldest versions that pyproject.toml promises, in an environment of its own
 # PYTHON=python3.12 make ...   another Python (3.10 or newer)
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+ORDINARY := -n 2 -m "not slow and not gpu"
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDINARY)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -22,11 +25,20 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+test-oldest: $(OLDEST)/.installed-dev
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(ORDINARY)
+
 # An install is repeated only when the dependencies change.
 $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".$(if $*,[$(*:-%=%)])"
 	touch $@
 
+# pip takes the newest versions only, so that uv resolves these.
+$(OLDEST)/.installed-dev: pyproject.toml | $(VENV)/.installed-dev
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(OLDEST)
+	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(RUN) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import official_weights
 import pytest
 import torch
 from hypothesis import settings
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from overlock.deploy.predict import DEFAULT_FILE
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "official"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("tests")
@@ -28,31 +28,18 @@ def default_file() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real data sets; tests that need it are skipped where it is absent."""
-    path = SHARED.parent / "data"
-    if not path.is_dir():
-        pytest.skip(f"the data sets are not at {path}")
-    return path
+    """Folder of real data sets, too large to come with the tests: those that need it are skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"the data sets are not at {DATA}")
+    return DATA
 
 
 @pytest.fixture(scope="session")
-def official() -> ModuleType:
-    """The generator of the reference weights and images; tests that need it are skipped where it is absent."""
-    path = SHARED / "weights.py"
-    if not path.is_file():
-        pytest.skip(f"the reference data are not at {SHARED}")
-    spec = importlib.util.spec_from_file_location("official_weights", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def official_state(official):
-    """official_state(variant, form): the reference weights under the authors' names."""
+def official_state() -> Callable[..., dict[str, Tensor]]:
+    """official_state(variant, form): weights under the authors' names, those of the golden outputs."""
 
     def make(variant: str, form: str, seed: int = 0) -> dict[str, Tensor]:
-        arrays = official.official_state(official.load_spec(variant, form), seed)
+        arrays = official_weights.draw_state(official_weights.load_spec(variant, form), seed)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     return make

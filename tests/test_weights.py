@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import images, meta, randomise
+from official_weights import load_spec
 from safetensors.torch import save_file
 
 import overlock
@@ -53,9 +54,9 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("form", ["cls", "cls_deploy", *DENSE])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_official_names_there_and_back(name, form, official):
+def test_official_names_there_and_back(name, form):
     """Every name and shape of the released files is ours, and ours is theirs."""
-    spec = official.load_spec(name, form)
+    spec = load_spec(name, form)
     model = build(name, form, meta)
     kind = "pyramid" if form in DENSE else "network"
     theirs = to_official(model.state_dict(), kind)
