@@ -30,6 +30,8 @@ test-oldest: $(OLDEST)/.installed-dev
 
 # An install is repeated only when the dependencies change.
 $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
+	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python \
+	3.10 or newer, with venv (on Debian: apt install python3-venv); make PYTHON=python3.12 names another"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".$(if $*,[$(*:-%=%)])"
 	touch $@

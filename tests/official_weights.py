@@ -1,9 +1,10 @@
 """Weights under the authors' names, drawn from the names, and images for them: what the golden outputs were made with.
 
 The released code was given these tensors and images; ``official/golden`` holds what it answered (float32, CPU,
-evaluation), and ``official/specs`` the names and shapes of its state dicts by form: ``cls`` (training form with the
-auxiliary head), ``cls_deploy`` (merged), ``dense_seg`` and ``dense_det`` (backbones), and of the plug-in block ``block``
-and ``block_ls``. Trained weights are not needed: the same tensors and the same image must give the same output.
+evaluation). ``official/specs`` holds the names and shapes of its state dicts by form: ``cls`` (training form with the
+auxiliary head), ``cls_deploy`` (merged), ``dense_seg`` and ``dense_det`` (backbones), and of the plug-in block
+``block``, ``block_ls`` and ``block_deploy``. Trained weights are not needed: the same tensors and the same image must
+give the same output.
 """
 
 from __future__ import annotations
