@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def write_card(
         path: to write.
         record: of the weights.
         settings: of the run.
-        measures: of the final weights on the held-out images, as shares of 1, by what they are called.
+        measures: of the final weights on the held-out images, as shares of 1, by what they are called; NaN for none.
         data: what it was trained on.
     """
     library, tag, kind, about, use = _TEXTS[record.task]
@@ -56,7 +57,9 @@ def write_card(
         dict(library_name=library, license="apache-2.0", pipeline_tag=tag, tags=["overlock", "timm"]), sort_keys=False
     )
     classes = ", ".join(record.classes[:20]) + (", ..." if len(record.classes) > 20 else "")
-    rows = "\n".join(f"| {name}, % | {100 * share:.2f} |" for name, share in measures.items())
+    rows = "\n".join(
+        f"| {name}, % | {'none' if math.isnan(share) else f'{100 * share:.2f}'} |" for name, share in measures.items()
+    )
     text = f"""---
 {head}---
 

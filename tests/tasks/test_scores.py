@@ -152,7 +152,8 @@ def test_detection():
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         expected = by_hand(results, targets, kind)
         actual = [measures[f"{name}_AP{part}"] for part in ("", "50", "75", "S", "M", "L")]
-        assert actual == pytest.approx(expected.tolist(), abs=1e-4)
+        expected = [share if share >= 0 else math.nan for share in expected.tolist()]
+        assert actual == pytest.approx(expected, abs=1e-4, nan_ok=True)
         assert 0.05 < actual[0] < 0.95
 
 
@@ -163,3 +164,66 @@ def test_boxes_alone():
     measures = score.measures()
     assert set(measures) == {f"box_AP{part}" for part in ("", "50", "75", "S", "M", "L")}
     assert measures["box_AP"] == pytest.approx(by_hand(results, targets, "bbox")[0], abs=1e-4)
+
+
+def test_classes_by_themselves():
+    """Each class's precision is what pycocotools gives for its objects alone, and their mean is the whole's."""
+    results, targets = make_scene(seed=2)
+    score = DetectionScore(masks=True, by_class=True)
+    score.update(results, targets)
+    measures, by_class = score.measures(), score.class_measures()
+    assert by_class.keys() == {"box_AP", "mask_AP"}
+    for kind, name in (("bbox", "box_AP"), ("segm", "mask_AP")):
+        assert np.nanmean(list(by_class[name].values())) == pytest.approx(measures[name], abs=1e-6)
+        for label, share in by_class[name].items():
+            only = [[pick(one, one["labels"] == label) for one in part] for part in (results, targets)]
+            expected = by_hand(*only, kind)[0]
+            assert share == pytest.approx(expected, abs=1e-4) if expected >= 0 else math.isnan(share)
+
+
+def pick(item, chosen):
+    return {name: part[chosen] for name, part in item.items()}
+
+
+@pytest.mark.parametrize("left", ["nothing", "crowds"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_nothing_to_find_is_no_measure(left, masks):
+    results, targets = make_scene(seed=3)
+    if left == "nothing":
+        targets = [pick(one, torch.zeros(len(one["labels"]), dtype=torch.bool)) for one in targets]
+    else:
+        targets = [one | dict(iscrowd=torch.ones_like(one["labels"])) for one in targets]
+    score = DetectionScore(masks=masks, by_class=True)
+    score.update(results, targets)
+    assert all(math.isnan(share) for share in score.measures().values())
+    assert all(math.isnan(share) for shares in score.class_measures().values() for share in shares.values())
+
+
+def test_a_class_without_objects_is_left_out_of_the_mean():
+    results, targets = make_scene(seed=4)
+    targets = [pick(one, one["labels"] != 2) for one in targets]
+    score = DetectionScore(by_class=True)
+    score.update(results, targets)
+    shares = score.class_measures()["box_AP"]
+    assert math.isnan(shares[2])
+    assert score.measures()["box_AP"] == pytest.approx((shares[1] + shares[3]) / 2, abs=1e-6)
+
+
+def test_nothing_found_is_zero():
+    _, targets = make_scene(seed=5)
+    height, width = targets[0]["masks"].shape[1:]
+    nothing = dict(
+        boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64),
+        masks=torch.zeros(0, 1, height, width),
+    )  # fmt: skip
+    score = DetectionScore(masks=True, by_class=True)
+    score.update([nothing] * len(targets), targets)
+    assert score.measures()["box_AP"] == score.measures()["mask_AP"] == 0
+    assert set(score.class_measures()["mask_AP"].values()) == {0.0}
+
+
+def test_a_score_of_no_image():
+    score = DetectionScore(masks=True, by_class=True)
+    score.merge([score.state()])
+    assert math.isnan(score.measures()["box_AP"])
+    assert score.class_measures() == {"box_AP": {}, "mask_AP": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 Result = dict[str, Tensor]
+# What torchmetrics' precisions end in, and ours: at all overlaps, at 0.5 and 0.75, of small, medium and large objects.
+SIZES = {"": "", "_50": "50", "_75": "75", "_small": "S", "_medium": "M", "_large": "L"}
 
 
 class SegmentationScore:
@@ -68,14 +71,17 @@ class SegmentationScore:
 class DetectionScore:
     """COCO's average precisions, by pycocotools: AP, AP50, AP75 and those of small, medium and large objects.
 
+    Classes without an object to find, or with crowds alone, are left out of the means.
+
     Args:
         masks: score the masks too.
+        by_class: compute :meth:`class_measures` too, which takes as long again.
 
     Raises:
         ImportError: without torchmetrics or pycocotools.
     """
 
-    def __init__(self, *, masks: bool = False):
+    def __init__(self, *, masks: bool = False, by_class: bool = False):
         try:
             from torchmetrics.detection import MeanAveragePrecision  # noqa: PLC0415
         except ImportError:
@@ -84,7 +90,7 @@ class DetectionScore:
         # COCO's own thresholds: torchmetrics' are rounded to float32, which decides where an overlap is just 0.6.
         self.metric: Any = MeanAveragePrecision(
             iou_type=cast(Any, self.kinds), backend="pycocotools", iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(), sync_on_compute=False,
+            rec_thresholds=np.linspace(0, 1, 101).tolist(), sync_on_compute=False, class_metrics=by_class,
         )  # fmt: skip
         self.metric.warn_on_many_detections = False
 
@@ -118,17 +124,32 @@ class DetectionScore:
         self.metric._update_count = 1  # else it warns that nothing was added
 
     def measures(self) -> dict[str, float]:
-        """'box_AP', 'box_AP50' and so on, 'mask_AP' and so on; -1 where there are no such objects."""
-        computed, measures = self.metric.compute(), {}
-        for kind, name in zip(self.kinds, ("box", "mask"), strict=False):
-            prefix = f"{kind}_" if len(self.kinds) > 1 else ""
-            for theirs, ours in (
-                ("", ""),
-                ("_50", "50"),
-                ("_75", "75"),
-                ("_small", "S"),
-                ("_medium", "M"),
-                ("_large", "L"),
-            ):
-                measures[f"{name}_AP{ours}"] = float(computed[f"{prefix}map{theirs}"])
-        return measures
+        """'box_AP', 'box_AP50' and so on, 'mask_AP' and so on; NaN where there are no such objects to find."""
+        computed = self.metric.compute()
+        return {
+            f"{name}_AP{ours}": _measured(computed[f"{prefix}map{theirs}"])
+            for prefix, name in self._names()
+            for theirs, ours in SIZES.items()
+        }
+
+    def class_measures(self) -> dict[str, dict[int, float]]:
+        """'box_AP' and perhaps 'mask_AP' of each label that was found or there to find; NaN for one not there."""
+        computed = self.metric.compute()
+        labels = computed["classes"].reshape(-1).tolist()
+        return {
+            f"{name}_AP": dict(zip(labels, map(_measured, computed[f"{prefix}map_per_class"].reshape(-1)), strict=True))
+            if labels
+            else {}
+            for prefix, name in self._names()
+        }
+
+    def _names(self) -> list[tuple[str, str]]:
+        """What torchmetrics' names begin with, and ours."""
+        if len(self.kinds) == 1:
+            return [("", "box")]
+        return [("bbox_", "box"), ("segm_", "mask")]
+
+
+def _measured(share: Tensor) -> float:
+    """pycocotools' -1 is no share: it stands for objects that are not there."""
+    return float(share) if share >= 0 else math.nan

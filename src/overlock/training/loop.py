@@ -11,6 +11,7 @@ line.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -182,9 +183,12 @@ class Fit:
         progress.seconds += progress.epoch_seconds + time.perf_counter() - started
         loss = float(self.fabric.all_reduce(self.loss_sum, reduce_op="mean")) / max(1, progress.counted)
         self.log.add_epoch(self, loss=loss, measures=measures)
-        better = measures.get(self.task.main_measure, -1.0) > progress.best
-        if better:
-            progress.best = measures[self.task.main_measure]
+        score = measures.get(self.task.main_measure, -1.0)
+        if math.isnan(score):  # nothing to measure by: of weights that were never measured the last are the best
+            better = progress.best < 0
+        else:
+            better = score > progress.best
+            progress.best = max(score, progress.best)
         progress.epoch, progress.step, progress.counted, progress.epoch_seconds = progress.epoch + 1, 0, 0, 0.0
         self.loss_sum.zero_()
         self.log.write(self, better=better)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import platform
 import shutil
@@ -96,11 +97,11 @@ class RunLog:
         row = self.rows[-1]
         write_atomically(self.folder / LOG, to_csv(self.rows))
         if self.board is not None:
-            for name in row.keys() - {"epoch", "step"}:
+            for name in known(row).keys() - {"epoch", "step"}:
                 self.board.add_scalar(f"epoch/{name}", row[name], row["epoch"])
             self.board.flush()
         main = fit.task.main_measure
-        tested = f"  test {fit.task.shares[main]} {100 * row[main]:.2f} %" if main in row else ""
+        tested = f"  test {fit.task.shares[main]} {as_percentage(row[main])}" if main in row else ""
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         self.tell(
             f"epoch {row['epoch']:>3}/{fit.config.epochs}  loss {row['loss']:.3f}{tested}"
@@ -132,13 +133,23 @@ def _make_board(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
+def known(row: Mapping[str, Any]) -> Row:
+    """A row without the measures that a test had nothing for: they are NaN."""
+    return {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+
+
+def as_percentage(share: float) -> str:
+    """A measure as text."""
+    return "none" if math.isnan(share) else f"{100 * share:.2f} %"
+
+
 def to_csv(rows: list[Row]) -> str:
-    """Rows under the names of all their columns."""
+    """Rows under the names of all their columns; a measure that there is none of is left empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(map(known, rows))
     return buffer.getvalue()
 
 
@@ -160,7 +171,7 @@ def draw_curves(rows: list[Row], path: Path, *, shares: Mapping[str, str], title
     losses = dict(loss="training", test_loss="test")
     for axes, names, unit in ((left, losses, 1), (right, shares, 100)):
         for name, label in names.items():
-            points = [(row["epoch"], unit * row[name]) for row in rows if name in row]
+            points = [(row["epoch"], unit * row[name]) for row in map(known, rows) if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 30 else None)
         axes.set_xlabel("epoch")

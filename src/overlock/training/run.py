@@ -47,9 +47,9 @@ class TrainResult:
 
     score: float
     """The task's main measure of the final weights on the held-out images: a classifier's accuracy, a detector's
-    average precision, a segmenter's mean IoU."""
+    average precision, a segmenter's mean IoU; NaN where there was nothing to find."""
     best: float
-    """The highest over the epochs."""
+    """The highest over the epochs; -1 where there was none."""
     seconds: float
     """Of training and testing, over all sessions of the run."""
     folder: Path
@@ -96,7 +96,9 @@ def train(
             fit.log.close()
     finish(fit, job)
     score, seconds, name = fit.log.rows[-1][fit.task.main_measure], fit.progress.seconds, fit.task.main_measure
-    fit.log.tell(f"test {fit.task.shares[name]} {100 * score:.2f} % after {seconds:.0f} s; saved in {folder}")
+    fit.log.tell(
+        f"test {fit.task.shares[name]} {reports.as_percentage(score)} after {seconds:.0f} s; saved in {folder}"
+    )
     fit.log.tell(f"try: overlock predict IMAGE --checkpoint {folder}")
     return TrainResult(score=score, best=fit.progress.best, seconds=seconds, folder=folder)
 
