@@ -78,6 +78,8 @@ class ImageData:
     """Whether an image seen in a mirror is still one of its class."""
     crop_pct: float | None = None
     """Share of the image that the test crop keeps, where objects fill the images; None is the model's own."""
+    notes: tuple[str, ...] = ()
+    """What was left out or read in another way than it stands there, a line each, to be told once."""
 
 
 def load_data(

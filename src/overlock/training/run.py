@@ -159,6 +159,8 @@ def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Conso
         f"{job.record.name}: {sum(p.numel() for p in fit.raw_network.parameters()) / 1e6:.2f} M parameters; "
         f"{len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes"
     )
+    for note in data.notes:
+        fit.log.tell(note)
     return fit, job
 
 
