@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ORDINARY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(ORDINARY)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test-oldest: $(OLDEST)/.installed-dev
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(ORDINARY)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(ORDINARY)
 
 # An install is repeated only when the dependencies change.
 $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml

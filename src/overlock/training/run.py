@@ -201,10 +201,10 @@ def take_up(fit: Fit) -> None:
     for problem in problems:
         fit.log.tell(f"{problem}; going on from {path.name}")
     identity = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
+    # By way of the settings' class, so that fields which the checkpoint's version did not have are at their defaults.
+    before = type(fit.config).from_dict(identity["settings"]).to_dict()
     changed = [
-        name
-        for name in differing(identity["settings"], fit.identity["settings"])
-        if name in FIXED or not name.startswith(CHANGEABLE)
+        name for name in differing(before, fit.identity["settings"]) if name in FIXED or not name.startswith(CHANGEABLE)
     ]
     if changed:
         raise ValueError(
