@@ -1,6 +1,6 @@
 """ContMix's dynamic convolution the other ways: kernels made and stored, then a weighted sum over each window.
 
-Letters as in overlock/ops/reference.py; N = K^2 taps. Kernels are (B, G, N, H, W).
+Letters as in overlock/kernels/torch/reference.py; N = K^2 taps. Kernels are (B, G, N, H, W).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from overlock.ops.portable import Span, spans
-from overlock.ops.reference import window_starts
+from overlock.kernels.torch.contmix import Span, spans
+from overlock.kernels.torch.reference import window_starts
 
 WIDTH = 16  # of a head, the least that FlexAttention takes
 

@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import overlock
 import overlock.layers.contmix as contmix_layer
 from overlock.analysis import count_cost
-from overlock.ops import backend, contmix, functional
+from overlock.ops import backend, contmix
+from overlock.ops.contmix import _enlarged, _resize
 
 BackendName = Literal["auto", "triton", "cpu", "torch", "reference", "unfold"]
 Form = Literal["eager", "compiled"]
@@ -48,9 +49,9 @@ def contmix_by_unfold(
     For maps that, enlarged to ``min_side``, have room for the kernel: those of the networks.
     """
     height, width = value.shape[3:]
-    size = functional._enlarged(height, width, min_side)
+    size = _enlarged(height, width, min_side)
     if size is not None:
-        query, value = functional._resize(query, size), functional._resize(value, size)
+        query, value = _resize(query, size), _resize(value, size)
     mixed = by_unfold(make_kernels(query, key, weight, bias, rpb), value)
     if size is not None:
         mixed = F.adaptive_avg_pool2d(mixed.flatten(1, 2), (height, width)).unflatten(1, mixed.shape[1:3])

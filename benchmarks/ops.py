@@ -19,8 +19,9 @@ from jsonargparse import auto_cli
 from timing import interleave, leave_out, middle, report, spread
 from torch import Tensor
 
-from overlock.ops import BACKENDS, backend, contmix, portable
-from overlock.ops.cpu import numba_installed
+from overlock.kernels.numba.contmix import numba_installed
+from overlock.kernels.torch import contmix as portable
+from overlock.ops import BACKENDS, backend, contmix
 
 
 class Shape(NamedTuple):
@@ -188,7 +189,7 @@ def peak_extra_memory(run: Callable[[], object], device: str) -> float:
 def _workspace_of_kernels() -> Callable[[], int]:
     if not numba_installed():
         return lambda: 0
-    from overlock.ops.programs import release_workspace  # noqa: PLC0415
+    from overlock.kernels.numba.plan import release_workspace  # noqa: PLC0415
 
     return release_workspace
 

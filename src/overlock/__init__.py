@@ -5,7 +5,7 @@
 
 from overlock import tasks as tasks
 from overlock.blocks import ContMixBlock
-from overlock.fusion import fuse
+from overlock.fused.fuse import fuse
 from overlock.layers import ContMix, DilatedRepConv
 from overlock.network import VARIANTS, OverLoCK
 from overlock.tasks.pyramid import Pyramid

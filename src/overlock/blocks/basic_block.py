@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from overlock.blocks.inference import FusedBasicBlocks, alike
+from overlock.fused.blocks import FusedBasicBlocks, alike
 from overlock.layers import ConvFFN, ConvNorm, DilatedRepConv, LocalConv
 from overlock.layers.conv_ffn import fold_residual, make_residual
 from overlock.layers.gdsa import make_squeeze_excite

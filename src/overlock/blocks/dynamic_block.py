@@ -6,7 +6,7 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from overlock.blocks.inference import FusedContMixBlock, FusedDynamicBlocks, alike
+from overlock.fused.blocks import FusedContMixBlock, FusedDynamicBlocks, alike
 from overlock.layers import GDSA, AffineScale, Aggregator, ContMix, ConvFFN, LocalConv
 from overlock.layers.conv_ffn import ScaledResidual, fold_residual, make_residual
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from overlock.checkpoint import Record, load_model
 from overlock.data.dense_transforms import make_segmentation_transform
 from overlock.deploy.predict import ImageLike, as_pil, name_of
-from overlock.fusion import fuse
+from overlock.fused.fuse import fuse
 from overlock.hub import find_weights
 from overlock.tasks.detection import find_objects
 from overlock.tasks.sliding import segment

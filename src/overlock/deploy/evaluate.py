@@ -20,7 +20,7 @@ from overlock.checkpoint import Record, build, default_classes, default_preproce
 from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.files import write_atomically
-from overlock.fusion import fuse
+from overlock.fused.fuse import fuse
 from overlock.network import VARIANTS
 
 Precision = Literal["fp32", "bf16", "fp16"]

@@ -21,7 +21,7 @@ from overlock.data.dense_transforms import (
 from overlock.data.label_maps import IGNORED, load_label_part
 from overlock.data.loaders import as_lists, make_test_loader
 from overlock.deploy.evaluate import Precision, cast_to
-from overlock.fusion import fuse
+from overlock.fused.fuse import fuse
 from overlock.tasks.scores import DetectionScore, SegmentationScore
 from overlock.tasks.sliding import segment
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from overlock.checkpoint import Record, load_classifier
 from overlock.data import make_eval_transform, read_image, to_rgb
-from overlock.fusion import fuse
+from overlock.fused.fuse import fuse
 from overlock.hub import find_weights
 from overlock.network import VARIANTS
 

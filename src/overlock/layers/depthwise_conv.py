@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from overlock.layers.inference import Depthwise
+from overlock.fused.layers import Depthwise
 from overlock.ops import depthwise_conv2d
 
 torch.fx.wrap("depthwise_conv2d")

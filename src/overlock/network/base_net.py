@@ -9,9 +9,9 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
-from overlock.blocks.inference import FusedBasicBlocks, alike
+from overlock.fused.blocks import FusedBasicBlocks, alike
+from overlock.fused.layers import ConvStack
 from overlock.layers import ConvNorm
-from overlock.layers.inference import ConvStack
 from overlock.network.variants import Variant
 
 STEM_STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
-from overlock.blocks.inference import FusedDynamicBlocks, alike
+from overlock.fused.blocks import FusedDynamicBlocks, alike
 from overlock.network.base_net import make_embedding
 from overlock.network.variants import Variant
 

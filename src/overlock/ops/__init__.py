@@ -1,9 +1,9 @@
 """Operations that PyTorch has not, or not fast: dynamic and depthwise convolution, response norm."""
 
-from overlock.ops.backends import BACKENDS, backend
+from overlock.ops.contmix import contmix, region_centres
 from overlock.ops.depthwise import depthwise_conv2d
-from overlock.ops.functional import contmix, region_centres
-from overlock.ops.local_conv import local_conv
-from overlock.ops.response_norm import response_norm
+from overlock.ops.dispatch import BACKENDS, backend
+from overlock.ops.grn import response_norm
+from overlock.ops.residual_depthwise import local_conv
 
 __all__ = ["BACKENDS", "backend", "contmix", "depthwise_conv2d", "local_conv", "region_centres", "response_norm"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.backends import AUTO, asked_for, on_use, triton_why_not
-from overlock.ops.register import register
+from overlock.ops.dispatch import AUTO, asked_for, on_use, triton_why_not
+from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 
@@ -60,7 +60,7 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, *
 
 def _undilated(name: str) -> Callable[..., Tensor]:
     """A function of Triton's, which knows no dilation."""
-    call = on_use("triton_depthwise", name)
+    call = on_use("triton.depthwise", name)
     return lambda *arguments: call(*arguments[:-1])
 
 
@@ -70,20 +70,20 @@ PARTS: dict[str, dict[str, Callable[..., Tensor]]] = {
     "forward": {
         "torch": _convolve,
         "triton": _undilated("convolve"),
-        "cpu": on_use("cpu_depthwise", "convolve"),
+        "cpu": on_use("numba.depthwise_gradients", "convolve"),
     },
     "input": {
         "torch": functools.partial(_convolve_backward, wanted=0),
         "triton": _undilated("input_gradient"),
-        "cpu": on_use("cpu_depthwise", "input_gradient"),
+        "cpu": on_use("numba.depthwise_gradients", "input_gradient"),
     },
     "weight": {
         "torch": functools.partial(_convolve_backward, wanted=1),
         "triton": _undilated("weight_gradient"),
-        "cpu": on_use("cpu_depthwise", "weight_gradient"),
+        "cpu": on_use("numba.depthwise_gradients", "weight_gradient"),
     },
 }
-why_not = triton_why_not("triton_depthwise")
+why_not = triton_why_not("triton.depthwise")
 _faster: dict[tuple[object, ...], bool] = {}
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from overlock.ops.backends import AUTO
-from overlock.ops.cpu import numba_installed
+from overlock.kernels.numba.contmix import numba_installed
+from overlock.ops.dispatch import AUTO
 
 HAS_NUMBA = numba_installed()  # a constant to torch.compile
 

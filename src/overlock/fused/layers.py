@@ -1,0 +1,74 @@
+"""The layers of the fused network on CPU: the same arithmetic in fewer passes, over channels_last maps.
+
+All take and give images (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from overlock.fused import layer_operators as ops
+from overlock.fused import stage_operators as blocks
+from overlock.fused.flat_parameters import Packed
+from overlock.kernels.numba.contmix import to_images
+
+
+def cpu_form(module: nn.Module) -> nn.Module:
+    """The layer below that does a module's work, or the module itself where there is none."""
+    if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or module.dilation != (1, 1):
+        return module  # a subclass may do something else to its input or its weight
+    size, stride = module.kernel_size[0], module.stride[0]
+    square = module.kernel_size == (size, size) and module.stride == (stride, stride) and size % 2 == 1
+    if not square or module.padding != (size // 2, size // 2):
+        return module
+    if module.groups == 1:
+        return Pointwise(module) if size == stride == 1 else ConvStack(nn.Sequential(module))
+    one_by_one = module.groups == module.in_channels == module.out_channels
+    return Depthwise(module) if one_by_one and stride == 1 else module
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+
+
+class Pointwise(nn.Module):
+    """1x1 convolution as a matrix product, weight (Cout, Cin)."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = _frozen(conv.weight.flatten(1))
+        self.bias = None if conv.bias is None else _frozen(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_images(ops.linear(x.permute(0, 2, 3, 1), self.weight, self.bias))
+
+
+class Depthwise(nn.Module):
+    """Depthwise convolution, weight (K, K, C), and GELU after it where ``gelu`` is set."""
+
+    def __init__(self, conv: nn.Conv2d):
+        super().__init__()
+        self.weight = _frozen(conv.weight[:, 0].permute(1, 2, 0))
+        self.bias = _frozen(conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias)
+        self.gelu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.depthwise(x, self.weight, self.bias, self.gelu)
+
+
+class ConvStack(Packed):
+    """Convolutions of all channels, and GELU between them: one operation where its kernels run."""
+
+    def __init__(self, layers: nn.Sequential):
+        convolutions = convolutions_of(layers)
+        super().__init__(layers, blocks.parameters_of(convolutions))
+        self.strides = [convolution.stride[0] for convolution in convolutions]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if blocks.kernels_apply([x, self.packed]):
+            return blocks.basic_stack(x, self.packed, self.layout, self.strides, 0.0)
+        return self.plain(x)
+
+
+def convolutions_of(layers: nn.Module) -> list[nn.Conv2d]:
+    return [layer for layer in layers.modules() if isinstance(layer, nn.Conv2d)]

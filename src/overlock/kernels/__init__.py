@@ -1,0 +1,1 @@
+"""Kernels: the arithmetic itself, one folder a language."""

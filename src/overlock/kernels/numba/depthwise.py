@@ -1,0 +1,266 @@
+"""Depthwise filters on CPU by numba, with what comes before and after them in one pass over memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, share
+from overlock.kernels.numba.simd import LANES, gelu, gelu_gradient, load, load_part, prefetch, store, store_part, zeros
+
+# What is done in the same pass, added up.
+GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
+
+
+@njit(**OPTIONS)
+def read_row(images, first, channels, width, lanes, steps, line, place):
+    """One row of up to LANES channels into ``line``, whose margins stay zero.
+
+    The row below, whose numbers lie too far apart for the machine to foresee, is on its way to the cache meanwhile.
+    """
+    prefetch_row(images, first + width * channels, channels, width)
+    for x in range(width):
+        value = load_part(images, first + x * channels, lanes)
+        store(line, place + x * LANES, gelu(value) if steps & GELU_BEFORE else value)
+
+
+@njit(**OPTIONS)
+def prefetch_row(numbers, first, channels, width):
+    for x in range(width):
+        prefetch(numbers, first + x * channels)
+
+
+@njit(**OPTIONS)
+def filter_seven(lines, weights, order, begin, end, size, step, stride, place, out, to):
+    """Seven neighbours of a row: each weight is read once for all."""
+    a = b = c = d = e = f = g = load(weights, size * size * LANES)
+    for k in range(begin, end):
+        x, n = order[k] * stride + place, k * size * LANES
+        for j in range(size):
+            w, at = load(weights, n + j * LANES), x + j * step
+            a, b = a + w * load(lines, at), b + w * load(lines, at + LANES)
+            c, d = c + w * load(lines, at + 2 * LANES), d + w * load(lines, at + 3 * LANES)
+            e, f = e + w * load(lines, at + 4 * LANES), f + w * load(lines, at + 5 * LANES)
+            g = g + w * load(lines, at + 6 * LANES)
+    store(out, to, a)
+    store(out, to + LANES, b)
+    store(out, to + 2 * LANES, c)
+    store(out, to + 3 * LANES, d)
+    store(out, to + 4 * LANES, e)
+    store(out, to + 5 * LANES, f)
+    store(out, to + 6 * LANES, g)
+
+
+@njit(**OPTIONS)
+def filter_seven_twice(lines, weights, order, begin, end, size, stride, place, out, to, step):
+    """The same in two rows, the second ``step`` numbers after the first in ``out``: each input is read once for both.
+
+    ``order`` goes on by one row, the last of the second's.
+    """
+    a = b = c = d = e = f = g = h = i = j = k = m = n = o = load(weights, size * size * LANES)
+    for row in range(begin, end):
+        x, first, second = order[row] * stride + place, row * size * LANES, (row - 1) * size * LANES
+        if 0 < row < size:
+            for column in range(0, size * LANES, LANES):
+                v, w, at = load(weights, first + column), load(weights, second + column), x + column
+                y = load(lines, at)
+                a, h = a + v * y, h + w * y
+                y = load(lines, at + LANES)
+                b, i = b + v * y, i + w * y
+                y = load(lines, at + 2 * LANES)
+                c, j = c + v * y, j + w * y
+                y = load(lines, at + 3 * LANES)
+                d, k = d + v * y, k + w * y
+                y = load(lines, at + 4 * LANES)
+                e, m = e + v * y, m + w * y
+                y = load(lines, at + 5 * LANES)
+                f, n = f + v * y, n + w * y
+                y = load(lines, at + 6 * LANES)
+                g, o = g + v * y, o + w * y
+        elif row == 0:
+            for column in range(0, size * LANES, LANES):
+                v, at = load(weights, first + column), x + column
+                a, b = a + v * load(lines, at), b + v * load(lines, at + LANES)
+                c, d = c + v * load(lines, at + 2 * LANES), d + v * load(lines, at + 3 * LANES)
+                e, f = e + v * load(lines, at + 4 * LANES), f + v * load(lines, at + 5 * LANES)
+                g = g + v * load(lines, at + 6 * LANES)
+        else:
+            for column in range(0, size * LANES, LANES):
+                w, at = load(weights, second + column), x + column
+                h, i = h + w * load(lines, at), i + w * load(lines, at + LANES)
+                j, k = j + w * load(lines, at + 2 * LANES), k + w * load(lines, at + 3 * LANES)
+                m, n = m + w * load(lines, at + 4 * LANES), n + w * load(lines, at + 5 * LANES)
+                o = o + w * load(lines, at + 6 * LANES)
+    store(out, to, a)
+    store(out, to + LANES, b)
+    store(out, to + 2 * LANES, c)
+    store(out, to + 3 * LANES, d)
+    store(out, to + 4 * LANES, e)
+    store(out, to + 5 * LANES, f)
+    store(out, to + 6 * LANES, g)
+    to += step
+    store(out, to, h)
+    store(out, to + LANES, i)
+    store(out, to + 2 * LANES, j)
+    store(out, to + 3 * LANES, k)
+    store(out, to + 4 * LANES, m)
+    store(out, to + 5 * LANES, n)
+    store(out, to + 6 * LANES, o)
+
+
+@njit(**OPTIONS)
+def filter_one(lines, weights, order, begin, end, size, step, stride, place, out, to):
+    a = load(weights, size * size * LANES)
+    for k in range(begin, end):
+        x, n = order[k] * stride + place, k * size * LANES
+        for j in range(size):
+            a = a + load(weights, n + j * LANES) * load(lines, x + j * step)
+    store(out, to, a)
+
+
+@njit(**OPTIONS)
+def filter_row(lines, weights, order, begin, end, size, step, stride, width, out, to):
+    """One row of results."""
+    for x in range(0, width - 6, 7):
+        filter_seven(lines, weights, order, begin, end, size, step, stride, x * LANES, out, to + x * LANES)
+    for x in range(width - width % 7, width):
+        filter_one(lines, weights, order, begin, end, size, step, stride, x * LANES, out, to + x * LANES)
+
+
+@njit(**OPTIONS)
+def filter_two_rows(lines, weights, order, begin, end, size, stride, width, out):
+    """Two rows of results of at least seven columns, one after the other."""
+    for x in range(0, width, 7):
+        at = min(x, width - 7) * LANES  # the last seven may overlap those before
+        filter_seven_twice(lines, weights, order, begin, end, size, stride, at, out, at, width * LANES)
+
+
+@njit(**OPTIONS)
+def filter_three(lines, weights, above, middle, below, width, out, to):
+    """One row of results of a 3 x 3 filter, whose weights stay in registers; the rows begin at three places."""
+    bias = load(weights, 9 * LANES)
+    a, b, c = load(weights, 0), load(weights, LANES), load(weights, 2 * LANES)
+    d, e, f = load(weights, 3 * LANES), load(weights, 4 * LANES), load(weights, 5 * LANES)
+    g, h, i = load(weights, 6 * LANES), load(weights, 7 * LANES), load(weights, 8 * LANES)
+    for x in range(0, width * LANES, LANES):
+        value = bias + a * load(lines, above + x) + b * load(lines, above + x + LANES)
+        value = value + c * load(lines, above + x + 2 * LANES) + d * load(lines, middle + x)
+        value = value + e * load(lines, middle + x + LANES) + f * load(lines, middle + x + 2 * LANES)
+        value = value + g * load(lines, below + x) + h * load(lines, below + x + LANES)
+        store(out, to + x, value + i * load(lines, below + x + 2 * LANES))
+
+
+@njit(**OPTIONS)
+def filter_rows(lines, weights, order, begin, end, size, dilation, stride, width, count, out):
+    """One row of results or two, from the lines in an order; those before the begin and from the end on are zeros."""
+    if size == 3 and dilation == 1:
+        for i in range(count):
+            above, middle, below = order[i] * stride, order[i + 1] * stride, order[i + 2] * stride
+            filter_three(lines, weights, above, middle, below, width, out, i * width * LANES)
+    elif count == 2:
+        filter_two_rows(lines, weights, order, begin, end, size, stride, width, out)
+    else:
+        filter_row(lines, weights, order, begin, end, size, dilation * LANES, stride, width, out, 0)
+
+
+@njit(**OPTIONS)
+def write_row(row, begin, width, lanes, steps, out, first, channels, squares, others):
+    """A filtered row to its place, and its squares to those of the rows before."""
+    both = load(squares, 0)
+    for x in range(width):
+        value = load(row, begin + x * LANES)
+        if steps & GELU_AFTER:
+            value = gelu(value)
+        if steps & GELU_GRADIENT:
+            value = value * gelu_gradient(load_part(others, first + x * channels, lanes))
+        if steps & SQUARES:
+            both = both + value * value
+        if steps & SUMS:
+            both = both + value
+        store_part(out, first + x * channels, value, lanes)
+    store(squares, 0, both)
+
+
+@kernel
+def depthwise(call, thread, threads):
+    """Filter images (B, H, W, C) with weights (K K, C) and bias (C), zeros around them, into out (B, H, W, C).
+
+    ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, pieces, C), which takes
+    the sums of the results or of their squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1
+    where ``out`` is ``images``; the dilation; and the address of other images, which GELU_GRADIENT reads. LANES
+    channels of the rows that a filter spans are kept at hand, so that it can write over what it reads.
+    """
+    p = carray(call, 16)
+    batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
+    dilation, others = p[14], floats(p[15], (batch * height * width * channels,))
+    images, out = floats(p[2], (batch * height * width * channels,)), floats(p[5], (batch * height * width * channels,))
+    weights, bias, sums = (
+        floats(p[3], (size * size * channels,)),
+        floats(p[4], (channels,)),
+        floats(p[6], (batch, pieces, channels)),
+    )
+    blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
+    stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
+    lines, order = zeros((held + 1) * stride), np.zeros(size + 1, np.int64)  # the last line stays zero
+    rows, taps = zeros(2 * width * LANES), zeros((size * size + 1) * LANES)
+    squares, sum_of_squares = zeros(LANES), np.zeros(LANES, np.float64)
+    begin, end = share(p, thread, threads)
+    for job in range(begin, end):
+        b, piece, block = job // (blocks * pieces), job // blocks % pieces, job % blocks
+        lanes, first_row, last_row = (
+            min(LANES, channels - block * LANES),
+            height * piece // pieces,
+            height * (piece + 1) // pieces,
+        )
+        for n in range(size * size):
+            store(taps, n * LANES, load_part(weights, n * channels + block * LANES, lanes))
+        store(taps, size * size * LANES, load_part(bias, block * LANES, lanes))
+        origin = b * height * width * channels + block * LANES
+        sum_of_squares[:] = 0
+        ready, y = max(first_row - half, 0), first_row
+        while y < last_row:
+            count = 2 if paired and y + 1 < last_row else 1
+            while ready < min(y + half + count, height):
+                read_row(
+                    images, origin + ready * width * channels, channels, width, lanes, steps, lines,
+                    ready % held * stride + half * LANES,
+                )  # fmt: skip
+                ready += 1
+            if p[5] != p[2]:
+                prefetch_row(out, origin + y * width * channels, channels, count * width)
+            top = max(-((y - half) // dilation), 0)
+            bottom = min(size + count - 1, (height - 1 - y + half) // dilation + 1)
+            for k in range(size + count - 1):
+                row = y - half + k * dilation
+                order[k] = row % held if 0 <= row < height else held
+            filter_rows(lines, taps, order, top, bottom, size, dilation, stride, width, count, rows)
+            squares[:] = 0
+            for i in range(count):
+                at = origin + (y + i) * width * channels
+                write_row(rows, i * width * LANES, width, lanes, steps, out, at, channels, squares, others)
+            for c in range(LANES):
+                sum_of_squares[c] += squares[c]
+            y += count
+        if steps & (SQUARES | SUMS):
+            for c in range(lanes):
+                sums[b, piece, block * LANES + c] = sum_of_squares[c]
+
+
+def filter_tokens(
+    tokens: Tensor, weight: Tensor, bias: Tensor, steps: int = 0, dilation: int = 1, before_gelu: Tensor | None = None
+) -> Tensor:
+    """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C).
+
+    Args:
+        steps: GELU_BEFORE, GELU_AFTER or both, added up.
+        dilation: distance of a filter's neighbours.
+        before_gelu: (B, H, W, C); multiply the result by GELU's derivative there.
+    """
+    out, jobs = torch.empty_like(tokens), tokens.shape[0] * -(-tokens.shape[3] // LANES)
+    pieces = max(1, min(2 * torch.get_num_threads() // jobs, tokens.shape[1] // 8))
+    steps = steps if before_gelu is None else steps | GELU_GRADIENT
+    sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation, tokens if before_gelu is None else before_gelu)
+    run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, out, *sizes)
+    return out

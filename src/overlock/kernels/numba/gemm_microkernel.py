@@ -1,0 +1,125 @@
+"""The inner loop of a matrix product as a numba value: a tile of the result that stays in registers.
+
+ROWS x PANEL numbers of the result are as many vectors as there are registers, less those for the operands. Each step
+reads PANEL weights and one number of each row, so a tile's arithmetic covers its reads from the second cache. Rows are
+STRIDE numbers apart, so that all of them are reached from one address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from overlock.kernels.numba.simd import LANES, _spread
+
+ROWS = 12 if LANES == 16 else 6
+PANEL = 2 * LANES
+DEPTH = 256  # of rows at one place
+STRIDE = DEPTH + LANES  # no power of two, or rows would share lines of the cache
+INDEX = ir.IntType(64)
+
+
+class _Builder:
+    """What the loops need of LLVM, beside an ``IRBuilder``, for vectors of some lanes."""
+
+    def __init__(self, builder: Any, arguments: Any, lanes: int):
+        self.builder, self.lanes, self.kind = builder, lanes, ir.VectorType(ir.FloatType(), lanes)
+        _, x, weight, self.depth, start, self.start_step, out, self.out_step, self.later, self.later_step = arguments
+        self.x, self.weight, self.start, self.out = (
+            builder.inttoptr(address, self.kind.as_pointer()) for address in (x, weight, start, out)
+        )
+        kind = ir.FunctionType(self.kind, [self.kind] * 3)
+        name = f"llvm.fma.v{lanes}f32"
+        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def at(self, place: Any, offset: Any) -> Any:
+        """The address ``offset`` numbers on."""
+        offset = INDEX(offset) if isinstance(offset, int) else offset
+        numbers = self.builder.bitcast(place, ir.FloatType().as_pointer())
+        return self.builder.bitcast(self.builder.gep(numbers, [offset]), self.kind.as_pointer())
+
+    def load(self, place: Any, offset: Any) -> Any:
+        loaded = self.builder.load(self.at(place, offset))
+        loaded.align = 4
+        return loaded
+
+    def store(self, value: Any, place: Any, offset: Any) -> None:
+        self.builder.store(value, self.at(place, offset)).align = 4
+
+    def row(self, r: int, step: Any, v: int) -> Any:
+        """Numbers from a place to a vector of a row of those ``step`` apart."""
+        return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * self.lanes))
+
+    def spread(self, place: Any, offset: Any) -> Any:
+        """The number at an address, in all lanes."""
+        number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
+        return _spread(self.builder, self.builder.load(number), self.kind)
+
+    def prefetch(self, address: Any) -> None:
+        """Begin to bring a line to the second cache."""
+        place = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        known = self.builder.module.globals.get("llvm.prefetch.p0i8")
+        call = known or ir.Function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        self.builder.call(call, [place, number(0), number(2), number(1)])
+
+    def multiply(self, rows: int, vectors: int, end: Any) -> Any:
+        """A loop over the depth for a count of rows; returns the block that begins it."""
+        builder, places = self.builder, [(r, v) for r in range(rows) for v in range(vectors)]
+        begin, loop, done = (builder.append_basic_block(name) for name in ("begin", "loop", "done"))
+        builder.position_at_end(begin)
+        sums = [self.load(self.start, self.row(r, self.start_step, v)) for r, v in places]
+        builder.branch(loop)
+
+        builder.position_at_end(loop)
+        step, held = builder.phi(INDEX), [builder.phi(self.kind) for _ in places]
+        weights = self.at(self.weight, builder.mul(step, INDEX(PANEL)))
+        columns = [self.load(weights, v * self.lanes) for v in range(vectors)]
+        x = self.at(self.x, step)
+        added = []
+        for r in range(rows):
+            number = self.spread(x, r * STRIDE)
+            for v in range(vectors):
+                added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
+        self.prefetch(builder.add(self.later, builder.mul(step, self.later_step)))
+        following = builder.add(step, INDEX(1))
+        for phi, first, later in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
+            phi.add_incoming(first, begin)
+            phi.add_incoming(later, loop)
+        builder.cbranch(builder.icmp_signed("<", following, self.depth), loop, done)
+
+        builder.position_at_end(done)
+        for (r, v), total in zip(places, added, strict=True):
+            self.store(total, self.out, self.row(r, self.out_step, v))
+        builder.branch(end)
+        return begin
+
+
+def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
+    """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
+
+    @intrinsic
+    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step, later, later_step):  # noqa: ARG001
+        def generate(context, builder, _signature, arguments):
+            loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
+            choice = builder.switch(arguments[0], end)
+            for case in range(1, rows + 1):
+                choice.add_case(INDEX(case), loops.multiply(case, vectors, end))
+            builder.position_at_end(end)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), generate
+
+    return multiply
+
+
+# out (rows, PANEL) = start (rows, PANEL) + x (rows, depth) @ weight (depth, PANEL), each at an address; x's rows are
+# STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= ROWS and depth >= 1. The others do the
+# first columns alone: three halves of a vector, for as many rows as there are registers, a whole one, and a half.
+HALF, HALF_ROWS = LANES // 2, ROWS // 2
+multiply_panel, multiply_three_halves = _tile_product(ROWS, 2, LANES), _tile_product(HALF_ROWS, 3, HALF)
+multiply_vector, multiply_half = _tile_product(ROWS, 1, LANES), _tile_product(ROWS, 1, HALF)

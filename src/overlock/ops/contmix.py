@@ -1,0 +1,226 @@
+"""The public operations: checked, registered with PyTorch, and handed to a backend.
+
+Each is one operator to ``torch.compile``, ``torch.export``, autocast, vmap and the profiler (registration.py); what
+runs inside is chosen at the call (dispatch.py). Letters as in kernels/torch/reference.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overlock.ops.dispatch import asked_for, choose
+from overlock.ops.registration import register, register_backward
+
+
+def contmix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: int,
+    min_side: int = 0,
+) -> Tensor:
+    """Mix each token's neighbourhood with a kernel made from its affinity to the whole map (section 3.2).
+
+        kernel[t] = softmax(weight @ (query[t] . key) + bias + rpb)        K x K taps, one kernel a token and group
+        out[t]    = sum over the taps n of kernel[t, n] * value[window(t) + n]
+
+    The window is centred on its token and shifted at the borders to lie inside the map, never padded. A map with a side
+    shorter than K uses the taps that fall into it.
+
+    Args:
+        query: (B, G, D, H, W), already scaled. Any strides.
+        key: (B, G, D, S^2), the region centres.
+        value: (B, G, C, H, W), same H and W as ``query``. Any strides.
+        weight: (K^2, S^2), from affinities to taps, row by row; shared by the groups.
+        bias: (K^2,) or None.
+        rpb: relative position bias (G, 2K-1, 2K-1), entry [key_row - query_row + K-1, ...] or None.
+        kernel_size: K >= 1.
+        min_side: a map with a shorter side than this is enlarged to it for the mixing, bilinearly and keeping the
+            aspect, and the result averaged back: what the released models do with the size of their large kernel.
+
+    Returns:
+        (B, G, C, H, W), dtype and layout of ``value``. Logits and sums are kept in float32 (float64 for float64).
+
+    Raises:
+        ValueError: where shapes do not fit, naming the argument.
+    """
+    if not torch.jit.is_scripting():
+        _check(query, key, value, weight, bias, rpb, kernel_size)
+    return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size, min_side)
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int
+) -> None:
+    if query.dim() != 5 or value.dim() != 5 or key.dim() != 4:
+        raise ValueError(
+            "contmix takes query (B, G, D, H, W), key (B, G, D, S^2) and value (B, G, C, H, W);"
+            f" got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    batch, groups, depth, height, width = query.shape
+    if tuple(key.shape[:3]) != (batch, groups, depth):
+        raise ValueError(f"key must be ({batch}, {groups}, {depth}, S^2) to fit query; got {tuple(key.shape)}")
+    if tuple(value.shape[:2]) != (batch, groups) or tuple(value.shape[3:]) != (height, width):
+        raise ValueError(
+            f"value must be ({batch}, {groups}, C, {height}, {width}) to fit query; got {tuple(value.shape)}"
+        )
+    taps = kernel_size * kernel_size
+    if kernel_size < 1 or tuple(weight.shape) != (taps, key.shape[3]):
+        raise ValueError(
+            f"weight must be (K^2, S^2) = ({taps}, {key.shape[3]}) for kernel_size {kernel_size};"
+            f" got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (taps,):
+        raise ValueError(f"bias must be (K^2,) = ({taps},); got {tuple(bias.shape)}")
+    side = 2 * kernel_size - 1
+    if rpb is not None and tuple(rpb.shape) != (groups, side, side):
+        raise ValueError(f"rpb must be (G, 2K-1, 2K-1) = ({groups}, {side}, {side}); got {tuple(rpb.shape)}")
+
+
+def _taps_inside(x: Tensor, kernel_size: int, height: int, width: int) -> Tensor:
+    """View (Kh, Kw, ...) of the taps in (K^2, ...) for which a map has room."""
+    return x.unflatten(0, (kernel_size, kernel_size))[:height, :width]
+
+
+def _offsets_inside(rpb: Tensor, kernel_size: int, height: int, width: int) -> Tensor:
+    """View (G, 2Kh-1, 2Kw-1) of the offsets that occur in a map."""
+    top, left = max(kernel_size - height, 0), max(kernel_size - width, 0)
+    return rpb[:, top : rpb.shape[1] - top, left : rpb.shape[2] - left]
+
+
+def _cut_to_map(
+    weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int, height: int, width: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Drop the taps that a map with a side shorter than the kernel has no room for."""
+    extent = (kernel_size, height, width)
+    return (
+        _taps_inside(weight, *extent).flatten(0, 1),
+        None if bias is None else _taps_inside(bias, *extent).flatten(),
+        None if rpb is None else _offsets_inside(rpb, *extent),
+    )
+
+
+def _enlarged(height: int, width: int, min_side: int) -> list[int] | None:
+    """Size of a small map for the mixing, or None. The order of the float operations decides the cut to an integer."""
+    if min(height, width) >= min_side:
+        return None
+    if height < width:
+        return [min_side, int(min_side / height * width)]
+    return [int(min_side / width * height), min_side]
+
+
+def _resize(x: Tensor, size: list[int]) -> Tensor:
+    """Bilinear, over the last two dimensions of (B, G, C, H, W)."""
+    return F.interpolate(x.flatten(1, 2), size=size, mode="bilinear").unflatten(1, x.shape[1:3])
+
+
+def _resize_backward(grad: Tensor, size: list[int]) -> Tensor:
+    batch, groups, channels, height, width = grad.shape
+    small = torch.ops.aten.upsample_bilinear2d_backward(
+        grad.reshape(batch, groups * channels, height, width), [height, width], [batch, groups * channels, *size], False
+    )
+    return small.unflatten(1, (groups, channels))
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
+    kernel_size: int, min_side: int = 0,
+) -> Tensor:  # fmt: skip
+    if value.numel() == 0:
+        return torch.empty_like(value)
+    mixed = torch.empty_like(value)
+    height, width = value.shape[3:]
+    size = _enlarged(height, width, min_side)
+    if size is not None:
+        query, value = _resize(query, size), _resize(value, size)
+        height, width = size
+    cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
+    call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
+    with torch.autocast(value.device.type, enabled=False):
+        result = choose(asked_for(), *call).forward(*call)
+    if size is not None:
+        result = F.adaptive_avg_pool2d(result.flatten(1, 2), (mixed.shape[3], mixed.shape[4])).view_as(mixed)
+    return result if result.stride() == mixed.stride() else mixed.copy_(result)
+
+
+def _backward(
+    grad: Tensor, backend: str, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
+    rpb: Tensor | None, kernel_size: int, min_side: int = 0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    inputs = (query, key, value, weight, bias, rpb)
+    gradients = [query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs]
+    if value.numel() == 0:
+        return tuple(gradients)
+    height, width = value.shape[3:]
+    size = _enlarged(height, width, min_side)
+    if size is not None:
+        query, value = _resize(query, size), _resize(value, size)
+        like = value.flatten(1, 2)
+        grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad.flatten(1, 2), like).view_as(value)
+        height, width = size
+    cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
+    call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
+    with torch.autocast(value.device.type, enabled=False):
+        computed: list[Any] = list(choose(backend, *call).backward(grad, *call))
+    if size is not None:
+        computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
+        computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
+    extent = (kernel_size, height, width)
+    places = [
+        *gradients[:3],
+        _taps_inside(gradients[3], *extent),
+        None if bias is None else _taps_inside(gradients[4], *extent),
+        None if rpb is None else _offsets_inside(gradients[5], *extent),
+    ]
+    for place, gradient in zip(places, computed, strict=True):
+        if gradient is not None and place is not None:
+            place.copy_(gradient.view(place.shape))
+    return tuple(gradients)
+
+
+def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
+    """Average a map over an S x S grid of regions, small maps enlarged first as in :func:`contmix`.
+
+    (B, C, H, W) -> (B, C, S, S). One operator, because its result has the same size for any map.
+    """
+    return torch.ops.overlock.region_centres(context, region_grid, min_side)
+
+
+def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
+    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    if size is not None:
+        context = F.interpolate(context, size=size, mode="bilinear")
+    return F.adaptive_avg_pool2d(context, region_grid).contiguous()
+
+
+def _centres_backward(grad: Tensor, _note: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
+    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    like = context if size is None else context.new_empty(*context.shape[:2], *size)
+    grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
+    if size is not None:
+        grad = torch.ops.aten.upsample_bilinear2d_backward(grad, size, list(context.shape), False)
+    return torch.empty_like(context).copy_(grad)
+
+
+_MIX = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? rpb, int kernel_size, int min_side=0"
+)
+register(
+    "contmix", f"({_MIX}) -> Tensor", _forward, lambda _query, _key, value, *_: torch.empty_like(value),
+    batched=3, cast=3,
+)  # fmt: skip
+register_backward("contmix", _MIX, _backward, tensors=6, note=asked_for)
+
+_CENTRES = "Tensor context, int region_grid, int min_side=0"
+register(
+    "region_centres", f"({_CENTRES}) -> Tensor", _centres_forward,
+    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), batched=1,
+)  # fmt: skip
+register_backward("region_centres", _CENTRES, _centres_backward, tensors=1)

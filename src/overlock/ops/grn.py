@@ -1,0 +1,82 @@
+"""Global response norm, in training on CPU in two passes over memory forward and two backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from overlock.ops.dispatch import asked_for, on_use
+from overlock.ops.registration import register, register_backward
+from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
+
+products_by_kernel, scale_by_kernel = on_use("numba.grn", "sum_products"), on_use("numba.grn", "scale_and_add")
+
+
+def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x + weight * x * n / (mean of n over the channels + eps) + bias, with n the L2 norm of each channel's map.
+
+    Norms are summed in float32 or better: a sum of squares over a map overflows float16 at values near 16. Where it
+    trains in float32 on CPU it is one operator, without second derivatives.
+
+    Args:
+        x: (B, C, H, W).
+        weight, bias: (C,).
+        eps: added to the mean.
+
+    Returns:
+        (B, C, H, W) in the dtype of ``x``.
+    """
+    if torch.jit.is_scripting():  # what follows does not script
+        return _normalise(x, weight, bias, eps)
+    if trains_on_cpu(x, weight):
+        return torch.ops.overlock.global_response_norm(x, weight, bias, eps)
+    return _normalise(x, weight, bias, eps)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=exact)
+    shares = norms / (norms.mean(dim=1, keepdim=True) + eps)
+    scale = torch.addcmul(torch.ones_like(norms), weight.view(1, -1, 1, 1), shares)
+    return torch.addcmul(bias.view(1, -1, 1, 1).to(x.dtype), x, scale.to(x.dtype))
+
+
+def _sum_products(backend: str, a: Tensor, b: Tensor) -> Tensor:
+    """Sums of a * b (B, C, H, W) over the maps, (B, C)."""
+    if takes_kernels(backend, a, b):
+        return products_by_kernel(a, b)
+    return (a * b).sum(dim=(2, 3))
+
+
+def _scale_and_add(backend: str, a: Tensor, scale: Tensor, b: Tensor | None, other: Tensor) -> Tensor:
+    """a * scale + b * other, or + other without b; maps (B, C, H, W), numbers (B, C)."""
+    if takes_kernels(backend, a, scale):
+        return scale_by_kernel(a, scale, b, other)
+    scale, other = scale[:, :, None, None], other[:, :, None, None]
+    return a * scale + (other if b is None else b * other)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    backend = asked_for()
+    norms = _sum_products(backend, x, x).sqrt()
+    scale = 1 + weight * (norms / (norms.mean(dim=1, keepdim=True) + eps))
+    return to_layout_of(x, _scale_and_add(backend, x, scale, None, bias.expand_as(scale)))
+
+
+def _gradients(
+    grad: Tensor, backend: str, x: Tensor, weight: Tensor, _bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, weight and bias. With n the norms and m their mean + eps, the scale is s = 1 + weight n / m."""
+    norms = _sum_products(backend, x, x).sqrt()
+    mean = norms.mean(dim=1, keepdim=True) + eps
+    of_scale = _sum_products(backend, grad, x)
+    of_shares = of_scale * weight
+    of_norms = (of_shares - (of_shares * norms).mean(dim=1, keepdim=True) / mean) / mean
+    along = torch.where(norms > 0, of_norms / norms, 0)  # times x it is the gradient by way of the norms
+    of_x = _scale_and_add(backend, grad, 1 + weight * (norms / mean), x, along)
+    return to_layout_of(x, of_x), (of_scale * (norms / mean)).sum(dim=0), grad.sum(dim=(0, 2, 3))
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps"
+register("global_response_norm", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1)
+register_backward("global_response_norm", _ARGUMENTS, _gradients, tensors=3, note=asked_for)
