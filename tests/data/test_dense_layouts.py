@@ -8,8 +8,9 @@ import shutil
 import pytest
 from scenes import CLASSES, write_scenes
 
-from overlock.data.coco import load_coco, load_coco_part
+from overlock.data.detection import load_detection, load_detection_test
 from overlock.data.label_maps import load_label_maps, load_label_part, read_names
+from overlock.object_files import ObjectFiles
 
 
 @pytest.fixture
@@ -40,10 +41,17 @@ COCO_LAYOUTS = {
 }  # fmt: skip
 
 
+def load(data, **options):
+    names = {name: options.pop(name) for name in ("format", "annotations", "images") if name in options}
+    train = ObjectFiles(data=str(data), split=options.pop("train_split", None), **names)
+    test = ObjectFiles(data=str(data), split=options.pop("val_split", None), format=train.format)
+    return load_detection(train, test, **options)
+
+
 @pytest.mark.parametrize("layout", COCO_LAYOUTS)
 def test_objects(scenes, layout):
     move(scenes, COCO_LAYOUTS[layout])
-    data = load_coco(scenes)
+    data = load(scenes)
     assert data.classes == CLASSES
     assert (len(data.train), len(data.test)) == (3, 2)
     assert len(data.train.read(0)[1]["labels"]) == 2
@@ -52,13 +60,13 @@ def test_objects(scenes, layout):
 def test_annotations_without_their_folder(scenes):
     shutil.rmtree(scenes / "val")
     with pytest.raises(ValueError, match=r"2 of its 2 images are not in .*val \(first: 0\.png, 1\.png\)"):
-        load_coco(scenes)
+        load(scenes)
 
 
 def test_chosen_categories_keep_their_order(scenes):
-    data = load_coco(scenes, categories=("red", "green"))
+    data = load(scenes, categories=("red", "green"))
     assert data.classes == ("green", "red")
-    every = [load_coco(scenes).test.read(i)[1]["labels"].tolist() for i in range(2)]
+    every = [load(scenes).test.read(i)[1]["labels"].tolist() for i in range(2)]
     chosen = [data.test.read(i)[1]["labels"].tolist() for i in range(2)]
     assert chosen == [[label - 1 for label in labels if label > 1] for labels in every]
 
@@ -68,21 +76,98 @@ def test_chosen_categories_keep_their_order(scenes):
     [
         (dict(data="nowhere"), "nowhere: no such folder of images and annotations"),
         (dict(train_split="some"), "no annotations found; looked for annotations/instances_some.json"),
+        (dict(val_split="some"), "no annotations found; looked for annotations/instances_some.json"),
+        (dict(format="voc"), "no annotations found; looked for Annotations/ with ImageSets/Main/train.txt"),
+        (dict(annotations="some.json"), "some.json: no such file or folder, here or in"),
+        (dict(annotations="instances_train.json", images="some"), "some: no such file or folder, here or in"),
         (dict(categories=["purple"]), "no category 'purple'; there are blue, green, red"),
     ],
 )
 def test_objects_that_are_not_there(scenes, arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_coco(**{"data": scenes, **arguments})
+        load(**{"data": scenes, **arguments})
+
+
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def test_parts_of_other_categories(scenes):
-    content = json.loads((scenes / "instances_val.json").read_text())
-    content["categories"][0]["name"] = "purple"
-    (scenes / "instances_val.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"its categories \(purple, green, red\) are not those of"):
-        load_coco(scenes)
-    assert load_coco_part(scenes, part="val").classes == ("purple", "green", "red")
+    def change(content):
+        content["categories"][0]["name"] = "purple"
+        for one in content["annotations"]:
+            one["category_id"] = 10
+
+    rewrite(scenes / "instances_val.json", change)
+    with pytest.raises(ValueError, match=r"categories \(purple, green, red\) are not those of .*'purple' is not to"):
+        load(scenes)
+
+
+def test_a_test_part_of_fewer_categories(scenes):
+    """Labels go by name, not by place; what the test part lacks is told."""
+
+    def change(content):
+        content["categories"] = [dict(id=7, name="red"), dict(id=9, name="never")]
+        content["annotations"] = [
+            dict(one, category_id=7) for one in content["annotations"] if one["category_id"] == 30
+        ]
+
+    before = [load(scenes).test.read(i)[1] for i in range(2)]
+    rewrite(scenes / "instances_val.json", change)
+    data = load(scenes)
+    assert data.classes == data.test.classes == CLASSES
+    for i, target in enumerate(before):
+        assert data.test.read(i)[1]["labels"].tolist() == [3] * int((target["labels"] == 3).sum())
+    assert any("val.json: 2 of 3 classes have no object here: blue, green" in note for note in data.notes)
+    alone = load_detection_test(ObjectFiles(data=str(scenes)), classes=("red", "other"))
+    assert alone.category_ids == (7, None)
+    assert alone.read(0)[1]["labels"].tolist() == [1] * len(data.test.read(0)[1]["labels"])
+    with pytest.raises(ValueError, match=r"none of the classes \(other\) is among its categories \(red, never\)"):
+        load_detection_test(ObjectFiles(data=str(scenes)), classes=("other",))
+
+
+def test_a_fifth_is_held_out_where_there_is_no_test_part(tmp_path):
+    root = write_scenes(tmp_path / "scenes", train=10)
+    data, again, other = load(root), load(root), load(root, seed=1)
+    assert (len(data.train), len(data.test)) == (8, 2)
+    ids = [set(part.image_ids) for part in (data.train, data.test)]
+    assert not ids[0] & ids[1]
+    assert data.test.image_ids == again.test.image_ids != other.test.image_ids
+    assert any("no part to test on: 2 of 10 images held out (seed 0)" in note for note in data.notes)
+    files = ObjectFiles(data=str(root))
+    assert load_detection_test(files, classes=CLASSES).image_ids == data.test.image_ids
+
+
+def test_annotations_and_images_given_apart(scenes, tmp_path):
+    """As Label Studio leaves them: result.json, whose images are in images/."""
+    root = tmp_path / "export"
+    shutil.copytree(scenes / "train", root / "images")
+    content = json.loads((scenes / "instances_train.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"images\\{image['file_name']}"
+    (root / "result.json").write_text(json.dumps(content))
+    for arguments in (
+        dict(data=root),
+        dict(data=root, annotations="result.json", images="images"),
+        dict(data=root / "images", annotations=str(root / "result.json")),
+        dict(data=tmp_path, annotations=str(root / "result.json"), images=str(root / "images"), format="coco"),
+    ):
+        data = load(**arguments)
+        assert (len(data.train), len(data.test)) == (2, 1)
+    whole = load_detection_test(ObjectFiles(data=str(root)), classes=CLASSES)
+    assert len(whole) == 3
+    assert len(load_detection_test(ObjectFiles(data=str(root)), classes=CLASSES, held_out=True)) == 1
+    named = ObjectFiles(data=str(scenes), annotations="instances_val.json", images="val")
+    assert len(load_detection(ObjectFiles(data=str(root)), named).test) == 2
+
+
+def test_images_in_both_parts_are_told(scenes):
+    shutil.copy(scenes / "instances_train.json", scenes / "train" / "again.json")
+    test = ObjectFiles(data=str(scenes), annotations="train/again.json", images="train")
+    data = load_detection(ObjectFiles(data=str(scenes)), test)
+    assert any("3 images are in the parts to train on and to test on, 0.png for one" in note for note in data.notes)
 
 
 MAP_LAYOUTS = {

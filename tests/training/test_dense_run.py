@@ -293,13 +293,22 @@ def odd_scenes(scenes, tmp_path):
 @pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
 def test_odd_objects(detector, odd_scenes, tmp_path):
     """Trains without a step skipped, and scores, among them images without objects."""
-    config = settings("detect", odd_scenes, tmp_path / "run", detector=detector, epochs=1, max_size=256)
+    config = settings(
+        "detect", odd_scenes, tmp_path / "run", detector=detector, epochs=1, max_size=256, background=True
+    )
     printed = run(config)
     assert "skipped" not in printed
     assert not (tmp_path / "run" / "unreadable.txt").exists()
     rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(rows) == 2
-    assert "5 images to train on, 6 held out" in printed  # the one whose object has no size is left out
+    assert "6 images to train on, 6 held out" in printed
+    for reason in (
+        "1 of 8 objects left out: their boxes have no area",
+        "1 of 8 objects left out: they lie outside of their images",
+        "1 of 6 objects left out: crowds are not learnt from",
+        "2 of 6 images have no object",
+    ):
+        assert f"instances_train.json: {reason}\n" in printed
 
 
 def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):

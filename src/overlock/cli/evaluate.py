@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from overlock.cli.command import Command
+from overlock.object_files import Format, ObjectFiles
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -31,9 +32,16 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     )
     parser.add_argument("--classes", type=str | None, default=None, help="classify: file of names, for shards without.")
     parser.add_argument(
-        "--held_out", action="store_true", help="classify: of a folder without a test part, what training holds out."
+        "--held_out", action="store_true", help="Of a folder without a test part, what training holds out."
     )
-    parser.add_argument("--seed", type=int, default=0, help="classify: of that split, as in training.")
+    parser.add_argument("--seed", type=int, default=0, help="Of that split, as in training.")
+    parser.add_argument(
+        "--format", type=Format | None, default=None, help="detect: form of the annotations; told by what lies there."
+    )
+    parser.add_argument(
+        "--annotations", type=str | None, default=None, help="detect: file of the annotations, or folder of such files."
+    )
+    parser.add_argument("--images", type=str | None, default=None, help="detect: folder of their images.")
     parser.add_argument("--model", type=str | None, default=None, help="Model of a file that does not say.")
     parser.add_argument(
         "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own."
@@ -115,12 +123,16 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     from overlock.checkpoint import load_model  # noqa: PLC0415
     from overlock.deploy.evaluate_dense import evaluate_dense  # noqa: PLC0415
 
+    files = ObjectFiles(
+        data=options.data, format=options.format, split=options.val_split, annotations=options.annotations,
+        images=options.images,
+    )  # fmt: skip
     testing: dict[str, Any] = {}
     if task == "segment":
         testing = {name: options[name] for name in ("scales", "flip", "window", "stride")}
     results = [
         evaluate_dense(
-            *load_model(source, model=options.model), options.data, name=source, part=options.val_split,
+            *load_model(source, model=options.model), files, name=source, held_out=options.held_out, seed=options.seed,
             shift=options.shift, ignore_index=options.ignore_index, batch_size=options.batch_size or 1,
             workers=options.workers, device=options.device, precision=options.precision,
             show_progress=console.is_terminal, **testing,
@@ -140,11 +152,17 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     for name in results[0].measures:
         shares = (result.measures[name] for result in results)
         table.add_row(f"{name}, %", *(f"{100 * share:.2f}" if share >= 0 else "none" for share in shares))
+    measure = "IoU" if task == "segment" else "box AP"
     for name in results[0].classes:
         shares = (result.classes.get(name, math.nan) for result in results)
-        table.add_row(f"IoU of {name}, %", *("none" if math.isnan(share) else f"{100 * share:.2f}" for share in shares))
+        table.add_row(
+            f"{measure} of {name}, %",
+            *("none" if math.isnan(share) else f"{100 * share:.2f}" for share in shares),
+        )
     table.add_row("images/s, with loading", *(f"{result.speed_with_loading:.1f}" for result in results))
     console.print(table)
+    for note in results[0].notes:
+        console.print(note)
     for problem in results[0].unreadable:
         console.print(f"not readable: {problem}")
 

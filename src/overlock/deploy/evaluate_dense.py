@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from overlock.checkpoint import Record
-from overlock.data.coco import load_coco_part
 from overlock.data.dense_transforms import (
     PrepareLabels,
     PrepareObjects,
     make_detection_transform,
     make_segmentation_transform,
 )
+from overlock.data.detection import load_detection_test
 from overlock.data.label_maps import IGNORED, load_label_part
 from overlock.data.loaders import as_lists, make_test_loader
 from overlock.deploy.evaluate import Precision, cast_to
 from overlock.fused.fuse import fuse
+from overlock.object_files import ObjectFiles
 from overlock.tasks.scores import DetectionScore, SegmentationScore
 from overlock.tasks.sliding import segment
 
@@ -41,7 +43,9 @@ class DenseEvaluation:
     measures: dict[str, float]
     """By their names: box_AP, mask_AP and so on, or mIoU, mAcc and aAcc."""
     classes: dict[str, float]
-    """IoU of each class, from segmenters; NaN for one that is nowhere."""
+    """IoU of each class from segmenters, box AP from detectors; NaN for one that is nowhere."""
+    notes: tuple[str, ...]
+    """What was left out of the data, or read in another way than it stands there."""
     speed_with_loading: float
     """Images a second from the files on, scoring included."""
 
@@ -50,10 +54,11 @@ class DenseEvaluation:
 def evaluate_dense(
     network: nn.Module,
     record: Record,
-    data: str,
+    data: str | ObjectFiles,
     *,
     name: str,
-    part: str | None = None,
+    held_out: bool = False,
+    seed: int = 0,
     shift: bool = False,
     ignore_index: int = IGNORED,
     batch_size: int = 1,
@@ -68,9 +73,10 @@ def evaluate_dense(
     Args:
         network: as :func:`overlock.checkpoint.load_model` gives it.
         record: likewise.
-        data: folder, in a form that training takes.
+        data: folder, in a form that training takes, or where in it, or elsewhere, the part to test on lies.
         name: what the result calls the network.
-        part: name of the part to test on; the usual names are tried unless given.
+        held_out: of a detector's folder without parts, take what training holds out.
+        seed: of those images.
         shift: of :class:`overlock.data.label_maps.LabelMaps`.
         ignore_index: likewise.
         batch_size: images a pass, of detectors.
@@ -84,21 +90,20 @@ def evaluate_dense(
         ValueError: for data that cannot be read, or is of other classes.
         ImportError: of a detector, without torchmetrics or pycocotools.
     """
+    files = data if isinstance(data, ObjectFiles) else ObjectFiles(data=data)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = fuse(network.to(where))
     masks = "mask" in str(record.head)
     source: Any
     score: DetectionScore | SegmentationScore
     if record.task == "detect":
-        score = DetectionScore(masks=masks)
-        source = load_coco_part(data, part=part, masks=masks, categories=record.classes)
-        if source.classes != record.classes:
-            raise ValueError(f"{source.path}: its categories are in another order than the model's")
+        score = DetectionScore(masks=masks, by_class=True)
+        source = load_detection_test(files, classes=record.classes, masks=masks, held_out=held_out, seed=seed)
         prepare: Any = PrepareObjects(make_detection_transform(training=False))
     else:
         score = SegmentationScore(len(record.classes))
         source = load_label_part(
-            data, part=part, num_classes=len(record.classes), shift=shift, ignore_index=ignore_index
+            files.data, part=files.split, num_classes=len(record.classes), shift=shift, ignore_index=ignore_index
         )
         prepare = PrepareLabels(make_segmentation_transform(training=False, scale=record.preprocessing["scale"]))
     loader = make_test_loader(source, prepare, batch_size=batch_size, join=as_lists, workers=workers)
@@ -120,9 +125,12 @@ def evaluate_dense(
     if count == 0:
         raise ValueError(f"none of the {len(unreadable)} images could be read; the first: {unreadable[0]}")
     speed = count / (time.perf_counter() - started)
-    ious: Tensor | list[float] = score.iou() if isinstance(score, SegmentationScore) else []
+    if isinstance(score, SegmentationScore):
+        by_class = dict(zip(record.classes, score.iou().tolist(), strict=True))
+    else:
+        precisions = score.class_measures()["box_AP"]
+        by_class = {c: precisions.get(label, math.nan) for label, c in enumerate(record.classes, start=1)}
     return DenseEvaluation(
         name=name, params=sum(p.numel() for p in network.parameters()), images=count, unreadable=tuple(unreadable),
-        measures=score.measures(), classes={c: float(x) for c, x in zip(record.classes, ious, strict=False)},
-        speed_with_loading=speed,
+        measures=score.measures(), classes=by_class, notes=getattr(source, "notes", ()), speed_with_loading=speed,
     )  # fmt: skip

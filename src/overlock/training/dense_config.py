@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from overlock.object_files import Format, ObjectFiles
 from overlock.training.config import RunConfig, check_number
 
 
@@ -15,8 +16,21 @@ class DetectConfig(RunConfig):
     task: Literal["detect"] = "detect"
     """What is learnt: objects' boxes, and their masks by the detectors that have some."""
     data: str
-    """Folder of images with annotations in COCO's form: annotations/instances_PART.json and PART/, instances_PART.json
-    and PART/, or PART/_annotations.coco.json with the images beside it; PART is train, train2017, val and so on."""
+    """Folder of images with annotations of objects: COCO's (annotations/instances_PART.json and PART/ and the like),
+    YOLO's (data.yaml), Pascal VOC's (XML files), Labelme's (a JSON file an image) or CreateML's; PART is train, val and
+    so on. Without a part to test on a fifth is held out."""
+    format: Format | None = None
+    """Form of the annotations; told by what lies there unless given."""
+    annotations: str | None = None
+    """File of the annotations to train on, or folder of such files, if they lie elsewhere than the folder has them."""
+    images: str | None = None
+    """Folder of their images; the data folder unless given."""
+    test_annotations: str | None = None
+    """File or folder of the annotations to test on; a fifth of the others is held out unless given."""
+    test_images: str | None = None
+    """Folder of their images; the data folder unless given."""
+    background: bool = False
+    """Keep images without an object in training: what is seen in them is no object."""
     detector: Literal["faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn"
     """The heads: Faster R-CNN and Cascade R-CNN find boxes, the other two masks as well."""
     categories: tuple[str, ...] = ()
@@ -44,6 +58,25 @@ class DetectConfig(RunConfig):
             )
         for name in ("hidden_channels", "proposals", "regions"):
             check_number(name, getattr(self, name), 1)
+
+        for name in ("", "test_"):
+            if getattr(self, f"{name}images") and not getattr(self, f"{name}annotations"):
+                raise ValueError(f"{name}images is for the images of {name}annotations; give both, or neither")
+
+    @property
+    def train_files(self) -> ObjectFiles:
+        """Where the images to train on and their annotations are."""
+        return ObjectFiles(
+            data=self.data, format=self.format, split=self.train_split, annotations=self.annotations, images=self.images
+        )
+
+    @property
+    def test_files(self) -> ObjectFiles:
+        """Where those to test on are."""
+        return ObjectFiles(
+            data=self.data, format=self.format, split=self.val_split, annotations=self.test_annotations,
+            images=self.test_images,
+        )  # fmt: skip
 
     @property
     def masks(self) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from overlock.checkpoint import Record
-from overlock.data.coco import load_coco
 from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
+from overlock.data.detection import load_detection
 from overlock.data.loaders import Batch, as_lists
 from overlock.drawing import draw_objects
 from overlock.tasks.detection import find_objects
@@ -81,9 +81,9 @@ def make_job(config: DetectConfig) -> Job:
         ImportError: without torchmetrics or pycocotools.
     """
     DetectionScore(masks=config.masks)  # that nothing is missing after the first epoch
-    data = load_coco(
-        config.data, train_split=config.train_split, val_split=config.val_split, masks=config.masks,
-        categories=config.categories,
+    data = load_detection(
+        config.train_files, config.test_files, masks=config.masks, categories=config.categories,
+        background=config.background, seed=config.seed,
     )  # fmt: skip
     kept = ("min_size", "max_size", "hidden_channels", "proposals")
     record = Record(
