@@ -206,6 +206,19 @@ def test_classification_file_into_a_pyramid(form, source, path):
     assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in model.norms)
 
 
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_file_for_colours_into_a_model_of_other_channels(in_chans, source, path):
+    """The first convolution is summed or repeated; what was of other channels before cannot be turned back."""
+    torch.save(source.state_dict(), path)
+    model = atto(in_chans=in_chans)
+    overlock.load_weights(model, path)
+    first, given = (m.base_net.stages[0].embed[0].conv.weight for m in (model, source))
+    torch.testing.assert_close(first[:, :1], given.sum(1, keepdim=True) if in_chans == 1 else given[:, :1] * 3 / 4)
+    torch.save(model.state_dict(), path)
+    with pytest.raises(ValueError, match=f"for images of {in_chans} channels, the model for 3"):
+        overlock.load_weights(atto(), path)
+
+
 # Through timm
 
 

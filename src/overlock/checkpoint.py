@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -137,10 +138,10 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None) -> tup
         ValueError: for a missing, damaged or foreign file, naming it.
     """
     path = _file_of(path)
-    state = unwrap(read_checkpoint(path))
-    record = read_record(path)
+    checkpoint = read_checkpoint(path)
+    state, record = _state_in(checkpoint, path), read_record(path)
     if record is None:
-        record = infer_record(state, path, model=model)
+        record = recognise(checkpoint, path, model=model)
     elif model is not None and model != record.model:
         raise ValueError(f"{path}: this is a checkpoint of {record.model}, not of {model}; leave --model out")
     network = record.make_network()
@@ -158,7 +159,14 @@ def load_model(path: str | os.PathLike[str], *, model: str | None = None) -> tup
 def load_record(path: str | os.PathLike[str], *, model: str | None = None) -> Record:
     """What :func:`load_model` says of a network, without building it."""
     path = _file_of(path)
-    return read_record(path) or infer_record(unwrap(read_checkpoint(path)), path, model=model)
+    return read_record(path) or recognise(read_checkpoint(path), path, model=model)
+
+
+def _state_in(checkpoint: Mapping[str, object], path: Path) -> dict[str, Tensor]:
+    try:
+        return unwrap(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _file_of(path: str | os.PathLike[str]) -> Path:
@@ -204,6 +212,72 @@ def check_model_name(name: str) -> None:
     )
     hint = f"did you mean {near[0]!r}?" if near else f"ours are {', '.join(VARIANTS)}"
     raise ValueError(f"unknown model {name!r}; {hint}")
+
+
+def recognise(checkpoint: Mapping[str, object], path: Path, *, model: str | None = None) -> Record:
+    """Tell the network of a file without a record: by what timm's ``train.py`` notes, or by the weights.
+
+    Args:
+        checkpoint: all that is in the file.
+        path: for messages.
+        model: timm's name of the model, where it is known.
+
+    Raises:
+        ValueError: where neither tells it.
+    """
+    state = _state_in(checkpoint, path)
+    arguments = checkpoint.get("args")
+    arguments = dict(vars(arguments)) if isinstance(arguments, Namespace) else {}
+    noted = model or checkpoint.get("arch") or arguments.get("model")
+    name = noted.partition(".")[0] if isinstance(noted, str) else ""
+    if name in VARIANTS or not timm.is_model(name):
+        record = infer_record(state, path, model=model or (name if name in VARIANTS else None))
+    else:
+        record = _infer_any(state, path, str(noted), arguments)
+    if record.head is not None or not arguments:
+        return record
+    built = {key: value for key, value in _built_with(arguments).items() if key not in record.model_args}
+    record = replace(record, model_args={**record.model_args, **built})
+    with torch.device("meta"):
+        network = record.make_network()
+    channels = record.model_args["in_chans"]
+    return replace(record, preprocessing=default_preprocessing(network, in_chans=channels, arguments=arguments))
+
+
+def _built_with(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of timm's ``train.py`` that shape the network, without those of training alone."""
+    given = dict(arguments.get("model_kwargs") or {})
+    if arguments.get("gp"):
+        given["global_pool"] = arguments["gp"]
+    return {key: value for key, value in given.items() if not key.startswith(("pretrained", "drop_", "checkpoint_"))}
+
+
+def _infer_any(state: Mapping[str, Tensor], path: Path, name: str, arguments: Mapping[str, Any]) -> Record:
+    """The record of a classifier of any family of timm's."""
+    classes, channels = find_ends(state, name)
+    if classes is None or channels is None:
+        raise ValueError(f"{path}: these are not the weights of a classifier {name}")
+    return Record(
+        model=name,
+        model_args={**_built_with(arguments), "num_classes": classes, "in_chans": channels},
+        classes=default_classes(classes),
+    )
+
+
+def find_ends(state: Mapping[str, Tensor], model: str) -> tuple[int | None, int | None]:
+    """The count of classes and of image channels of a timm model's weights; None for what the weights do not have.
+
+    Args:
+        state: names and weights.
+        model: timm's name of the model.
+    """
+    config = timm.get_pretrained_cfg(model)
+    sizes = []
+    for part, axis in (("classifier", 0), ("first_conv", 1)):
+        names = getattr(config, part, None) or ""
+        weight = state.get(f"{names if isinstance(names, str) else names[0]}.weight")
+        sizes.append(None if weight is None else weight.shape[axis])
+    return sizes[0], sizes[1]
 
 
 def infer_record(state: Mapping[str, Tensor], path: Path, *, model: str | None = None) -> Record:
@@ -271,14 +345,31 @@ def default_classes(count: int) -> tuple[str, ...]:
 
 
 def default_preprocessing(
-    model: nn.Module, *, in_chans: int, image_size: int | None = None, crop_pct: float | None = None
+    model: nn.Module,
+    *,
+    in_chans: int,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """timm's data configuration of a model; one channel is normalised by the average of three."""
-    config = resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    """timm's data configuration of a model; other channels than colours are normalised by the average of the three.
+
+    Args:
+        model: with its ``pretrained_cfg``.
+        in_chans: channels of the images.
+        image_size: another one than the model's.
+        crop_pct: another share of the image that the evaluation crop keeps.
+        arguments: of timm's ``train.py``, which go before the model's configuration.
+    """
+    given = {key: (arguments or {}).get(key) for key in ("input_size", "img_size", "interpolation", "mean", "std")}
+    if isinstance(given["input_size"], int):  # as other trainers name the side
+        given |= dict(input_size=None, img_size=given["input_size"])
+    crop_pct = crop_pct or (arguments or {}).get("crop_pct")
+    config = resolve_data_config(given, pretrained_cfg=model.pretrained_cfg)
     size = (in_chans, *((image_size, image_size) if image_size else config["input_size"][1:]))
     mean, std = config["mean"], config["std"]
-    if in_chans == 1:
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if len(mean) != in_chans:
+        mean, std = ((sum(values) / len(values),) * in_chans for values in (mean, std))
     return dict(
         input_size=size,
         mean=tuple(mean),

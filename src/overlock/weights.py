@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
-import torch
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from overlock.layers import DilatedRepConv
+from overlock.unpickling import read_saved
 
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1/"
 
@@ -181,13 +181,16 @@ def kind_of(model: nn.Module) -> str:
     return "pyramid" if hasattr(model, "backbone") else "block"
 
 
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning or features_only
+
+
 def unwrap(checkpoint: object) -> dict[str, Tensor]:
     """The state dict in a checkpoint: as it is, nested, averaged (preferred), or prefixed by a wrapper's name.
 
     Raises:
         ValueError: where there is none.
     """
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model", "module"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
             checkpoint = checkpoint[key]
             break
@@ -196,9 +199,8 @@ def unwrap(checkpoint: object) -> dict[str, Tensor]:
     state = {str(name): tensor for name, tensor in checkpoint.items() if isinstance(tensor, Tensor)}
     if not state:
         raise ValueError("the checkpoint holds no tensors")
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
@@ -309,7 +311,7 @@ def describe_misfits(missing: list[str], left_over: list[str], other: list[str])
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read a checkpoint without running any code in it.
+    """Read a checkpoint without running any code in it; see :mod:`overlock.unpickling`.
 
     Raises:
         ValueError: for a missing, damaged or foreign file, naming it.
@@ -317,25 +319,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, object]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return dict(load_file(path))
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: not a file of weights alone ({_first_line(error)})") from None
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint, or cut short ({_first_line(error)})") from None
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable checkpoint, or cut short ({error})") from None
+    checkpoint = read_saved(path)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: a checkpoint must hold a state dict, found {type(checkpoint).__name__}")
     return checkpoint
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint file, the authors' or ours, into a model of ours.
+    """Load a checkpoint file, the authors', timm's or ours, into a model of ours.
+
+    A new number of classes gets a new classifier, and other channels than colours a first convolution made of the
+    given one, as with timm.
 
     Raises:
         ValueError: for an unreadable file, or one that does not fit; then the model is as it was.
@@ -354,8 +353,25 @@ def load_translated(
         ValueError: for an unreadable file, or one that does not fit; then the model is as it was.
     """
     try:
-        state = translator(read_checkpoint(path), model)
+        state = adapt_channels(translator(read_checkpoint(path), model), model)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
     model.load_state_dict(state, strict=False)
+
+
+def adapt_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Fit the first convolution of weights for colours to a model of other channels, as timm does.
+
+    Raises:
+        ValueError: for weights of other channels than colours.
+    """
+    target = model.state_dict()
+    for name in [name for name in state if name.endswith("embed.0.conv.weight") and name in target]:
+        given, wanted = state[name].shape[1], target[name].shape[1]
+        if given == wanted:
+            continue
+        if given != 3:
+            raise ValueError(f"the weights are for images of {given} channels, the model for {wanted}; build it alike")
+        state = {**state, name: adapt_input_conv(wanted, state[name])}
+    return state

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.checkpoint import CONFIG_FILE, Record, build, default_preprocessing, read_record, to_timm_config
+from overlock.checkpoint import CONFIG_FILE, Record, build, default_preprocessing, find_ends, to_timm_config
 from overlock.data import ImageData, load_data, make_eval_transform, make_train_transform
 from overlock.data.images import save_examples
 from overlock.data.loaders import Batch, OnImage
@@ -149,9 +149,9 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
     source = None if config.weights is None else find_weights(config.weights)
     given: dict[str, Any] = dict(pretrained=config.pretrained)
     if source is not None and not ours:  # timm fits them to another number of classes or channels
-        before = read_record(source)
-        its_classes = {} if before is None else dict(num_classes=len(before.classes))
         state = unwrap(read_checkpoint(source))
+        count, _ = find_ends(state, config.model)
+        its_classes = {} if count is None else dict(num_classes=count)
         given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, **its_classes))
     try:
         network = build(config.model, **given, **arguments, **only_training)
