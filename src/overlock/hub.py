@@ -26,7 +26,7 @@ def find_weights(source: str | os.PathLike[str]) -> Path:
     text = str(source)
     if text.startswith(PREFIX):
         from huggingface_hub import hf_hub_download  # noqa: PLC0415
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+        from huggingface_hub.utils import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
         try:
             return Path(hf_hub_download(text.removeprefix(PREFIX), MODEL_FILE))
@@ -124,7 +124,7 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
     if missing:
         raise ValueError(f"{folder}: {', '.join(missing)} not found; give the folder of a finished run")
     from huggingface_hub import HfApi  # noqa: PLC0415
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
 
     api = HfApi()
     card = (folder / CARD_FILE).read_text(encoding="utf-8").replace("hf-hub:USER/NAME", f"hf-hub:{repository}")

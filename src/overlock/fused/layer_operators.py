@@ -70,7 +70,7 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight.permute(2, 0, 1)[:, None], bias, padding=weight.shape[0] // 2, groups=x.shape[1])
+    return F.conv2d(x, weight.permute(2, 0, 1)[:, None], bias, padding="same", groups=x.shape[1])
 
 
 def _define(

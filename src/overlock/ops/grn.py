@@ -34,7 +34,8 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    exact = torch.promote_types(x.dtype, torch.float32)
+    # Not torch.promote_types: an export of torch 2.6 that holds its call cannot be read back.
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=exact)
     shares = norms / (norms.mean(dim=1, keepdim=True) + eps)
     scale = torch.addcmul(torch.ones_like(norms), weight.view(1, -1, 1, 1), shares)

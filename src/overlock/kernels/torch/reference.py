@@ -37,7 +37,8 @@ def contmix(
     the map, so that ``kernel_height <= H`` and ``kernel_width <= W``. Every operation is differentiable, so autograd
     gives the reference gradients, and works with symbolic sizes.
     """
-    dtype, exact = value.dtype, torch.promote_types(value.dtype, torch.float32)
+    # Not torch.promote_types: an export of torch 2.6 that holds its call cannot be read back.
+    dtype, exact = value.dtype, torch.float64 if value.dtype == torch.float64 else torch.float32
     query, key, value, weight = (x.to(exact) for x in (query, key, value, weight))
     height, width = value.shape[-2:]
     rows = window_starts(height, kernel_height, value.device)[:, None] + torch.arange(
