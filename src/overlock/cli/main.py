@@ -81,8 +81,10 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[ArgumentParser, dict[str
     """The parser of the whole command line, and those of the sub-commands.
 
     Args:
-        arguments: the command line, on which the defaults may depend.
+        arguments: the command line. Of the sub-commands the one that it names has its options, on which its words may
+            tell; making those of all would take longer than the rest of a call.
     """
+    named = _command_of(arguments)
     settings: dict[str, Any] = dict(exit_on_error=False, allow_abbrev=False)
     parser = ArgumentParser(
         prog="overlock", description="OverLoCK: train, evaluate, predict, count.", version=__version__, **settings
@@ -91,9 +93,15 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[ArgumentParser, dict[str
     subparsers = {}
     for name, command in COMMANDS.items():
         subparsers[name] = ArgumentParser(description=command.summary, **settings)
-        command.add_options(subparsers[name], arguments[1:] if arguments[:1] == [name] else ())
+        if name == named:
+            command.add_options(subparsers[name], arguments[arguments.index(name) + 1 :])
         subcommands.add_subcommand(name, subparsers[name], help=command.summary)
     return parser, subparsers
+
+
+def _command_of(arguments: Sequence[str]) -> str | None:
+    """The first word that is no option."""
+    return next((word for word in arguments if not word.startswith("-")), None)
 
 
 def _with_underscores(word: str) -> str:
@@ -104,7 +112,7 @@ def _with_underscores(word: str) -> str:
 
 def _explain(error: ArgumentError, arguments: Sequence[str], subparsers: dict[str, ArgumentParser]) -> str:
     """One sentence for a command line that does not parse, with the nearest thing that would."""
-    command = next((word for word in arguments if not word.startswith("-")), None)
+    command = _command_of(arguments)
     if command not in subparsers:
         known = ", ".join(subparsers)
         near = difflib.get_close_matches(command or "", subparsers, n=1)

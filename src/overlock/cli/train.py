@@ -73,6 +73,9 @@ def run(options: Namespace, console: Console) -> int | None:
 
     if options.recipe is None and not options.get("config"):
         raise ValueError(f"no recipe given; the recipes are {', '.join(RECIPES)}; or give --config FILE")
+    kind = CONFIGS[options.task]
+    groups = {field.name: options[field.name] for field in dataclasses.fields(kind)}
+    config = kind.from_dict({name: _plain(value) for name, value in groups.items()})
     try:
         from overlock.training.run import train  # noqa: PLC0415
         from overlock.training.stop import RunStoppedError  # noqa: PLC0415
@@ -80,9 +83,6 @@ def run(options: Namespace, console: Console) -> int | None:
         raise ValueError(
             f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
         ) from None
-    kind = CONFIGS[options.task]
-    groups = {field.name: options[field.name] for field in dataclasses.fields(kind)}
-    config = kind.from_dict({name: _plain(value) for name, value in groups.items()})
     try:
         train(config, overwrite=options.overwrite, resume=options.resume, console=console)
     except RunStoppedError as stopped:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from overlock.data import Augmentation
+from overlock.data.augmentation import Augmentation
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from overlock.data import Augmentation
+from overlock.data.augmentation import Augmentation
 from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, RunConfig, TrainConfig
 from overlock.training.dense_config import DetectConfig, SegmentConfig
 from overlock.training.dense_recipes import DENSE_RECIPES
