@@ -11,8 +11,9 @@ from pictures import COLOURS, make_classes, make_image
 from PIL import Image
 
 from overlock.data import Augmentation, load_data, make_eval_transform, make_train_transform
+from overlock.data.datasets import ImageDataset, seed_transforms
 from overlock.data.images import Samples, save_examples
-from overlock.data.loaders import ImageDataset, OnImage, seed_transforms
+from overlock.data.loaders import OnImage
 
 GREY = dict(input_size=(1, 16, 16), mean=(0.5,), std=(0.25,), interpolation="bicubic", crop_pct=1.0)
 RGB = dict(input_size=(3, 24, 24), mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1), interpolation="bilinear", crop_pct=0.75)
@@ -144,5 +145,6 @@ def test_dataset_reads_files_and_images(tmp_path):
     transform = make_eval_transform(RGB)
     dataset = ImageDataset(Samples([(tmp_path / "a.png", 4), (make_image("red", 0), 5)]), OnImage(transform))
     assert len(dataset) == 2
-    assert torch.equal(dataset[0][0], dataset[1][0])
-    assert [dataset[i][1] for i in range(2)] == [4, 5]
+    (first, label), (second, other) = (dataset[i].content for i in range(2))
+    assert torch.equal(first, second)
+    assert [label, other] == [4, 5]

@@ -8,6 +8,7 @@ import torch
 from pictures import make_classes, make_image
 
 from overlock.data import Augmentation, load_data, make_eval_transform, make_train_transform
+from overlock.data.datasets import Sample
 from overlock.data.images import Samples
 from overlock.data.loaders import (
     Batch,
@@ -103,19 +104,56 @@ def test_an_epoch_may_be_longer_or_shorter_than_the_images():
 
 
 def test_samples_of_several_sizes_stay_lists():
-    samples = [(torch.zeros(3, side, 8), dict(boxes=torch.zeros(side, 4))) for side in (4, 6)]
-    batch = collate_training([*samples, "c: bad"], join=as_lists)
-    assert [len(target["boxes"]) for target in batch.labels] == [4, 6, 4]
-    assert [tuple(image.shape) for image in batch.images] == [(3, 4, 8), (3, 6, 8), (3, 4, 8)]
+    contents = [(torch.zeros(3, side, 8), dict(boxes=torch.zeros(side, 4))) for side in (4, 6)]
+    batch = collate_training([Sample(content) for content in contents], join=as_lists)
+    assert [len(target["boxes"]) for target in batch.labels] == [4, 6]
+    assert [tuple(image.shape) for image in batch.images] == [(3, 4, 8), (3, 6, 8)]
 
 
-def test_a_readable_image_stands_in_for_an_unreadable_one():
-    image = torch.zeros(3, 4, 4)
-    batch = collate_training(["a: bad", (image, 1), "b: bad", (image, 3), "c: bad"])
-    assert batch.labels.tolist() == [1, 1, 3, 3, 1]
-    assert batch.unreadable == ("a: bad", "b: bad", "c: bad")
-    with pytest.raises(ValueError, match="none of the 2 images of a batch can be read; the first: a: bad"):
-        collate_training(["a: bad", "b: bad"])
+@pytest.fixture
+def damaged(tmp_path):
+    """23 images, each with its number as its label; every third cannot be read."""
+    paths = [tmp_path / f"{i}.png" for i in range(23)]
+    for i, path in enumerate(paths):
+        make_image("red", i).save(path)
+        if i % 3 == 0:
+            path.write_bytes(path.read_bytes()[:60])
+    return Samples([(path, i) for i, path in enumerate(paths)])
+
+
+def drawn(source, share=ONE, *, workers=0, first=0, epoch=0) -> list[Batch]:
+    return list(TrainBatches(source, TRANSFORM, share, seed=0, workers=workers).epoch(epoch, first=first))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_another_image_stands_in_for_an_unreadable_one(size, damaged):
+    """Also in a batch of one; all others stay as they are; each is told of with its name."""
+    share = Share(micro_batch=size)
+    batches, whole = drawn(damaged, share), drawn(SAMPLES, share)
+    got, undamaged = (torch.cat([batch.labels for batch in part]) for part in (batches, whole))
+    assert not any(label % 3 == 0 for label in got.tolist())
+    kept = undamaged % 3 != 0
+    assert torch.equal(got[kept], undamaged[kept])
+    told = {problem for batch in batches for problem in batch.unreadable}
+    drawn_bad = {int(label) for label in undamaged[~kept]}
+    assert drawn_bad <= {int(problem.partition(".png")[0].rpartition("/")[2]) for problem in told}
+
+
+def test_stand_ins_are_the_same_from_any_step_and_in_any_process(damaged):
+    one = Share(micro_batch=1)
+    whole = drawn(damaged, one, epoch=2)
+    for first in (1, 10, 22):
+        assert same(drawn(damaged, one, epoch=2, first=first), whole[first:])
+    assert same(drawn(damaged, one, epoch=2, workers=2), whole)
+    halves = [drawn(damaged, Share(rank=rank, world=2, micro_batch=1), epoch=2) for rank in range(2)]
+    assert same([half[step] for step in range(11) for half in halves], whole[:22])
+
+
+def test_a_batch_is_empty_where_nothing_can_be_read(tmp_path):
+    nothing = Samples([(tmp_path / f"{i}.png", i) for i in range(5)])
+    batch = drawn(nothing)[0]
+    assert len(batch.labels) == 0
+    assert len(set(batch.unreadable)) == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -162,3 +200,32 @@ def test_a_damaged_image_in_a_shard_is_noted(tmp_path):
     assert any(batch.unreadable for batch in seen)
     assert all(len(batch.labels) == 4 for batch in seen)
     assert "webdataset error" in next(batch.unreadable[0] for batch in seen if batch.unreadable)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("damage", [range(6), range(20)])
+def test_the_next_image_of_a_stream_stands_in(batch, damage, tmp_path):
+    """Whole batches of readable images from any step on, also where the stream ends with unreadable ones."""
+    pytest.importorskip("webdataset")
+    from overlock.data.shards import pack
+
+    root = make_classes(tmp_path / "data", 20)
+    for file in [sorted((root / "red").iterdir())[i] for i in damage]:
+        content = bytearray(file.read_bytes())
+        content[45:] = bytes(len(content) - 45)  # the head stays, so that only decoding fails
+        file.write_bytes(content)
+    pack(root, tmp_path / "shards", shard_images=60)
+    data = load_data(f"wds:{tmp_path / 'shards'}")
+    share = Share(micro_batch=batch)
+
+    def stream(**where) -> list[Batch]:
+        return list(TrainBatches(data.train, TRANSFORM, share, seed=0, workers=2).epoch(**where))
+
+    whole = stream(epoch=1)
+    assert len(whole) == 48 // batch
+    assert all(len(part.labels) == batch for part in whole)
+    assert any(part.unreadable for part in whole)
+    red = sum(int((part.labels == data.classes.index("red")).sum()) for part in whole)
+    assert red == 0 if len(damage) == 20 else red > 0
+    for first in (1, 7, 48 // batch - 1):
+        assert same(stream(epoch=1, first=first), whole[first:])

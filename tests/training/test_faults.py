@@ -288,6 +288,29 @@ def test_unreadable_images_are_skipped_and_listed(data, tmp_path, monkeypatch):
     assert sorted((tmp_path / "again" / "unreadable.txt").read_text().splitlines()) == sorted(listed)
 
 
+def test_another_image_stands_in_where_one_is_a_batch(data, tmp_path, monkeypatch):
+    """A run with forward passes of one image ends, and a resumed one in the same bits."""
+    files = spoil(data, 4)
+    changes = dict(loss=dict(mixup=0.0, cutmix=0.0), machine=dict(micro_batch=1))
+    run(settings(data, tmp_path / "run", **changes))
+    listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert {line.partition(": ")[0] for line in listed} <= set(map(str, files))
+    config = settings(data, tmp_path / "again", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
+        with pytest.raises(Exception, match="stopped and saved"):
+            run(config)
+    run(config, resume=True)
+    assert_same(tmp_path / "run", tmp_path / "again")
+
+
+def test_no_image_can_be_read(data, tmp_path):
+    for file in data.glob("*/*.png"):
+        file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"none of the \d+ images tried for a batch can be read; the first: .*\.png"):
+        run(settings(data, tmp_path / "run"))
+
+
 def test_too_many_unreadable_images(data, tmp_path):
     files = spoil(data, 5)
     with pytest.raises(ValueError, match=r"\d images could not be read, more than safety\.unreadable 2; they are"):

@@ -7,10 +7,7 @@ processes, nor from what was loaded before.
 
 from __future__ import annotations
 
-import hashlib
-import random
 import signal
-import struct
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,26 +17,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, default_collate
 
+from overlock.data.datasets import Draw, ImageDataset, Prepare, Sample, StreamDataset, derive_seed
 from overlock.data.images import ImageSource
-from overlock.data.readers import ErrorNotes, ImageStream, as_rgb
+from overlock.data.readers import ImageStream
 
 GRACE = 20  # seconds from SIGTERM to the end of a loading process
 PREFETCH = 2  # batches that each loading process keeps ready
-Prepare = Callable[[Image.Image, Any], tuple[Any, Any]]
-"""From an image and its label to what a batch is joined of."""
 Join = Callable[[list[tuple[Any, Any]]], tuple[Any, Any]]
 """From those to the images and the labels of a batch."""
-
-
-class Draw(NamedTuple):
-    """An image to load."""
-
-    place: int
-    """Of the image in its source."""
-    seed: int | None
-    """Of its random changes; None for none."""
 
 
 class Batch(NamedTuple):
@@ -50,7 +37,7 @@ class Batch(NamedTuple):
     labels: Any
     """One for each image: (B,) of classes, (B, H, W) of the pixels' classes, or a list."""
     unreadable: tuple[str, ...]
-    """What could not be read, and why; in training another image of the batch stands in for it."""
+    """What could not be read, and why; in training another image stands in for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +70,6 @@ class Share:
         middle = [self.world * half + self.rank] * odd
         local = [*front, *middle, *(slice_size - 1 - place for place in reversed(front))]
         return [[step * slice_size + place for place in local] for step in range(self.accumulate)]
-
-
-def derive_seed(*numbers: int) -> int:
-    """A seed of 63 bits from whole numbers."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def seed_transforms(seed: int) -> None:
-    """Seed the generators that random transforms draw from."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # timm draws from the global generator
-    torch.default_generator.manual_seed(seed)
 
 
 class Order:
@@ -167,43 +141,16 @@ def as_lists(samples: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     return [image for image, _ in samples], [label for _, label in samples]
 
 
-class ImageDataset(Dataset[tuple[Any, Any] | str]):
-    """Images by :class:`Draw`, or by number where nothing is random: prepared with label, or why there is none."""
-
-    def __init__(self, source: ImageSource, prepare: Prepare):
-        self.source, self.prepare = source, prepare
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, draw: Draw | int) -> tuple[Any, Any] | str:
-        place, seed = draw if isinstance(draw, Draw) else (draw, None)
-        try:
-            image, label = self.source.read(place)
-        except ValueError as error:
-            return str(error)
-        if seed is not None:
-            seed_transforms(seed)
-        return self.prepare(image, label)
+def collate_training(samples: list[Sample], *, join: Join = stack) -> Batch:
+    """A batch of its full size; an empty one where no image could be read for one of its places."""
+    full = all(sample.content is not None for sample in samples)
+    return collate_testing(samples if full else [sample._replace(content=None) for sample in samples], join=join)
 
 
-def collate_training(samples: list[tuple[Any, Any] | str], *, join: Join = stack) -> Batch:
-    """A batch of its full size: in the place of an unreadable image comes the next readable one."""
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    bad = tuple(sample for sample in samples if isinstance(sample, str))
-    if not good:
-        raise ValueError(f"none of the {len(samples)} images of a batch can be read; the first: {bad[0]}")
-    if bad:
-        places = [i for i, sample in enumerate(samples) if not isinstance(sample, str)]
-        nearest = np.searchsorted(places, range(len(samples))) % len(places)
-        good = [good[i] for i in nearest]
-    return Batch(*join(good), bad)
-
-
-def collate_testing(samples: list[tuple[Any, Any] | str], *, join: Join = stack) -> Batch:
+def collate_testing(samples: list[Sample], *, join: Join = stack) -> Batch:
     """A batch of the readable images, perhaps of none."""
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    bad = tuple(sample for sample in samples if isinstance(sample, str))
+    good = [sample.content for sample in samples if sample.content is not None]
+    bad = tuple(problem for sample in samples for problem in sample.unreadable)
     if not good:
         return Batch(torch.empty(0), torch.empty(0, dtype=torch.long), bad)
     return Batch(*join(good), bad)
@@ -302,54 +249,6 @@ class TrainBatches:
             if left + skip == before:
                 raise ValueError(f"{self.stream.source}: no whole batch of images came; check the shards")
             passes += 1
-
-
-class StreamDataset(IterableDataset[tuple[Any, Any] | str]):
-    """The images of a stream, prepared with label, or why there is none.
-
-    Args:
-        source: the stream.
-        prepare: PIL image and label to what a batch is joined of.
-        seed: of the run.
-        batch_size: of the loader.
-        training: shuffle, and go on without end where the reader does.
-    """
-
-    def __init__(self, source: ImageStream, prepare: Prepare, *, seed: int, batch_size: int, training: bool):
-        self.source, self.prepare, self.seed = source, prepare, seed
-        self.batch_size, self.training = batch_size, training
-        self.start = (0, 0, 0, 0)
-
-    def begin(self, epoch: int, passes: int, salt: int, skip: int) -> None:
-        """Where the next iteration begins; the images of the first ``skip`` batches are not prepared."""
-        self.start = (epoch, passes, salt, skip)
-
-    def __iter__(self) -> Iterator[tuple[Any, Any] | str]:
-        epoch, passes, salt, skip = self.start
-        worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = self.source.make_reader(training=self.training, batch_size=self.batch_size, seed=self.seed)
-        reader.set_loader_cfg(num_workers=workers)
-        reader.set_epoch(derive_seed(epoch, passes) % 2**31)
-        errors, given = ErrorNotes(), 0
-        with errors.listening():
-            for place, (image, label) in enumerate(reader):
-                for error in errors.take():
-                    yield error
-                    given += 1
-                # This process gives every so many-th batch of the loader.
-                wanted = (given // self.batch_size) * workers + number >= skip
-                given += 1
-                if not wanted:
-                    yield torch.empty(0), 0
-                    continue
-                if self.training:
-                    seed_transforms(derive_seed(self.seed, epoch, passes, number, place, salt))
-                try:
-                    yield self.prepare(as_rgb(image, f"{self.source} image {place} of loader {number}"), int(label))
-                except ValueError as error:
-                    yield str(error)
-            yield from errors.take()
 
 
 def make_test_loader(

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from overlock.data.loaders import Batch, TrainBatches, derive_seed
+from overlock.data.datasets import derive_seed
+from overlock.data.loaders import Batch, TrainBatches
 from overlock.training.config import RunConfig
 from overlock.training.machine import gathered
 from overlock.training.reports import RunLog, Unreadable
@@ -255,13 +256,20 @@ class Fit:
         Where a loading process is lost, the run is saved as it was before the step.
         """
         try:
-            return self.place(next(batches))
+            loaded = next(batches)
         except RuntimeError as error:
             if "DataLoader worker" in str(error) and self.fabric.world_size == 1:
                 self.guard.restore()
                 self.save_or_stop()
                 self.save()
             raise
+        batch = self.place(loaded)
+        if not len(batch.labels):
+            raise ValueError(
+                f"none of the {len(loaded.unreadable)} images tried for a batch can be read; the first: "
+                f"{loaded.unreadable[0]}; the others are listed in {self.unreadable.path}"
+            )
+        return batch
 
     def place(self, batch: Batch) -> Batch:
         self.unreadable.add(batch.unreadable)
