@@ -10,7 +10,7 @@ import torch
 from pictures import COLOURS, make_classes, make_image
 from PIL import Image
 
-from overlock.data import Augmentation, load_data, make_eval_transform, make_train_transform
+from overlock.data import Augmentation, load_data, load_test_data, make_eval_transform, make_train_transform
 from overlock.data.datasets import ImageDataset, seed_transforms
 from overlock.data.images import Samples, save_examples
 from overlock.data.loaders import OnImage
@@ -86,7 +86,8 @@ def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(ValueError, match="none to test on; add one named 'val' or 'test'"):
         load_data(str(tmp_path / "no_test"))
     make_classes(tmp_path / "no_test" / "val", 2, colours=("red", "green"))
-    with pytest.raises(ValueError, match="class 'blue' is not in both"):
+    (tmp_path / "no_test" / "val" / "yellow").mkdir()
+    with pytest.raises(ValueError, match="class 'yellow' of 'val' is not among those to train on"):
         load_data(str(tmp_path / "no_test"))
 
 
@@ -148,3 +149,93 @@ def test_dataset_reads_files_and_images(tmp_path):
     (first, label), (second, other) = (dataset[i].content for i in range(2))
     assert torch.equal(first, second)
     assert [label, other] == [4, 5]
+
+
+def test_what_systems_leave_is_no_class_and_no_image(tmp_path):
+    root = make_classes(tmp_path / "d", 5)
+    for name in ("__MACOSX", ".ipynb_checkpoints", "@eaDir", "red/@eaDir", "red/.ipynb_checkpoints"):
+        (root / name).mkdir()
+        (root / name / "0.png").write_bytes(b"no image")
+    for name in ("Thumbs.db", "red/Thumbs.db", "red/._0.png", "red/.DS_Store", "red/desktop.ini"):
+        (root / name).write_bytes(b"no image")
+    data = load_data(str(root))
+    assert data.classes == tuple(COLOURS)
+    assert len(data.train) + len(data.test) == 15
+    assert data.notes == ()
+    assert len(load_test_data(str(root)).test) == 15
+
+
+def test_files_that_are_no_images_are_told(tmp_path):
+    root = make_classes(tmp_path / "d", 5)
+    for name in ("a.heic", "b.HEIC", "c.svg", "notes.txt"):
+        (root / "red" / name).write_bytes(b"x")
+    (root / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (note,) = load_data(str(root)).notes
+    assert "4 files are no images that can be read and left out (2 .heic, 1 link to nowhere, 1 .svg)" in note
+    assert "convert HEIC to JPEG or PNG" in note
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("TRAIN", "Valid"), ("train", "validation")])
+def test_parts_in_capitals(tmp_path, names):
+    for name in names:
+        make_classes(tmp_path / name, 2)
+    data = load_data(str(tmp_path))
+    assert data.classes == tuple(COLOURS)
+    assert (len(data.train), len(data.test)) == (6, 6)
+
+
+def test_named_parts(tmp_path):
+    for name in ("train", "small", "val", "other"):
+        make_classes(tmp_path / name, 1 + len(name), seed=len(name))
+    data = load_data(str(tmp_path), train_split="small", val_split="other")
+    assert {path.parts[-3] for path, _ in data.train + data.test} == {"small", "other"}
+    assert {path.parts[-3] for path, _ in load_test_data(str(tmp_path), val_split="other").test} == {"other"}
+    with pytest.raises(ValueError, match="there is no folder 'absent', which val_split names"):
+        load_data(str(tmp_path), val_split="absent")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make_classes(tmp_path, 3)
+    (tmp_path / "red").rename(tmp_path / "train")
+    assert load_data(str(tmp_path)).classes == ("blue", "green", "train")
+
+
+def test_a_test_part_may_lack_classes(tmp_path):
+    make_classes(tmp_path / "train", 3)
+    make_classes(tmp_path / "val", 2, seed=9, colours=("green", "red"))
+    data = load_data(str(tmp_path))
+    assert [label for _, label in data.test] == [1, 1, 2, 2]
+    assert any("no images of 1 of the classes to test on (blue)" in note for note in data.notes)
+
+
+def test_the_order_of_classes(tmp_path):
+    root = make_classes(tmp_path / "d", 3)
+    (tmp_path / "names.txt").write_text("red\nblue\ngreen\n")
+    data = load_data(str(root), classes=str(tmp_path / "names.txt"))
+    assert data.classes == ("red", "blue", "green")
+    assert all(path.parent.name == data.classes[label] for path, label in data.train)
+    (tmp_path / "names.txt").write_text("red\nblue\n")
+    with pytest.raises(ValueError, match=r"names\.txt: 'green' is not in both of the file and the folders"):
+        load_data(str(root), classes=str(tmp_path / "names.txt"))
+    with pytest.raises(ValueError, match=r"digits: classes is .* leave it out"):
+        load_data("digits", classes="x")
+
+
+def test_the_same_image_twice_is_told(tmp_path):
+    make_classes(tmp_path / "train", 3)
+    make_classes(tmp_path / "val", 2, seed=50)
+    (tmp_path / "train" / "red" / "copy.png").write_bytes((tmp_path / "train" / "blue" / "0.png").read_bytes())
+    (tmp_path / "val" / "green" / "9.png").symlink_to(tmp_path / "train" / "green" / "1.png")
+    notes = load_data(str(tmp_path)).notes
+    assert any("1 images stand in two classes" in note and "'blue' and 'red'" in note for note in notes)
+    assert any("1 images to test on are to train on too" in note for note in notes)
+
+
+def test_class_folders_that_are_links(tmp_path):
+    make_classes(tmp_path / "real", 3)
+    (tmp_path / "d" / "green").mkdir(parents=True)
+    (tmp_path / "d" / "green" / "sub").symlink_to(tmp_path / "real" / "green")
+    (tmp_path / "d" / "red").symlink_to(tmp_path / "real" / "red")
+    (tmp_path / "real" / "red" / "loop").symlink_to(tmp_path / "real" / "red")
+    data = load_data(str(tmp_path / "d"))
+    assert (data.classes, len(data.train) + len(data.test)) == (("green", "red"), 6)

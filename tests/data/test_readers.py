@@ -55,6 +55,48 @@ def test_tars_by_class_and_part(tmp_path):
     assert len(alone.test) == 6
 
 
+def test_a_tar_with_what_systems_leave_and_other_endings(tmp_path):
+    root = make_classes(tmp_path / "data", 5)
+    make_image("red", 77).save(root / "red" / "more.BMP")
+    for name in ("__MACOSX/red/._0.png", "__MACOSX/grey/._0.png", "red/._0.png", "blue/@eaDir/0.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"no image")
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(root, arcname="data")
+    data = load_data(str(tmp_path / "all.tar"))
+    assert (len(data.train) + len(data.test), data.classes) == (16, tuple(COLOURS))
+    assert colours_agree(data)
+    with pytest.raises(ValueError, match=r"all\.tar: classes is .* leave it out"):
+        load_data(str(tmp_path / "all.tar"), classes="names.txt")
+
+
+def test_a_tar_with_parts(tmp_path):
+    for part, count in (("train", 4), ("val", 2)):
+        make_classes(tmp_path / "data" / part, count)
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        archive.add(tmp_path / "data", arcname="data")
+    data = load_data(str(tmp_path / "all.tar"))
+    assert (len(data.train), len(data.test), data.classes) == (12, 6, tuple(COLOURS))
+    assert {data.test.reader.filename(int(place)).split("/")[1] for place in data.test.places} == {"val"}
+
+
+def test_labels_of_packed_images_that_cannot_be(tmp_path):
+    content = np.zeros(8, np.uint8)
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", jpeg=content, offsets=[0, 4, 8], labels=[0, 1])
+    (tmp_path / "classes.txt").write_text("a\nb")
+    assert len(load_data(str(tmp_path)).train) == 2
+    np.savez(tmp_path / "test.npz", jpeg=content, offsets=[0, 4, 8], labels=[0, 2])
+    with pytest.raises(ValueError, match=r"test\.npz: labels from 0 to 2, where classes\.txt has 2 names"):
+        load_data(str(tmp_path))
+    np.savez(tmp_path / "test.npz", jpeg=content, offsets=[0, 4, 9], labels=[0, 1])
+    with pytest.raises(ValueError, match=r"test\.npz: the offsets do not rise"):
+        load_data(str(tmp_path))
+    np.savez(tmp_path / "test.npz", jpeg=content, offsets=[0, 4], labels=[0, 1])
+    with pytest.raises(ValueError, match=r"test\.npz: 2 labels need 3 offsets"):
+        load_data(str(tmp_path))
+
+
 def test_packed_images(tmp_path):
     for part, count in (("train", 4), ("test", 2)):
         parts, labels = [], []
@@ -66,7 +108,7 @@ def test_packed_images(tmp_path):
                 labels.append(label)
         offsets = np.cumsum([0, *map(len, parts)])
         np.savez(tmp_path / f"{part}.npz", jpeg=np.concatenate(parts), offsets=offsets, labels=np.uint8(labels))
-    with pytest.raises(ValueError, match=r"beside train\.npz, test\.npz and classes\.txt are needed"):
+    with pytest.raises(ValueError, match=r"train\.npz, test\.npz and classes\.txt are needed"):
         load_data(str(tmp_path))
     (tmp_path / "classes.txt").write_text("\n".join(COLOURS))
     data = load_data(str(tmp_path))

@@ -115,6 +115,8 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> None:
             f"{result.speed:.0f}", f"{result.speed_with_loading:.0f}",
         )  # fmt: skip
     console.print(table)
+    for note in data.notes:
+        console.print(note)
     for problem in results[0].unreadable:
         console.print(f"not readable: {problem}")
 

@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe",
+    ".jp2", ".j2k", ".avif", ".tga",
+)  # fmt: skip
+# What systems and programs leave in folders, beside all that begins with a dot (.DS_Store, .ipynb_checkpoints, and
+# macOS' ._NAME of each file NAME).
+RUBBISH = frozenset({
+    "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__",
+    "thumbs.db", "ehthumbs.db", "desktop.ini",
+})  # fmt: skip
+SIDECARS = (".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".npz", ".npy")
 
 
 # What PIL's readers raise for damaged files.
@@ -72,6 +83,60 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
 
 
+def is_rubbish(name: str) -> bool:
+    """Whether a file or folder of this name is left there by a system or a program, and none of a data set."""
+    return name.startswith(".") or name.lower() in RUBBISH
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders of a folder and links to such, by name, without what systems leave there."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not is_rubbish(path.name))
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All files in and below a folder, linked folders too, without what systems leave there; in no order."""
+    for where, names, files in os.walk(folder, followlinks=True):
+        names[:] = [name for name in names if not is_rubbish(name) and not _leads_back(where, name)]
+        yield from (Path(where, name) for name in files if not is_rubbish(name))
+
+
+def _leads_back(where: str, name: str) -> bool:
+    """Whether a folder is a link to one that it is in."""
+    path = Path(where, name)
+    return path.is_symlink() and path.resolve() in (Path(where).resolve() / name).parents
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file has the ending of an image, in small letters or capitals, and a target where it is a link."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+def images_in(folder: Path, left_out: Counter[str] | None = None) -> list[Path]:
+    """The images in and below a folder, by name.
+
+    Args:
+        folder: to look in.
+        left_out: takes the endings of other files, but for tables and texts, with their numbers.
+    """
+    found = []
+    for path in walk_files(folder):
+        if is_image(path):
+            found.append(path)
+        elif left_out is not None and path.suffix.lower() not in SIDECARS:
+            left_out["link to nowhere" if not path.exists() else path.suffix.lower() or path.name] += 1
+    return sorted(found)
+
+
+def tell_left_out(where: object, left_out: Counter[str]) -> tuple[str, ...]:
+    """A note of the files that are no images, to be told once; none where there are none."""
+    if not left_out:
+        return ()
+    counts = ", ".join(f"{number} {ending}" for ending, number in left_out.most_common(8))
+    heic = "; convert HEIC to JPEG or PNG" if {".heic", ".heif"} & set(left_out) else ""
+    plural = "file is no image that can be read" if left_out.total() == 1 else "files are no images that can be read"
+    return (f"{where}: {left_out.total()} {plural} and left out ({counts}){heic}",)
+
+
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Files as they are, and of each folder the images in and below it, by name.
 
@@ -85,7 +150,7 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
                 raise ValueError(f"{path}: no such image or folder; check the path")
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        inside = images_in(path)
         if not inside:
             raise ValueError(f"{path}: no images in this folder; known endings are {', '.join(IMAGE_SUFFIXES)}")
         found += inside

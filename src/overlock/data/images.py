@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from overlock.data.files import IMAGE_SUFFIXES, read_image
+from overlock.data.duplicates import tell_duplicates
+from overlock.data.files import images_in, is_rubbish, read_image, subfolders, tell_left_out
+from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_folder, find_parts
 from overlock.files import write_atomically
 
 Sample = tuple["Path | Image.Image", int]
 READERS = ("wds:", "hfds:", "hfids:")
-TEST_FOLDERS = ("val", "validation", "valid", "test")
 TEST_SHARE = 0.2
 
 
@@ -55,6 +57,10 @@ class PackedImages:
                 self.bytes, self.offsets, self.labels = file["jpeg"], file["offsets"], file["labels"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: not a readable file of packed images ({error})") from None
+        if len(self.offsets) != len(self.labels) + 1:
+            raise ValueError(f"{path}: {len(self.labels)} labels need {len(self.labels) + 1} offsets of their images")
+        if np.any(np.diff(self.offsets.astype(np.int64)) < 0) or int(self.offsets[-1]) > len(self.bytes):
+            raise ValueError(f"{path}: the offsets do not rise from 0 to its {len(self.bytes)} bytes of images")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,25 +105,38 @@ def load_data(
             ``classes.txt`` (:class:`PackedImages`); 'wds:', 'hfds:' or 'hfids:' and a place, see
             :mod:`overlock.data.readers`.
         seed: of the split.
-        train_split: name of the training part, for the last three.
+        train_split: name of the part to train on; the usual names are tried unless given.
         val_split: name of the part to test on.
-        classes: file of class names, one a line, for data without.
+        classes: file of class names, one a line, for data without; of a folder by class those of its folders, in the
+            order of the labels.
 
     Raises:
         ValueError: for missing or empty data, fewer than two classes, or a class too small to split.
     """
-    if data == "digits":
-        return load_digits(seed=seed)
     root = Path(data)
+    if data == "digits":
+        _refuse(data, train_split=train_split, val_split=val_split, classes=classes)
+        return load_digits(seed=seed)
     if data.startswith(READERS) or root.suffix == ".tar" or _has_tars(root):
         from overlock.data import readers  # noqa: PLC0415
 
         if data.startswith(READERS):
             return readers.load_named(data, train_split=train_split, val_split=val_split, classes=classes)
-        return readers.load_tars(root, seed=seed)
+        _refuse(data, classes=classes)
+        return readers.load_tars(root, seed=seed, train_split=train_split, val_split=val_split)
     if (root / "train.npz").is_file():
-        return load_packed(root)
-    return load_folder(root, seed=seed)
+        _refuse(data, classes=classes)
+        return load_packed(root, train_split=train_split or "train", val_split=val_split or "test")
+    return load_folder(root, seed=seed, train_split=train_split, val_split=val_split, classes=classes)
+
+
+def _refuse(data: str, **settings: str | None) -> None:
+    """Raise ValueError for a setting that means nothing for this form of data."""
+    for name, value in settings.items():
+        if value is not None:
+            raise ValueError(
+                f"{data}: {name} is {value!r}, but data of this form have that by themselves; leave it out"
+            )
 
 
 def load_test_data(
@@ -138,32 +157,38 @@ def load_test_data(
         classes: file of class names.
     """
     root = Path(data)
-    if root.is_dir() and not held_out and not any((root / name).exists() for name in ("train", "train.npz")):
-        if _has_tars(root):
+    has_parts = (root / "train.npz").exists() or find_folder(root, TRAIN_PARTS) is not None
+    if root.is_dir() and not held_out and not has_parts and not data.startswith(READERS):
+        inside = find_folder(root, (val_split,) if val_split else TEST_PARTS)
+        if inside is None and val_split:
+            raise ValueError(f"{root}: there is no folder {val_split!r}, which val_split names")
+        inside = inside or root
+        if _has_tars(inside):
             from overlock.data import readers  # noqa: PLC0415
 
-            return readers.load_tars(root, seed=None)
-        inside = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), root)
-        samples, names = _read_classes(inside)
-        return ImageData(classes=names, train=Samples(), test=Samples(samples))
+            _refuse(data, classes=classes)
+            return readers.load_tars(inside, seed=None)
+        samples, names, notes = _read_classes(inside, classes)
+        return ImageData(classes=names, train=Samples(), test=Samples(samples), notes=notes)
     return load_data(data, seed=seed, val_split=val_split, classes=classes)
 
 
 def _has_tars(root: Path) -> bool:
-    inside = root / "train" if (root / "train").is_dir() else root
-    return inside.is_dir() and any(inside.glob("*.tar"))
+    inside = find_folder(root, TRAIN_PARTS) or root
+    return inside.is_dir() and any(not is_rubbish(path.name) for path in inside.glob("*.tar"))
 
 
-def load_packed(root: Path) -> ImageData:
+def load_packed(root: Path, *, train_split: str = "train", val_split: str = "test") -> ImageData:
     """A folder of :class:`PackedImages`; the images are small, so that the test crop keeps them whole."""
-    if not (root / "classes.txt").is_file() or not (root / "test.npz").is_file():
-        raise ValueError(f"{root}: beside train.npz, test.npz and classes.txt are needed")
-    return ImageData(
-        classes=read_classes(root / "classes.txt"),
-        train=PackedImages(root / "train.npz"),
-        test=PackedImages(root / "test.npz"),
-        crop_pct=1.0,
-    )
+    paths = [root / f"{name}.npz" for name in (train_split, val_split)]
+    if not all(path.is_file() for path in (root / "classes.txt", *paths)):
+        raise ValueError(f"{root}: {paths[0].name}, {paths[1].name} and classes.txt are needed")
+    classes, (train, test) = read_classes(root / "classes.txt"), map(PackedImages, paths)
+    for part in (train, test):
+        if len(part) == 0 or part.labels.min() < 0 or part.labels.max() >= len(classes):
+            found = f"labels from {part.labels.min()} to {part.labels.max()}" if len(part) else "no images"
+            raise ValueError(f"{part.path}: {found}, where classes.txt has {len(classes)} names, from 0 on")
+    return ImageData(classes=classes, train=train, test=test, crop_pct=1.0)
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -180,38 +205,76 @@ def read_classes(path: Path) -> tuple[str, ...]:
     return names
 
 
-def load_folder(root: Path, *, seed: int) -> ImageData:
+def load_folder(
+    root: Path, *, seed: int, train_split: str | None = None, val_split: str | None = None, classes: str | None = None
+) -> ImageData:
     """See :func:`load_data`."""
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; data must be a folder of images by class, a tar file or 'digits'")
-    if not (root / "train").is_dir():
-        samples, classes = _read_classes(root)
-        train, test = split(samples, classes, root, seed)
-        return ImageData(classes=classes, train=Samples(train), test=Samples(test))
-    held_out = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if held_out is None:
-        raise ValueError(f"{root}: there is a folder 'train' but none to test on; add one named 'val' or 'test'")
-    train, classes = _read_classes(root / "train")
-    test, test_classes = _read_classes(held_out)
-    if test_classes != classes:
-        odd = sorted(set(classes) ^ set(test_classes))[0]
-        raise ValueError(
-            f"{root}: class {odd!r} is not in both of 'train' and {held_out.name!r}; both need all classes"
+    parts = find_parts(root, train_split, val_split)
+    if parts is None:
+        samples, names, notes = _read_classes(root, classes)
+        train, test = split(samples, names, root, seed)
+        return ImageData(
+            classes=names, train=Samples(train), test=Samples(test), notes=notes + tell_duplicates(samples, (), names)
         )
-    return ImageData(classes=classes, train=Samples(train), test=Samples(test))
+    train, names, notes = _read_classes(parts[0], classes)
+    test, test_notes = _read_test(parts[1], names, root)
+    notes += test_notes + tell_duplicates(train, test, names)
+    return ImageData(classes=names, train=Samples(train), test=Samples(test), notes=notes)
 
 
-def _read_classes(root: Path) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+Read = tuple[tuple[Sample, ...], tuple[str, ...], tuple[str, ...]]
+
+
+def _read_classes(root: Path, classes: str | None) -> Read:
+    """Samples, names and notes of a folder whose folders are classes."""
+    folders = subfolders(root)
     if len(folders) < 2:
         raise ValueError(f"{root}: found {len(folders)} class folders; at least two are needed, named by their class")
+    if classes is not None:
+        folders = _in_order(folders, Path(classes))
     samples: list[Sample] = []
+    left_out: Counter[str] = Counter()
     for label, folder in enumerate(folders):
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files = images_in(folder, left_out)
         if not files:
-            raise ValueError(f"{folder}: no images of this class; add some or remove the folder")
+            reason = "".join(f"; {note}" for note in tell_left_out(folder.name, left_out))
+            raise ValueError(f"{folder}: no images of this class; add some or remove the folder{reason}")
         samples += [(file, label) for file in files]
-    return tuple(samples), tuple(folder.name for folder in folders)
+    return tuple(samples), tuple(folder.name for folder in folders), tell_left_out(root, left_out)
+
+
+def _in_order(folders: Sequence[Path], classes: Path) -> list[Path]:
+    """Class folders in the order of a file of their names."""
+    known, names = {folder.name: folder for folder in folders}, read_classes(classes)
+    odd = sorted(set(known) ^ set(names))
+    if odd or len(set(names)) < len(names):
+        what = f"{odd[0]!r} is not in both of the file and the folders" if odd else "a name is there twice"
+        raise ValueError(f"{classes}: {what}; classes must name each class folder once, in the order of the labels")
+    return [known[name] for name in names]
+
+
+def _read_test(root: Path, names: tuple[str, ...], data: Path) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Samples and notes of the part to test on, which may lack classes but not have others."""
+    folders = subfolders(root)
+    strange = [folder.name for folder in folders if folder.name not in names]
+    if strange:
+        raise ValueError(
+            f"{data}: class {strange[0]!r} of {root.name!r} is not among those to train on; add images of it to the "
+            "training part or remove the folder"
+        )
+    left_out: Counter[str] = Counter()
+    samples = [(file, names.index(folder.name)) for folder in folders for file in images_in(folder, left_out)]
+    if not samples:
+        raise ValueError(f"{root}: no images of any class to test on; folders by class are needed here too")
+    notes = tell_left_out(root, left_out)
+    present = {label for _, label in samples}
+    absent = [name for label, name in enumerate(names) if label not in present]
+    if absent:
+        more = ", ..." if len(absent) > 5 else ""
+        notes += (f"{root}: no images of {len(absent)} of the classes to test on ({', '.join(absent[:5])}{more})",)
+    return tuple(samples), notes
 
 
 def split(

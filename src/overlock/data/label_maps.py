@@ -13,9 +13,9 @@ from torchvision import tv_tensors
 
 from overlock.data.files import IMAGE_SUFFIXES, find_images, read_image
 from overlock.data.images import ImageData
+from overlock.data.parts import TEST_PARTS, TRAIN_PARTS
 
 IGNORED = 255
-TRAIN_PARTS, TEST_PARTS = ("train", "training"), ("val", "validation", "valid", "test")
 LAYOUTS = (  # folders of the images and of the maps
     ("images/{part}", "annotations/{part}"),
     ("images/{part}", "labels/{part}"),

@@ -21,8 +21,9 @@ import numpy as np
 from PIL import Image
 from timm.data.readers import create_reader
 
-from overlock.data.files import read_image, to_rgb
-from overlock.data.images import TEST_FOLDERS, ImageData, held_out, read_classes
+from overlock.data.files import IMAGE_SUFFIXES, is_rubbish, read_image, to_rgb
+from overlock.data.images import ImageData, held_out, read_classes
+from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_parts
 
 EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
@@ -108,24 +109,31 @@ def quiet_readers() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def load_tars(root: Path, *, seed: int | None) -> ImageData:
+def load_tars(
+    root: Path, *, seed: int | None, train_split: str | None = None, val_split: str | None = None
+) -> ImageData:
     """A tar of class folders, or a folder of one tar a class; see :func:`overlock.data.load_data`.
 
     Without a seed, images that are not split are all to test on.
     """
     if not root.exists():
         raise ValueError(f"{root}: no such file")
-    if root.is_dir() and (root / "train").is_dir():
-        held = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-        if held is None:
-            raise ValueError(f"{root}: there is a folder 'train' but none to test on; add one named 'val' or 'test'")
-        train, test = _tar_reader(root / "train"), _tar_reader(held)
+    parts = find_parts(root, train_split, val_split)
+    if parts is not None:
+        train, test = _tar_reader(parts[0]), _tar_reader(parts[1])
         if train.class_name_to_idx != test.class_name_to_idx:
-            raise ValueError(f"{root}: 'train' and {held.name!r} have not the same classes")
+            odd = sorted(set(train.class_name_to_idx) ^ set(test.class_name_to_idx))[0]
+            raise ValueError(f"{root}: class {odd!r} is not in both of {parts[0].name!r} and {parts[1].name!r}")
         return ImageData(classes=_names(train), train=ReaderSource(train), test=ReaderSource(test))
     reader = _tar_reader(root)
     classes = _names(reader)
-    out = np.full(len(reader), True) if seed is None else held_out(reader.targets, classes, root, seed)
+    folders = [Path(info.path).parent.parent.name.lower() for info, _, _ in reader.samples]
+    if {*TRAIN_PARTS} & {*folders} and {*TEST_PARTS} & {*folders}:
+        out = np.isin(folders, TEST_PARTS)
+        if not np.all(out | np.isin(folders, TRAIN_PARTS)):
+            raise ValueError(f"{root}: has parts to train and to test on, and images in neither; move those")
+    else:
+        out = np.full(len(reader), True) if seed is None else held_out(reader.targets, classes, root, seed)
     return ImageData(
         classes=classes,
         train=ReaderSource(reader, np.flatnonzero(~out)),
@@ -134,13 +142,30 @@ def load_tars(root: Path, *, seed: int | None) -> ImageData:
 
 
 def _tar_reader(root: Path) -> Any:
+    """timm's reader of the images in tar files of all known endings, without what systems leave there."""
+    from timm.data.readers import img_extensions  # noqa: PLC0415
     from timm.data.readers.reader_image_in_tar import ReaderImageInTar  # noqa: PLC0415
 
+    known = img_extensions.get_img_extensions()
     try:
+        img_extensions.set_img_extensions(IMAGE_SUFFIXES)
         # An open tar file cannot be shared by the processes that load images, so none is kept.
-        return ReaderImageInTar(str(root), cache_tarfiles=False)
+        reader = ReaderImageInTar(str(root), cache_tarfiles=False)
     except (OSError, ValueError, AssertionError) as error:
         raise ValueError(f"{root}: no images by class could be read from tar files here ({error})") from None
+    finally:
+        img_extensions.set_img_extensions(known)
+    kept = [
+        i
+        for i, (info, tar, _) in enumerate(reader.samples)
+        if not any(is_rubbish(name) for name in (*Path(info.path).parts, *((Path(tar).name,) if tar else ())))
+    ]
+    present = sorted({int(reader.targets[i]) for i in kept})
+    reader.samples = reader.samples[kept]
+    reader.targets = np.searchsorted(present, reader.targets[kept])
+    names = [name for name, label in reader.class_name_to_idx.items() if label in set(present)]
+    reader.class_name_to_idx = {name: i for i, name in enumerate(names)}
+    return reader
 
 
 def _names(reader: Any) -> tuple[str, ...]:
@@ -158,7 +183,7 @@ def load_named(data: str, *, train_split: str | None, val_split: str | None, cla
         return _load_shards(root, train_split, val_split, names)
     splits = _huggingface_splits(kind, root)
     train_name = train_split or "train"
-    test_name = val_split or next((s for s in ("validation", *TEST_FOLDERS) if s in splits), None)
+    test_name = val_split or next((s for s in ("validation", *TEST_PARTS) if s in splits), None)
     if train_name not in splits or test_name not in splits:
         raise ValueError(f"{data}: its splits are {', '.join(splits)}; name two of them with train_split and val_split")
     if kind == "hfds":
@@ -209,7 +234,7 @@ def _load_shards(root: str, train_split: str | None, val_split: str | None, name
         raise ValueError(f"wds:{root}: no such folder")
     known = info.get("splits", {})
     train_split = train_split or ("train" if "train" in known else None)
-    val_split = val_split or next((s for s in ("validation", *TEST_FOLDERS) if s in known), None)
+    val_split = val_split or next((s for s in ("validation", *TEST_PARTS) if s in known), None)
     if not train_split or not val_split:
         raise ValueError(
             f"wds:{root}: name the shards with train_split and val_split, such as 'train-{{0000..0099}}.tar|100000' "

@@ -9,7 +9,8 @@ from typing import Any
 
 from overlock.data.annotations import Annotations, make_annotations
 from overlock.data.formats import coco, createml, labelme, pascal_voc, yolo
-from overlock.data.formats.common import TEST_PARTS, TRAIN_PARTS, Part, find_files, read_json
+from overlock.data.formats.common import Part, find_files, read_json
+from overlock.data.parts import TEST_PARTS, TRAIN_PARTS
 from overlock.object_files import ObjectFiles
 
 FORMATS: MappingProxyType[str, Any] = MappingProxyType(

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overlock.data.files import IMAGE_SUFFIXES
-
-TRAIN_PARTS, TEST_PARTS = ("train", "train2017", "training"), ("val", "val2017", "valid", "validation", "test")
+from overlock.data.files import IMAGE_SUFFIXES, is_rubbish, walk_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +111,11 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
-def is_rubbish(path: Path) -> bool:
-    """Whether a file is one that systems leave in folders."""
-    return path.name.startswith((".", "__")) or path.name.lower() == "thumbs.db"
-
-
 def find_files(folder: Path, *suffixes: str) -> list[Path]:
     """The files of a folder with these endings, by name; none where it is not there."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_rubbish(path))
+    found = (path for path in folder.iterdir() if path.suffix.lower() in suffixes and not is_rubbish(path.name))
     return sorted(path for path in found if path.is_file())
 
 
@@ -155,7 +148,6 @@ class ImageFinder:
     def _inside(self) -> dict[str, list[Path]]:
         if self._by_name is None:
             self._by_name = {}
-            for where, _, files in os.walk(self.folder):
-                for file in files:
-                    self._by_name.setdefault(file.lower(), []).append(Path(where, file))
+            for path in walk_files(self.folder):
+                self._by_name.setdefault(path.name.lower(), []).append(path)
         return self._by_name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from overlock.data.files import IMAGE_SUFFIXES
-from overlock.data.formats.common import TRAIN_PARTS, Gathering, Part, find_files, is_rubbish, read_lines
+from overlock.data.files import images_in
+from overlock.data.formats.common import Gathering, Part, find_files, read_lines
 from overlock.data.image_sizes import read_sizes
+from overlock.data.parts import TRAIN_PARTS
 
 NAMES = ("classes.txt", "obj.names")
 FARTHEST = 2.0  # shares of the image; what is beyond is no share
@@ -67,7 +68,7 @@ def read(path: Path, folder: Path) -> dict[str, Any]:
         if part is None:
             raise ValueError(f"{path}: no images with text files were found for its part 'train'")
         return part.read()
-    images = [image for image in _walk(folder) if image.suffix.lower() in IMAGE_SUFFIXES]
+    images = images_in(folder)
     return _read(settings, images, folder, {image: path / f"{image.stem}.txt" for image in images})
 
 
@@ -127,11 +128,7 @@ def _images(settings: Settings, source: str | Path) -> list[Path]:
             path if (path := place.parent / line).is_file() or not (root / line).is_file() else root / line
             for line in lines
         ]
-    return [path for path in _walk(place) if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-def _walk(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.rglob("*") if not is_rubbish(path) and path.is_file())
+    return images_in(place)
 
 
 def _label_of(image: Path) -> Path:
