@@ -356,3 +356,28 @@ def test_images_of_every_kind(tmp_path):
     image.save(red / "UPPER.WEBP")
     run(settings(data, tmp_path / "run", epochs=1))
     assert not (tmp_path / "run" / "unreadable.txt").exists()
+
+
+IN_A_PROCESS = """
+import sys
+import overlock.data.datasets as datasets
+from overlock.cli.main import main
+
+read = datasets.ImageDataset.__getitem__
+
+def fail(self, draw):
+    if not isinstance(draw, datasets.Draw):  # of the test
+        raise ValueError("a fault of a loading process")
+    return read(self, draw)
+
+datasets.ImageDataset.__getitem__ = fail
+sys.exit(main())
+"""
+
+
+def test_a_fault_of_a_loading_process_is_one_sentence(data, tmp_path):
+    command = write_command(settings(data, tmp_path / "run", machine=dict(workers=2)), tmp_path)
+    command[1:3] = ["-c", IN_A_PROCESS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: a fault of a loading process\n"

@@ -7,23 +7,30 @@ processes, nor from what was loaded before.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.sharedctypes import RawValue
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from overlock.data.datasets import Draw, ImageDataset, Prepare, Sample, StreamDataset, derive_seed
 from overlock.data.images import ImageSource
 from overlock.data.readers import ImageStream
 
-GRACE = 20  # seconds from SIGTERM to the end of a loading process
+GRACE = 2.0  # seconds that a loading process has for the image at hand when its parent leaves
+WATCH = 0.2  # seconds between its looks for its parent
 PREFETCH = 2  # batches that each loading process keeps ready
 Join = Callable[[list[tuple[Any, Any]]], tuple[Any, Any]]
 """From those to the images and the labels of a batch."""
@@ -156,13 +163,52 @@ def collate_testing(samples: list[Sample], *, join: Join = stack) -> Batch:
     return Batch(*join(good), bad)
 
 
-def leave_signals_to_the_parent(_: int) -> None:
-    """Let Ctrl-C and SIGTERM, which reach all processes of a job, be handled by the one that saves.
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader whose processes are gone when its batches are no longer wanted, whatever ends their use.
 
-    SIGTERM is obeyed after a while, since it is also how a parent ends a process that will not listen.
+    Args:
+        dataset: of images.
+        settings: other arguments of DataLoader.
+    """
+
+    def __init__(self, dataset: Dataset[Any], **settings: Any):
+        self.leaving = RawValue(ctypes.c_bool, False)
+        super().__init__(dataset, worker_init_fn=partial(follow_the_parent, leaving=self.leaving), **settings)
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """The batches, for as long as this is entered.
+
+        Left to itself the iterator lives as long as an error's traceback refers to it, and its processes with it.
+        """
+        self.leaving.value = False
+        iterator = iter(self)
+        try:
+            yield iterator
+        finally:
+            self.leaving.value = True
+            end = getattr(iterator, "_shutdown_workers", None)  # not where there are no processes
+            if end is not None:
+                end()
+
+
+def follow_the_parent(_: int, *, leaving: Any) -> None:
+    """Have a loading process live as long as its parent wants it.
+
+    Ctrl-C and SIGTERM, which reach all processes of a job, are handled by the parent, which may have to end a step and
+    save. When it is leaving, or is gone, this process ends without a word after the image at hand, or soon.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and not leaving.value:
+            time.sleep(WATCH)
+        time.sleep(GRACE)
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class TrainBatches:
@@ -197,7 +243,6 @@ class TrainBatches:
         self.steps = epoch_steps or max(1, len(source) // share.batch_size)
         """Steps of an epoch."""
         common: dict[str, Any] = dict(
-            worker_init_fn=leave_signals_to_the_parent,
             collate_fn=partial(collate_training, join=join),
             pin_memory=pin_memory,
             prefetch_factor=PREFETCH if workers or isinstance(source, ImageStream) else None,
@@ -208,14 +253,14 @@ class TrainBatches:
             self.draws = None
             self.stream = StreamDataset(source, prepare, seed=seed, batch_size=share.micro_batch, training=True)
             self.generator = torch.Generator()
-            self.loader = DataLoader(
+            self.loader = ImageLoader(
                 self.stream, batch_size=share.micro_batch, drop_last=True, num_workers=max(1, workers),
                 generator=self.generator, **common,
             )  # fmt: skip
         else:
             order = Order(len(source), share.batch_size, self.steps, repeats=repeats, seed=seed)
             self.draws = _Draws(order, share)
-            self.loader = DataLoader(
+            self.loader = ImageLoader(
                 ImageDataset(source, prepare), batch_sampler=self.draws, num_workers=workers, **common,
             )  # fmt: skip
 
@@ -229,7 +274,8 @@ class TrainBatches:
         """
         if self.draws is not None:
             self.draws.epoch, self.draws.first, self.draws.salt = epoch, first, salt
-            yield from self.loader
+            with self.loader.batches() as loaded:
+                yield from loaded
             return
         left = (self.steps - first) * self.share.accumulate
         skip = first * self.share.accumulate
@@ -238,14 +284,15 @@ class TrainBatches:
             self.stream.begin(epoch, passes, salt, skip)
             self.generator.manual_seed(derive_seed(self.seed, epoch, passes))
             before = left + skip
-            for batch in self.loader:
-                if skip > 0:
-                    skip -= 1
-                    continue
-                yield batch
-                left -= 1
-                if left == 0:
-                    return
+            with self.loader.batches() as loaded:
+                for batch in loaded:
+                    if skip > 0:
+                        skip -= 1
+                        continue
+                    yield batch
+                    left -= 1
+                    if left == 0:
+                        return
             if left + skip == before:
                 raise ValueError(f"{self.stream.source}: no whole batch of images came; check the shards")
             passes += 1
@@ -261,18 +308,17 @@ def make_test_loader(
     world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[Any]:
+) -> ImageLoader:
     """Batches of each image once, shared out over the processes."""
     common: dict[str, Any] = dict(
-        batch_size=batch_size, collate_fn=partial(collate_testing, join=join),
-        worker_init_fn=leave_signals_to_the_parent, pin_memory=pin_memory,
-    )  # fmt: skip
+        batch_size=batch_size, collate_fn=partial(collate_testing, join=join), pin_memory=pin_memory
+    )
     if isinstance(source, ImageStream):
         stream = StreamDataset(source, prepare, seed=0, batch_size=batch_size, training=False)
-        return DataLoader(stream, num_workers=min(1, workers), **common)
-    return DataLoader(
+        return ImageLoader(stream, num_workers=min(1, workers), **common)
+    return ImageLoader(
         ImageDataset(source, prepare),
         sampler=range(rank, len(source), world),
         num_workers=workers,
         **common,
-    )  # type: ignore[arg-type]
+    )

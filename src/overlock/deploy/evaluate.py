@@ -151,7 +151,8 @@ def evaluate(
     )  # fmt: skip
     cast = cast_to(precision, where)
     started = time.perf_counter()
-    counts = _count(network, loader, places, classes=len(record.classes), cast=cast, device=where)
+    with loader.batches() as batches:
+        counts = _count(network, batches, places, classes=len(record.classes), cast=cast, device=where)
     seconds = time.perf_counter() - started
     count = int(counts.confusion.sum())
     if counts.images is None:
@@ -177,13 +178,13 @@ class _Counts:
 
 
 def _count(
-    network: nn.Module, loader: Iterable[Batch], places: list[int], *, classes: int, cast: Any, device: torch.device
+    network: nn.Module, batches: Iterable[Batch], places: list[int], *, classes: int, cast: Any, device: torch.device
 ) -> _Counts:
     """Go through the images once.
 
     Args:
         network: images to logits (B, classes).
-        loader: batches whose labels are those of the data.
+        batches: whose labels are those of the data.
         places: the network's class of each of the data's.
         classes: of the network.
         cast: context of the arithmetic.
@@ -192,7 +193,7 @@ def _count(
     column = torch.full((classes,), len(places))
     column[torch.tensor(places)] = torch.arange(len(places))
     counts = _Counts(np.zeros((len(places), len(places) + 1), dtype=np.int64))
-    for batch in loader:
+    for batch in batches:
         counts.unreadable += batch.unreadable
         if not len(batch.labels):
             continue

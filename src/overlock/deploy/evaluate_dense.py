@@ -109,19 +109,20 @@ def evaluate_dense(
     loader = make_test_loader(source, prepare, batch_size=batch_size, join=as_lists, workers=workers)
     unreadable: list[str] = []
     started, count = time.perf_counter(), 0
-    for batch in track(loader, description=name, transient=True, disable=not show_progress):
-        unreadable += batch.unreadable
-        count += len(batch.labels)
-        if isinstance(score, DetectionScore):
-            if len(batch.labels):
+    with loader.batches() as batches:
+        for batch in track(batches, total=len(loader), description=name, transient=True, disable=not show_progress):
+            unreadable += batch.unreadable
+            count += len(batch.labels)
+            if isinstance(score, DetectionScore):
+                if len(batch.labels):
+                    with cast_to(precision, where):
+                        found = network([image.to(where) for image in batch.images])
+                    score.update(found, batch.labels)
+                continue
+            for image, labels in zip(batch.images, batch.labels, strict=True):
                 with cast_to(precision, where):
-                    found = network([image.to(where) for image in batch.images])
-                score.update(found, batch.labels)
-            continue
-        for image, labels in zip(batch.images, batch.labels, strict=True):
-            with cast_to(precision, where):
-                shares = segment(network, image[None].to(where), size=labels.shape, **testing)
-            score.update(shares[0].argmax(dim=0), labels)
+                    shares = segment(network, image[None].to(where), size=labels.shape, **testing)
+                score.update(shares[0].argmax(dim=0), labels)
     if count == 0:
         raise ValueError(f"none of the {len(unreadable)} images could be read; the first: {unreadable[0]}")
     speed = count / (time.perf_counter() - started)

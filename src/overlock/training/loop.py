@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from overlock.data.datasets import derive_seed
-from overlock.data.loaders import Batch, TrainBatches
+from overlock.data.loaders import Batch, ImageLoader, TrainBatches
 from overlock.training.config import RunConfig
 from overlock.training.machine import gathered
 from overlock.training.reports import RunLog, Unreadable
@@ -111,7 +110,7 @@ class Fit:
     schedule: Scheduler
     average: ModelEmaV3 | None
     batches: TrainBatches
-    tests: DataLoader[Any]
+    tests: ImageLoader
     store: CheckpointStore
     log: RunLog
     unreadable: Unreadable
@@ -294,8 +293,8 @@ class Fit:
     def validate(self) -> dict[str, float]:
         """The measures over all images to test on."""
         network, score = self.tested.eval(), self.task.make_score()
-        with torch.no_grad(), self.fabric.autocast(), gathered(network):
-            for loaded in self.tests:
+        with torch.no_grad(), self.fabric.autocast(), gathered(network), self.tests.batches() as batches:
+            for loaded in batches:
                 batch = self.place(loaded)
                 if len(batch.labels):
                     score.update(network, batch)
