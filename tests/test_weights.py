@@ -282,13 +282,45 @@ def test_pretrained_file_for_features(indices, source, official_file):
 
 
 def test_released_addresses():
-    """pretrained=True knows the authors' files of the four published sizes, and of no other."""
+    """pretrained=True knows the authors' files of the four published sizes, as trained and merged, and of no other."""
+    release = "https://github.com/LMMMEng/OverLoCK/releases/download/v1/"
     for name in overlock.VARIANTS:
-        url = timm.get_pretrained_cfg(name).url
+        tags = [tag for tag in timm.list_models(f"{name}.*", pretrained=True) if tag.startswith(f"{name}.")]
         if name in PUBLISHED:
-            assert url == f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{name}_in1k_224.pth"
+            assert timm.get_pretrained_cfg(name).url == f"{release}{name}_in1k_224.pth"
+            assert timm.get_pretrained_cfg(f"{name}.in1k_reparam").url == f"{release}{name}_in1k_224_reparam.pth"
+            assert sorted(tags) == [f"{name}.in1k", f"{name}.in1k_reparam"]
         else:
-            assert not url
+            assert not timm.get_pretrained_cfg(name).url
+            assert tags == []
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_released_merged_files(name, official_state, tmp_path, monkeypatch):
+    """Their tag builds the merged form by itself and loads every tensor of it, from a file and from an address."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    path = tmp_path / f"{name}_in1k_224_reparam.pth"
+    state = official_state(name, "cls_deploy")
+    torch.save(state, path)
+    for source in (dict(file=str(path), url=""), dict(url=path.as_uri())):
+        model = timm.create_model(f"{name}.in1k_reparam", pretrained=True, pretrained_cfg_overlay=source)
+        assert not any("branches" in key for key in model.state_dict())
+        assert_equal_states(
+            to_official(model.state_dict()), {key: t for key, t in state.items() if not key.startswith("aux_head.")}
+        )
+
+
+def test_the_tag_of_merged_files(official_state, tmp_path):
+    """Merged also without weights, with another number of classes, and where features are taken; else said."""
+    assert not any("branches" in key for key in timm.create_model("overlock_xt.in1k_reparam").state_dict())
+    path = tmp_path / "xt.pth"
+    torch.save(official_state("overlock_xt", "cls_deploy"), path)
+    loading = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+    for options in (dict(num_classes=5), dict(features_only=True)):
+        model = timm.create_model("overlock_xt.in1k_reparam", **options, **loading)
+        assert not any("branches" in key for key in model.state_dict())
+    with pytest.raises((ValueError, RuntimeError), match="merged form; build the model with deploy=True"):
+        timm.create_model("overlock_xt.in1k_reparam", deploy=False, **loading)
 
 
 # Files

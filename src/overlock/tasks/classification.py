@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,13 +38,18 @@ def _cfg(name: str, url: str = "") -> dict[str, Any]:
     )
 
 
-# The authors publish weights of the four sizes of the paper.
+MERGED = "in1k_reparam"
+"""Tag of the authors' files whose Dilated RepConvs are merged."""
+_FILES = {"in1k": "in1k_224", MERGED: "in1k_224_reparam"}
+
+# The authors publish weights of the four sizes of the paper, as trained and merged.
 default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.in1k" if variant.paper else name: _cfg(
-            name, url=f"{RELEASE}{name}_in1k_224.pth" if variant.paper else ""
-        )
+    {name: _cfg(name) for name, variant in VARIANTS.items() if not variant.paper}
+    | {
+        f"{name}.{tag}": _cfg(name, url=f"{RELEASE}{name}_{file}.pth")
         for name, variant in VARIANTS.items()
+        if variant.paper
+        for tag, file in _FILES.items()
     }
 )
 
@@ -63,6 +69,10 @@ class FeatureGetter(FeatureGetterNet):
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    chosen = kwargs.get("pretrained_cfg")  # a tag, or a whole configuration, which has one
+    tag = chosen.get("tag") if isinstance(chosen, Mapping) else getattr(chosen, "tag", chosen)
+    if tag == MERGED:
+        kwargs.setdefault("deploy", True)
     return build_model_with_cfg(
         _build,
         name,

@@ -138,11 +138,12 @@ def make_job(config: TrainConfig) -> Job:
 
 def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Record]:
     """The network to train, and the record of what prediction will need."""
-    ours = config.model in VARIANTS
+    name = config.model.partition(".")[0]  # without the tag of its weights
+    ours = name in VARIANTS
     arguments: dict[str, Any] = {**config.model_args, "in_chans": config.in_chans, "num_classes": len(data.classes)}
     if config.stem_stride is not None:
         arguments["stem_stride"] = config.stem_stride
-    rate = VARIANTS[config.model].drop_path if ours and config.drop_path is None else config.drop_path
+    rate = VARIANTS[name].drop_path if ours and config.drop_path is None else config.drop_path
     only_training: dict[str, Any] = dict(drop_path_rate=rate) if rate else {}
     if ours and config.loss.aux_weight:
         only_training["aux_head"] = True
