@@ -8,8 +8,10 @@ import shutil
 import pytest
 from scenes import CLASSES, write_scenes
 
+from overlock.data.colours import read_pixel_classes
 from overlock.data.detection import load_detection, load_detection_test
-from overlock.data.label_maps import load_label_maps, load_label_part, read_names
+from overlock.data.label_maps import load_label_maps, load_label_test
+from overlock.label_files import LabelFiles
 from overlock.object_files import ObjectFiles
 
 
@@ -187,28 +189,28 @@ def test_label_maps(scenes, layout):
         move(scenes, {"train": "a", "val": "b"})
         names = {"a": "train/images", "b": "val/images", "trainannot": "train/masks", "valannot": "val/masks"}
     move(scenes, names)
-    data = load_label_maps(scenes)
+    data = load_label_maps(LabelFiles(data=str(scenes)))
     assert data.classes == ("ground", *CLASSES)
     assert (len(data.train), len(data.test)) == (3, 2)
     assert set(data.test.read(0)[1].unique().tolist()) <= {0, 1, 2, 3}
 
 
 def test_names_of_classes(scenes, tmp_path):
-    (tmp_path / "mine.txt").write_text("a\n\nb\n")
-    assert read_names(scenes, str(tmp_path / "mine.txt")) == ("a", "b")
+    (tmp_path / "mine.txt").write_text("a\n\nb\nc\nd\n")
+    assert load_label_maps(LabelFiles(data=str(scenes), classes=str(tmp_path / "mine.txt"))).classes == tuple("abcd")
     (scenes / "classes.txt").unlink()
     with pytest.raises(ValueError, match=r"classes\.txt: no file of class names, one a line"):
-        load_label_maps(scenes)
+        load_label_maps(LabelFiles(data=str(scenes)))
     rows = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t0.1\t1\t1\t1\twall", "2\t0.1\t1\t1\t1\tbuilding, edifice"]
     (scenes / "objectInfo150.txt").write_text("\n".join(rows))
-    assert read_names(scenes, None) == ("wall", "building")
+    assert read_pixel_classes(scenes / "objectInfo150.txt").names == ("wall", "building")
     (tmp_path / "mine.txt").write_text("a\n")
     with pytest.raises(ValueError, match=r"mine\.txt: needs at least two names"):
-        read_names(scenes, str(tmp_path / "mine.txt"))
+        read_pixel_classes(tmp_path / "mine.txt")
 
 
 def test_maps_that_are_not_there(scenes):
     with pytest.raises(ValueError, match="no part some found; looked for images/PART and annotations/PART"):
-        load_label_part(scenes, part="some", num_classes=4)
+        load_label_test(LabelFiles(data=str(scenes), val_split="some"), classes=("a", "b"))
     with pytest.raises(ValueError, match="nowhere: no such folder of images and label maps"):
-        load_label_part("nowhere", num_classes=4)
+        load_label_test(LabelFiles(data="nowhere"), classes=("a", "b"))

@@ -7,7 +7,9 @@ import pytest
 from pictures import make_image
 from PIL import Image
 
+from overlock.data.label_folders import pair_folders
 from overlock.data.label_maps import LabelMaps
+from overlock.data.label_values import IGNORED, LabelForm
 
 
 @pytest.fixture
@@ -22,6 +24,10 @@ def folders(tmp_path):
     return images, maps
 
 
+def read_maps(images, maps, **form):
+    return LabelMaps(pair_folders(images, maps), LabelForm(**form))
+
+
 def save_map(path, values=None, mode="L"):
     values = np.arange(24).reshape(4, 6) % 4 if values is None else values
     Image.fromarray(values.astype(np.uint8)).convert(mode).save(path)
@@ -29,12 +35,12 @@ def save_map(path, values=None, mode="L"):
 
 def test_labels_as_they_are_and_shifted(folders):
     images, maps = folders
-    plain, shifted = LabelMaps(images, maps, num_classes=4), LabelMaps(images, maps, num_classes=3, shift=True)
+    plain, shifted = read_maps(images, maps, num_classes=4), read_maps(images, maps, num_classes=3, shift=True)
     assert len(plain) == 2
     image, labels = plain.read(0)
     assert image.size == (6, 4)
     assert labels[0].tolist() == [0, 1, 2, 3, 0, 1]
-    assert shifted.read(1)[1][0].tolist() == [255, 0, 1, 2, 255, 0]
+    assert shifted.read(1)[1][0].tolist() == [IGNORED, 0, 1, 2, IGNORED, 0]
 
 
 def test_ignored_labels(folders):
@@ -43,9 +49,9 @@ def test_ignored_labels(folders):
     values[0] = 11
     save_map(maps / "a.png", values)
     with pytest.raises(ValueError, match=r"a.png: a label is 11, where classes go from 0 to 10 and 255 is ignored"):
-        LabelMaps(images, maps, num_classes=11).read(0)
-    labels = LabelMaps(images, maps, num_classes=256, ignore_index=11).read(0)[1]
-    assert labels[0].tolist() == [255] * 6
+        read_maps(images, maps, num_classes=11).read(0)
+    labels = read_maps(images, maps, num_classes=256, ignore_index=11).read(0)[1]
+    assert labels[0].tolist() == [IGNORED] * 6
 
 
 def test_palettes_count_as_numbers(folders):
@@ -54,7 +60,7 @@ def test_palettes_count_as_numbers(folders):
     picture = Image.fromarray((np.arange(24).reshape(4, 6) % 3).astype(np.uint8), mode="P")
     picture.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200])
     picture.save(maps / "a.png")
-    assert LabelMaps(images, maps, num_classes=3).read(0)[1][0].tolist() == [0, 1, 2, 0, 1, 2]
+    assert read_maps(images, maps, num_classes=3).read(0)[1][0].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def spoil_colour(maps):
@@ -72,7 +78,7 @@ def spoil_file(maps):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_colour, "one number a pixel, this is an image of mode RGB"),
+        (spoil_colour, "one number a pixel, this is a picture in colours; name the classes' colours"),
         (spoil_size, "is of 5 x 6 pixels, its image of 4 x 6"),
         (spoil_file, "the label map cannot be read"),
     ],
@@ -81,7 +87,7 @@ def test_maps_that_cannot_be(folders, spoil, message):
     images, maps = folders
     spoil(maps)
     with pytest.raises(ValueError, match=message) as raised:
-        LabelMaps(images, maps, num_classes=4).read(0)
+        read_maps(images, maps, num_classes=4).read(0)
     assert "a.png" in str(raised.value)
 
 
@@ -89,14 +95,14 @@ def test_absent_maps_and_folders(folders, tmp_path):
     images, maps = folders
     (maps / "sub" / "b.png").unlink()
     with pytest.raises(ValueError, match=r"1 of the 2 images in .* have no label map \(first: .*b.png\)"):
-        LabelMaps(images, maps, num_classes=4)
+        read_maps(images, maps, num_classes=4)
     with pytest.raises(ValueError, match="no such folder of images"):
-        LabelMaps(tmp_path / "absent", maps, num_classes=4)
+        read_maps(tmp_path / "absent", maps, num_classes=4)
 
 
 def test_camvid(shared_data):
-    data = LabelMaps(shared_data / "camvid" / "val", shared_data / "camvid" / "valannot", num_classes=11)
+    data = read_maps(shared_data / "camvid" / "val", shared_data / "camvid" / "valannot", num_classes=11)
     assert len(data) == 101
     image, labels = data.read(0)
     assert labels.shape == (image.height, image.width)
-    assert set(labels.unique().tolist()) <= {*range(11), 255}
+    assert set(labels.unique().tolist()) <= {*range(11), IGNORED}

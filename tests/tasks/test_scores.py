@@ -18,14 +18,14 @@ def draw_labels(count=3, classes=5, size=(20, 30), seed=0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes - 1, (count, *size), generator=generator)  # the last class is nowhere
     predicted = torch.where(torch.rand(labels.shape, generator=generator) < 0.6, labels, (labels + 1) % (classes - 1))
-    labels[torch.rand(labels.shape, generator=generator) < 0.1] = 255
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = -1
     return predicted, labels
 
 
 def test_segmentation():
     """Class by class, and in parts as all at once."""
     predicted, labels = draw_labels()
-    score, counted = SegmentationScore(5), labels != 255
+    score, counted = SegmentationScore(5), labels != -1
     for one, other in zip(predicted, labels, strict=True):
         score.update(one, other)
     ious, accuracies = [], []
@@ -44,9 +44,9 @@ def test_segmentation():
 
 def test_segmentation_of_nothing_and_of_what_is_no_class():
     score = SegmentationScore(3)
-    score.update(torch.zeros(4, dtype=torch.long), torch.full((4,), 255))
+    score.update(torch.zeros(4, dtype=torch.long), torch.full((4,), -1))
     assert math.isnan(score.measures()["mIoU"])
-    with pytest.raises(ValueError, match="a label is 3, where classes go from 0 to 2 and 255 is ignored"):
+    with pytest.raises(ValueError, match="a label is 3, where classes go from 0 to 2 and -1 is ignored"):
         score.update(torch.zeros(2, dtype=torch.long), torch.tensor([3, 1]))
     with pytest.raises(ValueError, match="predictions of shape"):
         score.update(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))

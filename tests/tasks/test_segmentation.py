@@ -46,11 +46,11 @@ def test_loss():
     """The mean over the pixels that count, and nothing where none does."""
     main, auxiliary = images(2, CLASSES, 6, 7, seed=1), images(2, CLASSES, 6, 7, seed=2)
     labels = torch.randint(0, CLASSES, (2, 6, 7), generator=torch.Generator().manual_seed(0))
-    labels[0, :3] = 255
-    each = [F.cross_entropy(x, labels, ignore_index=255) for x in (main, auxiliary)]
+    labels[0, :3] = -1
+    each = [F.cross_entropy(x, labels, ignore_index=-1) for x in (main, auxiliary)]
     torch.testing.assert_close(segmentation_loss(main, labels), each[0])
     torch.testing.assert_close(segmentation_loss((main, auxiliary), labels), each[0] + 0.4 * each[1])
-    assert segmentation_loss((main, auxiliary), torch.full_like(labels, 255)) == 0
+    assert segmentation_loss((main, auxiliary), torch.full_like(labels, -1)) == 0
 
 
 def test_heads_are_as_the_paper_says():

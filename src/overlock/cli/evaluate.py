@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from overlock.cli.command import Command
+from overlock.label_files import LabelFiles
 from overlock.object_files import Format, ObjectFiles
 
 
@@ -30,7 +31,9 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "--val_split", type=str | None, default=None, help="Name of the part to test on; the usual names are tried."
     )
-    parser.add_argument("--classes", type=str | None, default=None, help="classify: file of names, for shards without.")
+    parser.add_argument(
+        "--classes", type=str | None, default=None, help="classify, segment: file of the classes' names."
+    )
     parser.add_argument(
         "--held_out", action="store_true", help="Of a folder without a test part, what training holds out."
     )
@@ -55,8 +58,14 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
     )
+    parser.add_argument(
+        "--labels", type=str | None, default=None, help="segment: pixel values of the classes in order, e.g. 0,255."
+    )
+    parser.add_argument(
+        "--colours", type=str | None, default=None, help="segment: voc, cityscapes, or a file of lines 'name r g b'."
+    )
     parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
-    parser.add_argument("--ignore_index", type=int, default=255, help="segment: label of pixels that do not count.")
+    parser.add_argument("--ignore_index", type=int, default=255, help="segment: value of pixels that do not count.")
     parser.add_argument("--scales", type=list[float], default=[1.0], help="segment: e.g. [0.5,1,1.5], their mean.")
     parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
     parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
@@ -125,19 +134,24 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     from overlock.checkpoint import load_model  # noqa: PLC0415
     from overlock.deploy.evaluate_dense import evaluate_dense  # noqa: PLC0415
 
-    files = ObjectFiles(
-        data=options.data, format=options.format, split=options.val_split, annotations=options.annotations,
-        images=options.images,
-    )  # fmt: skip
     testing: dict[str, Any] = {}
+    files: ObjectFiles | LabelFiles
     if task == "segment":
         testing = {name: options[name] for name in ("scales", "flip", "window", "stride")}
+        files = LabelFiles(
+            data=options.data, val_split=options.val_split, classes=options.classes, colours=options.colours,
+            labels=options.labels, shift=options.shift, ignore_index=options.ignore_index,
+        )  # fmt: skip
+    else:
+        files = ObjectFiles(
+            data=options.data, format=options.format, split=options.val_split, annotations=options.annotations,
+            images=options.images,
+        )  # fmt: skip
     results = [
         evaluate_dense(
             *load_model(source, model=options.model), files, name=source, held_out=options.held_out, seed=options.seed,
-            shift=options.shift, ignore_index=options.ignore_index, batch_size=options.batch_size or 1,
-            workers=options.workers, device=options.device, precision=options.precision,
-            show_progress=console.is_terminal, **testing,
+            batch_size=options.batch_size or 1, workers=options.workers, device=options.device,
+            precision=options.precision, show_progress=console.is_terminal, **testing,
         )
         for source in options.models
     ]  # fmt: skip

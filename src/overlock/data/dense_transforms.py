@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from overlock.data.label_maps import IGNORED
+from overlock.data.label_values import IGNORED
 
 
 def _to_tensor(normalise: bool) -> list[v2.Transform]:

@@ -1,176 +1,214 @@
-"""Images with a label for each pixel: pairs of files, as ADE20K has them and most others."""
+"""Images with a label for each pixel: pairs of files, as ADE20K, Cityscapes, Pascal VOC and most others have them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from overlock.data.files import IMAGE_SUFFIXES, find_images, read_image
-from overlock.data.images import ImageData
-from overlock.data.parts import TEST_PARTS, TRAIN_PARTS
-
-IGNORED = 255
-LAYOUTS = (  # folders of the images and of the maps
-    ("images/{part}", "annotations/{part}"),
-    ("images/{part}", "labels/{part}"),
-    ("images/{part}", "masks/{part}"),
-    ("{part}", "{part}annot"),
-    ("{part}/images", "{part}/annotations"),
-    ("{part}/images", "{part}/labels"),
-    ("{part}/images", "{part}/masks"),
+from overlock.data.colours import CITYSCAPES_IDS, FILES, TABLES, PixelClasses, read_pixel_classes
+from overlock.data.files import read_image
+from overlock.data.images import TEST_SHARE, ImageData
+from overlock.data.label_folders import (
+    Pairs,
+    find_part,
+    find_whole,
+    is_cityscapes,
+    is_voc,
+    nothing_found,
 )
-CLASSES, ADE_CLASSES = "classes.txt", "objectInfo150.txt"
+from overlock.data.label_values import LabelForm, Labels
+from overlock.data.parts import TEST_PARTS, TRAIN_PARTS
+from overlock.data.pixel_counts import count_pixels, tell_pixels
+from overlock.label_files import LabelFiles
 
 
 class LabelMaps:
-    """Images in one folder, their label maps as PNG files of the same names in another.
-
-    A map's values are the classes, from 0 on. With ``shift`` they begin at 1, and 0 ('other') is ignored, as in ADE20K.
+    """Images and their label maps.
 
     Args:
-        images: folder of the images, and of folders of them.
-        labels: folder of the maps.
-        num_classes: values from here on, but for the ignored one, are refused.
-        shift: take 1 from each label; 0 is ignored.
-        ignore_index: value of pixels that do not count.
-
-    Raises:
-        ValueError: for a folder without images, or images without a map.
+        pairs: the files.
+        form: how the maps are read.
     """
 
-    def __init__(
-        self,
-        images: str | Path,
-        labels: str | Path,
-        *,
-        num_classes: int,
-        shift: bool = False,
-        ignore_index: int = IGNORED,
-    ):
-        root = Path(images)
-        if not root.is_dir():
-            raise ValueError(f"{root}: no such folder of images")
-        self.images = find_images([root])
-        self.maps = [(Path(labels) / path.relative_to(root)).with_suffix(".png") for path in self.images]
-        self.num_classes, self.shift, self.ignore_index = num_classes, shift, ignore_index
-        absent = [path for path in self.maps if not path.is_file()]
-        if absent:
-            raise ValueError(
-                f"{len(absent)} of the {len(self.maps)} images in {root} have no label map (first: {absent[0]}); maps "
-                f"are PNG files with the images' names, and images end in {', '.join(IMAGE_SUFFIXES)}"
-            )
+    def __init__(self, pairs: Pairs, form: LabelForm):
+        self.images, self.maps, self.form, self.folder = pairs.images, pairs.maps, form, pairs.folder
+        self.notes = pairs.notes
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> tuple[Image.Image, tv_tensors.Mask]:
-        """An image as RGB, and its labels (H, W), the ignored ones 255.
+        """An image as RGB, and its labels (H, W), the ignored ones :data:`overlock.data.label_values.IGNORED`.
 
         Raises:
             ValueError: for a file that cannot be read, another size, or a label that is no class, naming the file.
         """
         image, path = read_image(self.images[index]), self.maps[index]
-        try:
-            with Image.open(path) as file:
-                if file.mode not in ("L", "P", "I", "I;16"):
-                    raise ValueError(
-                        f"{path}: a label map has one number a pixel, this is an image of mode {file.mode}"
-                    )
-                labels = np.asarray(file).astype(np.int64)
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: the label map cannot be read ({error})") from None
+        labels = self.form.read(path)
         if labels.shape != (image.height, image.width):
             height, width = labels.shape
             raise ValueError(
                 f"{path}: the label map is of {height} x {width} pixels, its image of {image.height} x {image.width}"
             )
-        ignored = labels == self.ignore_index
-        if self.shift:
-            ignored |= labels == 0
-            labels = labels - 1
-        wrong = ~ignored & (labels >= self.num_classes)
-        if wrong.any():
-            found = int(labels[wrong][0]) + self.shift
-            raise ValueError(
-                f"{path}: a label is {found}, where classes go from {int(self.shift)} to "
-                f"{self.num_classes - 1 + self.shift} and {self.ignore_index} is ignored; check num_classes and shift"
-            )
-        return image, tv_tensors.Mask(torch.from_numpy(np.where(ignored, IGNORED, labels)))
+        return image, tv_tensors.Mask(torch.from_numpy(labels))
+
+    def read_values(self, index: int) -> Labels:
+        """The numbers in a map (H, W), as they stand there. Raises ValueError, naming the file."""
+        return self.form.read_values(self.maps[index])
 
 
-def load_label_maps(
-    data: str | Path,
-    *,
-    train_split: str | None = None,
-    val_split: str | None = None,
-    classes: str | None = None,
-    shift: bool = False,
-    ignore_index: int = IGNORED,
-) -> ImageData:
+def load_label_maps(files: LabelFiles, *, seed: int = 0) -> ImageData:
     """The parts of a folder of images and label maps to train on and to test on.
 
+    Where there is no part to test on a fifth of the images is held out. The notes have a table of the pixels of each
+    class.
+
     Args:
-        data: the folder; see LAYOUTS for where images and maps may lie in it.
-        train_split: name of the first part; the usual names are tried unless given.
-        val_split: name of the second.
-        classes: file of the classes' names, one a line in the order of the labels; else classes.txt in the folder, or
-            ADE20K's objectInfo150.txt.
-        shift: as in :class:`LabelMaps`.
-        ignore_index: likewise.
+        files: where they are, and how they are read.
+        seed: of what is held out.
 
     Raises:
-        ValueError: where there is no such part or no names; and as :class:`LabelMaps`.
+        ValueError: where there is no such part or no names, or where most of the maps cannot be right: without a pixel
+            that counts, with values that are no class, or of 0 and 255, the ignored label, alone.
     """
-    root, names = Path(data), read_names(Path(data), classes)
-    settings: dict[str, Any] = dict(num_classes=len(names), shift=shift, ignore_index=ignore_index)
-    train = LabelMaps(*_find_part(root, (train_split,) if train_split else TRAIN_PARTS), **settings)
-    test = LabelMaps(*_find_part(root, (val_split,) if val_split else TEST_PARTS), **settings)
-    return ImageData(classes=names, train=train, test=test)
+    train, test, held_out = _find_parts(files, seed)
+    classes = find_classes(files, train)
+    form = make_form(files, train, classes)
+    parts = LabelMaps(train, form), LabelMaps(test, form)
+    # What the values of the maps to train on mean is settled when those to test on are counted.
+    counts = [count_pixels(part, form, doubtful=part is parts[0]) for part in parts]
+    notes = dict.fromkeys((*train.notes, *test.notes))
+    if held_out:
+        notes[f"{files.data}: there is no part to test on, so {len(test.images)} of the images are held out"] = None
+    both = set(train.images) & set(test.images)
+    if both:
+        notes[f"{len(both)} images to test on are to train on too, which flatters the score (first: {min(both)})"] = (
+            None
+        )
+    return ImageData(
+        classes=classes.names, train=parts[0], test=parts[1], notes=(*notes, *tell_pixels(counts, classes.names))
+    )
 
 
-def load_label_part(
-    data: str | Path, *, part: str | None = None, num_classes: int, shift: bool = False, ignore_index: int = IGNORED
-) -> LabelMaps:
-    """The part to test on alone; arguments and errors as those of :func:`load_label_maps`."""
-    where = _find_part(Path(data), (part,) if part else TEST_PARTS)
-    return LabelMaps(*where, num_classes=num_classes, shift=shift, ignore_index=ignore_index)
+def load_label_test(files: LabelFiles, *, classes: Sequence[str], held_out: bool = False, seed: int = 0) -> LabelMaps:
+    """The part to test on alone.
 
+    A folder without parts is taken whole; one with a part to train on and none to test on is refused.
 
-def read_names(root: Path, classes: str | None) -> tuple[str, ...]:
-    """The names of the classes, from a file of them, or from the one that the data has.
+    Args:
+        files: where it is, and how it is read.
+        classes: of the model, which the data's names must agree with where it has some.
+        held_out: of a folder without a part to test on, take the fifth that :func:`load_label_maps` holds out.
+        seed: of that fifth.
 
     Raises:
-        ValueError: where there is none, or fewer than two names.
+        ValueError: as :func:`load_label_maps`; and for other classes than the model's.
     """
-    path = Path(classes) if classes else root / CLASSES
-    try:
-        if not classes and not path.is_file() and (root / ADE_CLASSES).is_file():
-            path = root / ADE_CLASSES
-            rows = path.read_text(encoding="utf-8").splitlines()[1:]
-            names = tuple(row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip())
-        else:
-            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError):
-        raise ValueError(f"{path}: no file of class names, one a line; write one or name it with --classes") from None
-    if len(names) < 2:
-        raise ValueError(f"{path}: needs at least two names of classes, one a line")
-    return names
+    root, parts = Path(files.data), (files.val_split,) if files.val_split else TEST_PARTS
+    _check_folder(root)
+    pairs = _find_parts(files, seed)[1] if held_out else find_part(root, parts)
+    if pairs is None and not files.val_split:
+        if find_part(root, TRAIN_PARTS) is not None:
+            raise ValueError(
+                f"{root}: there is a part to train on and none to test on; name one with --val_split, or take what "
+                "training holds out with --held_out"
+            )
+        pairs = find_whole(root)
+    if pairs is None:
+        raise nothing_found(root, parts)
+    notes = pairs.notes
+    table = find_classes(files, pairs, default=classes)
+    if table.names != tuple(classes):
+        if len(table.names) != len(classes) or set(table.names) == set(classes):
+            what = "in another order" if set(table.names) == set(classes) else f"{len(table.names)}"
+            raise ValueError(f"{table.source}: its classes are {what}, the model's are {', '.join(classes)}")
+        notes += (f"{table.source}: its classes are called otherwise than the model's; the order is taken",)
+    source = LabelMaps(pairs, make_form(files, pairs, table))
+    count_pixels(source, source.form)
+    source.notes = notes
+    return source
 
 
-def _find_part(root: Path, parts: Sequence[str]) -> tuple[Path, Path]:
-    """The first folders of images and of maps that are there."""
+def _find_parts(files: LabelFiles, seed: int) -> tuple[Pairs, Pairs, bool]:
+    """What to train on, what to test on, and whether that was held out of the former."""
+    root = Path(files.data)
+    _check_folder(root)
+    train_names = (files.train_split,) if files.train_split else TRAIN_PARTS
+    test_names = (files.val_split,) if files.val_split else TEST_PARTS
+    train, test = find_part(root, train_names), find_part(root, test_names)
+    if test is None and files.val_split:
+        raise nothing_found(root, test_names)
+    if train is None and (files.train_split or test is not None):
+        raise nothing_found(root, train_names)
+    if train is None:
+        train = find_whole(root)
+    if train is None:
+        raise nothing_found(root, train_names)
+    return (*_split(train, seed), True) if test is None else (train, test, False)
+
+
+def _check_folder(root: Path) -> None:
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder of images and label maps")
-    for part in parts:
-        for images, maps in LAYOUTS:
-            where = root / images.format(part=part), root / maps.format(part=part)
-            if where[0].is_dir() and where[1].is_dir():
-                return where
-    tried = "; ".join(f"{images} and {maps}" for images, maps in LAYOUTS).replace("{part}", "PART")
-    raise ValueError(f"{root}: no part {' or '.join(parts)} found; looked for {tried}")
+
+
+def _split(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs]:
+    """Hold out a fifth of the images."""
+    count = len(pairs.images)
+    if count < 2:
+        raise ValueError(f"{pairs.folder}: one image; training and testing need one each")
+    order = np.random.default_rng(seed).permutation(count)
+    held = max(1, round(TEST_SHARE * count))
+    return pairs.chosen(sorted(order[held:].tolist())), pairs.chosen(sorted(order[:held].tolist()))
+
+
+def find_classes(files: LabelFiles, pairs: Pairs, *, default: Sequence[str] = ()) -> PixelClasses:
+    """Names and colours of the classes: from the file that was named, else the one in the folder, else a known table.
+
+    Raises:
+        ValueError: where there is none; and as :func:`overlock.data.colours.read_pixel_classes`.
+    """
+    known = None if files.colours is None else TABLES.get(files.colours) or read_pixel_classes(Path(files.colours))
+    if files.classes:
+        named = read_pixel_classes(Path(files.classes))
+        if known is None:
+            return named
+        if len(named.names) != len(known.names):
+            raise ValueError(
+                f"{files.classes}: {len(named.names)} names, where {known.source} has {len(known.names)} colours"
+            )
+        return replace(known, names=named.names)
+    if known is not None:
+        return known
+    root = Path(files.data)
+    places = [folder / name for folder in (root, pairs.folder, pairs.maps[0].parent) for name in FILES]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None and default:
+        return PixelClasses(names=tuple(default), source="the model")
+    if path is None and (is_voc(pairs) or is_cityscapes(pairs)):
+        return TABLES["voc" if is_voc(pairs) else "cityscapes"]
+    return read_pixel_classes(path or root / FILES[0])
+
+
+def make_form(files: LabelFiles, pairs: Pairs, classes: PixelClasses) -> LabelForm:
+    """How the maps are read.
+
+    Raises:
+        ValueError: where labels does not name as many values as there are classes.
+    """
+    values, count = files.values, len(classes.names)
+    if values and len(values) != count:
+        raise ValueError(
+            f"labels names {len(values)} values, but there are {count} classes: {', '.join(classes.names)}"
+        )
+    by_id = not values and pairs.ending.endswith("_labelIds") and count == len(CITYSCAPES_IDS)
+    return LabelForm(
+        num_classes=count, shift=files.shift, ignore_index=files.ignore_index,
+        values=CITYSCAPES_IDS if by_id else values, others_ignored=by_id, table=classes,
+    )  # fmt: skip

@@ -19,10 +19,11 @@ from overlock.data.dense_transforms import (
     make_segmentation_transform,
 )
 from overlock.data.detection import load_detection_test
-from overlock.data.label_maps import IGNORED, load_label_part
+from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import as_lists, make_test_loader
 from overlock.deploy.evaluate import Precision, cast_to
 from overlock.fused.fuse import fuse
+from overlock.label_files import LabelFiles
 from overlock.object_files import ObjectFiles
 from overlock.tasks.scores import DetectionScore, SegmentationScore
 from overlock.tasks.sliding import segment
@@ -54,13 +55,11 @@ class DenseEvaluation:
 def evaluate_dense(
     network: nn.Module,
     record: Record,
-    data: str | ObjectFiles,
+    data: str | ObjectFiles | LabelFiles,
     *,
     name: str,
     held_out: bool = False,
     seed: int = 0,
-    shift: bool = False,
-    ignore_index: int = IGNORED,
     batch_size: int = 1,
     workers: int = 2,
     device: str | None = None,
@@ -73,12 +72,12 @@ def evaluate_dense(
     Args:
         network: as :func:`overlock.checkpoint.load_model` gives it.
         record: likewise.
-        data: folder, in a form that training takes, or where in it, or elsewhere, the part to test on lies.
+        data: folder, in a form that training takes; or where in it, or elsewhere, the part to test on lies, for a
+            detector as :class:`overlock.object_files.ObjectFiles`, for a segmenter as
+            :class:`overlock.label_files.LabelFiles`.
         name: what the result calls the network.
-        held_out: of a detector's folder without parts, take what training holds out.
+        held_out: of a folder without a part to test on, take what training holds out.
         seed: of those images.
-        shift: of :class:`overlock.data.label_maps.LabelMaps`.
-        ignore_index: likewise.
         batch_size: images a pass, of detectors.
         workers: processes that load images.
         device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
@@ -90,7 +89,6 @@ def evaluate_dense(
         ValueError: for data that cannot be read, or is of other classes.
         ImportError: of a detector, without torchmetrics or pycocotools.
     """
-    files = data if isinstance(data, ObjectFiles) else ObjectFiles(data=data)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network = fuse(network.to(where))
     masks = "mask" in str(record.head)
@@ -98,13 +96,15 @@ def evaluate_dense(
     score: DetectionScore | SegmentationScore
     if record.task == "detect":
         score = DetectionScore(masks=masks, by_class=True)
+        files = ObjectFiles(data=data) if isinstance(data, str) else data
+        assert isinstance(files, ObjectFiles)
         source = load_detection_test(files, classes=record.classes, masks=masks, held_out=held_out, seed=seed)
         prepare: Any = PrepareObjects(make_detection_transform(training=False))
     else:
         score = SegmentationScore(len(record.classes))
-        source = load_label_part(
-            files.data, part=files.split, num_classes=len(record.classes), shift=shift, ignore_index=ignore_index
-        )
+        maps = LabelFiles(data=data) if isinstance(data, str) else data
+        assert isinstance(maps, LabelFiles)
+        source = load_label_test(maps, classes=record.classes, held_out=held_out, seed=seed)
         prepare = PrepareLabels(make_segmentation_transform(training=False, scale=record.preprocessing["scale"]))
     loader = make_test_loader(source, prepare, batch_size=batch_size, join=as_lists, workers=workers)
     unreadable: list[str] = []

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overlock.data.label_values import IGNORED
+
 Result = dict[str, Tensor]
 # What torchmetrics' precisions end in, and ours: at all overlaps, at 0.5 and 0.75, of small, medium and large objects.
 SIZES = {"": "", "_50": "50", "_75": "75", "_small": "S", "_medium": "M", "_large": "L"}
@@ -24,7 +26,7 @@ class SegmentationScore:
         ignore_index: label of pixels that do not count.
     """
 
-    def __init__(self, num_classes: int, *, ignore_index: int = 255):
+    def __init__(self, num_classes: int, *, ignore_index: int = IGNORED):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 

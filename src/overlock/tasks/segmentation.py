@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.data.label_values import IGNORED
 from overlock.layers import BatchNorm2d
 from overlock.tasks.features import make_features
 
@@ -109,7 +110,11 @@ def upernet(
 
 
 def segmentation_loss(
-    outputs: Tensor | tuple[Tensor, Tensor], labels: Tensor, *, auxiliary_weight: float = 0.4, ignore_index: int = 255
+    outputs: Tensor | tuple[Tensor, Tensor],
+    labels: Tensor,
+    *,
+    auxiliary_weight: float = 0.4,
+    ignore_index: int = IGNORED,
 ) -> Tensor:
     """Cross entropy of the logits, and of the auxiliary ones with a weight; 0 where every pixel is ignored.
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from overlock.training.loop import Fit
 
 LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
-BOARD = "tensorboard"
+BOARD, NOTES = "tensorboard", "notes.txt"
 LOG_EVERY = 50  # steps between TensorBoard's points
 Row = dict[str, Any]
 
@@ -111,7 +111,7 @@ class RunLog:
     def tell(self, line: str) -> None:
         """Print a line, above the bar."""
         if self.first:
-            self.console.print(line, highlight=False)
+            self.console.print(line, highlight=False, markup=False)
 
     def close(self) -> None:
         """Take the bar away and close TensorBoard's file."""

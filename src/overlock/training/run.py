@@ -87,7 +87,7 @@ def train(
             if resumed:
                 take_up(fit)
             else:
-                begin(fit, folder, config)
+                begin(fit, folder, config, notes=job.data.notes)
             fit.run()
         except RunStoppedError as stopped:
             fit.log.tell(str(stopped))
@@ -178,14 +178,16 @@ def recompute(network: nn.Module) -> None:
     raise ValueError("this network cannot recompute its activations; set machine.recompute to false")
 
 
-def begin(fit: Fit, folder: Path, config: RunConfig) -> None:
-    """Write the settings and clear away what an earlier run left."""
+def begin(fit: Fit, folder: Path, config: RunConfig, *, notes: tuple[str, ...]) -> None:
+    """Write the settings and the notes on the data, and clear away what an earlier run left."""
     if fit.fabric.is_global_zero:
         for path in fit.store.candidates():
             path.unlink()
-        for name in (MODEL_FILE, BEST_FILE, reports.UNREADABLE, reports.LOG, reports.CURVES):
+        for name in (MODEL_FILE, BEST_FILE, reports.UNREADABLE, reports.LOG, reports.CURVES, reports.NOTES):
             (folder / name).unlink(missing_ok=True)
         write_atomically(folder / SETTINGS_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+        if notes:
+            write_atomically(folder / reports.NOTES, "\n".join(notes) + "\n")
         write_atomically(folder / reports.ENVIRONMENT, reports.describe_environment())
     fit.log.open(begin=True)
     fit.fabric.barrier()

@@ -75,10 +75,7 @@ def make_job(config: SegmentConfig) -> Job:
     Raises:
         ValueError: for data, weights or a model that will not do.
     """
-    data = load_label_maps(
-        config.data, train_split=config.train_split, val_split=config.val_split, classes=config.classes,
-        shift=config.shift, ignore_index=config.ignore_index,
-    )  # fmt: skip
+    data = load_label_maps(config.label_files, seed=config.seed)
     record = Record(
         model=config.model, head="upernet", classes=data.classes,
         model_args=dict(hidden_channels=config.hidden_channels), preprocessing=dict(scale=config.scale),
