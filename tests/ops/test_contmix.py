@@ -292,12 +292,3 @@ def test_gradients_are_of_the_backend_of_the_call(compiled):
         mixed.sum().backward()
     assert len(calls) == 1
     torch.compiler.reset()
-
-
-@pytest.mark.filterwarnings("ignore:overlock..contmix_backward:UserWarning")
-def test_second_derivative_is_refused():
-    """There is no formula for it: an error, not a wrong number."""
-    inputs = make_inputs(requires_grad=True)
-    (gradient,) = torch.autograd.grad(contmix(**inputs, kernel_size=3).pow(2).sum(), inputs["value"], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.pow(2).sum(), inputs["query"])

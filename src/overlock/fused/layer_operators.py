@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from overlock.fused.stage_operators import is_watched
 from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
 from overlock.ops.dispatch import AUTO, asked_for
+from overlock.ops.gradients import register_plain_autograd
 
 PACKED_FROM = 15_000_000  # multiply-adds of a product from which on a packed weight outweighs oneDNN's longer call
 
@@ -62,27 +63,30 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     if not _has_kernels(x, weight, bias):
-        y = _filter(x, weight, bias)
-        return to_images(to_tokens(F.gelu(y) if gelu else y))
+        return _filter(x, weight, bias, gelu)
     from overlock.kernels.numba.depthwise import GELU_AFTER, filter_tokens  # noqa: PLC0415
 
     return to_images(filter_tokens(to_tokens(x), weight, bias, GELU_AFTER if gelu else 0))
 
 
-def _filter(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.conv2d(x, weight.permute(2, 0, 1)[:, None], bias, padding="same", groups=x.shape[1])
+def _filter(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
+    y = F.conv2d(x, weight.permute(2, 0, 1)[:, None], bias, padding="same", groups=x.shape[1])
+    return to_images(to_tokens(F.gelu(y) if gelu else y))
 
 
 def _define(
-    name: str, arguments: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
+    name: str, arguments: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+) -> Callable[..., Tensor]:  # fmt: skip
     """Register an operation for graphs; outside of them the implementation is called at once, which saves a detour.
 
-    The operation has no gradient: a graph that wants one takes the layers that it stands for.
+    A graph that wants gradients takes the layers that the operation stands for; where it does after all, as an
+    exported one may, they are those of the plain form.
     """
     torch.library.define(f"overlock::{name}", f"({arguments}) -> Tensor")
     torch.library.impl(f"overlock::{name}", ("cpu", "cuda"), implementation)
     torch.library.register_fake(f"overlock::{name}", fake)
+    register_plain_autograd(name, plain)
     operator = getattr(torch.ops.overlock, name).default
 
     def call(*inputs: Any) -> Tensor:
@@ -103,9 +107,9 @@ def _images_like(x: Tensor) -> Tensor:
 
 linear = _define(
     "linear", "Tensor x, Tensor weight, Tensor? bias", _linear,
-    lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    lambda x, weight, _: x.new_empty(*x.shape[:-1], weight.shape[0]), F.linear,
 )  # fmt: skip
 depthwise = _define(
     "depthwise", "Tensor x, Tensor weight, Tensor bias, bool gelu", _depthwise,
-    lambda x, *_: _images_like(x),
+    lambda x, *_: _images_like(x), _filter,
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Whole blocks of the fused network as one operation each, on CPU in float32 without gradients.
 
 An operation takes the parameters of a folded block as one tensor, and prepares them once for its kernels
-(kernel_plans.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient. Images are (B, C, H, W)
-in channels_last.
+(kernel_plans.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient, and says so where one
+is asked for. Images are (B, C, H, W) in channels_last.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.fused.packing import shapes_of, unpack
 from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
 from overlock.ops.dispatch import AUTO, asked_for
+from overlock.ops.gradients import register_no_gradients
 
 CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
 PROGRAMS = 64  # sizes of images that a block keeps its calls for
@@ -262,10 +264,10 @@ def _is_wanted() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether each operation is to be seen by a trace, a mode (such as a counter of FLOPs) or a transform (vmap)."""
+    """Whether each operation is to be seen: by a trace, a mode (a counter of FLOPs), a transform or forward mode."""
     return (
         torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )  # fmt: skip
 
 
@@ -276,6 +278,7 @@ def _define(
     torch.library.define(f"overlock::{name}", f"({arguments}) -> Tensor")
     torch.library.impl(f"overlock::{name}", "cpu", run)
     torch.library.register_fake(f"overlock::{name}", fake)
+    register_no_gradients(name)
     operator = getattr(torch.ops.overlock, name).default
 
     def call(*inputs: Any) -> Tensor:

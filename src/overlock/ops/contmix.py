@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.kernels.torch import reference
 from overlock.ops.dispatch import asked_for, choose
-from overlock.ops.registration import register, register_backward
+from overlock.ops.gradients import register_backward
+from overlock.ops.registration import register
 
 
 def contmix(
@@ -121,6 +123,11 @@ def _resize(x: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(x.flatten(1, 2), size=size, mode="bilinear").unflatten(1, x.shape[1:3])
 
 
+def _shrink(x: Tensor, height: int, width: int) -> Tensor:
+    """Average an enlarged map (B, G, C, H, W) back to a size."""
+    return F.adaptive_avg_pool2d(x.flatten(1, 2), (height, width)).unflatten(1, x.shape[1:3])
+
+
 def _resize_backward(grad: Tensor, size: list[int]) -> Tensor:
     batch, groups, channels, height, width = grad.shape
     small = torch.ops.aten.upsample_bilinear2d_backward(
@@ -146,8 +153,25 @@ def _forward(
     with torch.autocast(value.device.type, enabled=False):
         result = choose(asked_for(), *call).forward(*call)
     if size is not None:
-        result = F.adaptive_avg_pool2d(result.flatten(1, 2), (mixed.shape[3], mixed.shape[4])).view_as(mixed)
+        result = _shrink(result, mixed.shape[3], mixed.shape[4])
     return result if result.stride() == mixed.stride() else mixed.copy_(result)
+
+
+def _mix_plainly(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
+    kernel_size: int, min_side: int = 0,
+) -> Tensor:  # fmt: skip
+    """The definition, for gradients of gradients and forward mode; needs N = K^2 times the value's memory."""
+    before = height, width = value.shape[3:]
+    size = _enlarged(height, width, min_side)
+    if size is not None:
+        query, value = _resize(query, size), _resize(value, size)
+        height, width = size
+    cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
+    result = reference.contmix(query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
+    if size is not None:
+        result = _shrink(result, *before)
+    return result
 
 
 def _backward(
@@ -216,11 +240,11 @@ register(
     "contmix", f"({_MIX}) -> Tensor", _forward, lambda _query, _key, value, *_: torch.empty_like(value),
     batched=3, cast=3,
 )  # fmt: skip
-register_backward("contmix", _MIX, _backward, tensors=6, note=asked_for)
+register_backward("contmix", _MIX, _backward, tensors=6, plain=_mix_plainly, note=asked_for)
 
 _CENTRES = "Tensor context, int region_grid, int min_side=0"
 register(
     "region_centres", f"({_CENTRES}) -> Tensor", _centres_forward,
     lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), batched=1,
 )  # fmt: skip
-register_backward("region_centres", _CENTRES, _centres_backward, tensors=1)
+register_backward("region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_forward)

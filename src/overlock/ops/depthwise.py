@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.dispatch import AUTO, asked_for, on_use, triton_why_not
+from overlock.ops.gradients import register_autograd, register_plain_autograd
 from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
@@ -26,7 +27,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
 
     It is one operator to ``torch.compile`` on CUDA for K from 7 on without dilation (Triton's kernels or PyTorch's, as
     is found when it runs), and in float32 on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
-    convolution, which exporters and counters of operations know. Like the other operators it has no second derivatives.
+    convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
 
     Args:
         x: (B, C, H, W), any strides; channels last is the fast layout.
@@ -176,4 +177,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     )
 
 
-torch.library.register_autograd("overlock::depthwise_conv2d", _backward, setup_context=_save)
+def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, _backend: str, *, wanted: int) -> Tensor:
+    return _convolve_backward(grad, x, weight, dilation, wanted=wanted)
+
+
+register_autograd("depthwise_conv2d", _backward, setup_context=_save, plain=_convolve)
+register_plain_autograd("depthwise_conv2d_input_gradient", functools.partial(_plain_gradient, wanted=0))
+register_plain_autograd("depthwise_conv2d_weight_gradient", functools.partial(_plain_gradient, wanted=1))

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from overlock.kernels.numba import contmix as cpu
 from overlock.kernels.torch import contmix as portable
 from overlock.kernels.torch import reference
+from overlock.ops.gradients import pull_back
 
 logger = logging.getLogger(__name__)
 
@@ -42,19 +42,9 @@ class Backend:
 
 def _reference_backward(grad: Tensor, *inputs: Tensor | int | None) -> Gradients:
     """Gradients of the reference, by functional autograd (the op runs below the autograd dispatcher)."""
-    positions = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-
-    def of_tensors(*tensors: Tensor) -> Tensor:
-        arguments = list(inputs)
-        for position, tensor in zip(positions, tensors, strict=True):
-            arguments[position] = tensor
-        return reference.contmix(*arguments)  # type: ignore[arg-type]
-
-    vjp = torch.func.vjp(of_tensors, *[inputs[i] for i in positions])[1]
-    grads: list[Tensor | None] = [None] * 6
-    for position, gradient in zip(positions, vjp(grad), strict=True):
-        grads[position] = gradient
-    return tuple(grads)  # type: ignore[return-value]
+    given = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+    found = dict(zip(given, pull_back(reference.contmix, inputs, grad, given), strict=True))
+    return tuple(found.get(i) for i in range(6))  # type: ignore[return-value]
 
 
 def _always(*_: object) -> None:

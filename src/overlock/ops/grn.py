@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from overlock.ops.dispatch import asked_for, on_use
-from overlock.ops.registration import register, register_backward
+from overlock.ops.gradients import register_backward
+from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 products_by_kernel, scale_by_kernel = on_use("numba.grn", "sum_products"), on_use("numba.grn", "scale_and_add")
@@ -16,7 +17,7 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     """x + weight * x * n / (mean of n over the channels + eps) + bias, with n the L2 norm of each channel's map.
 
     Norms are summed in float32 or better: a sum of squares over a map overflows float16 at values near 16. Where it
-    trains in float32 on CPU it is one operator, without second derivatives.
+    trains in float32 on CPU it is one operator.
 
     Args:
         x: (B, C, H, W).
@@ -37,6 +38,17 @@ def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     # Not torch.promote_types: an export of torch 2.6 that holds its call cannot be read back.
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=exact)
+    return _scale(x, norms, weight, bias, eps)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same, with second derivatives of zero, not NaN, where a map is zero throughout and its norm has a corner."""
+    squares = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).square().sum(dim=(2, 3), keepdim=True)
+    norms = torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    return _scale(x, norms, weight, bias, eps)
+
+
+def _scale(x: Tensor, norms: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     shares = norms / (norms.mean(dim=1, keepdim=True) + eps)
     scale = torch.addcmul(torch.ones_like(norms), weight.view(1, -1, 1, 1), shares)
     return torch.addcmul(bias.view(1, -1, 1, 1).to(x.dtype), x, scale.to(x.dtype))
@@ -80,4 +92,4 @@ def _gradients(
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps"
 register("global_response_norm", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1)
-register_backward("global_response_norm", _ARGUMENTS, _gradients, tensors=3, note=asked_for)
+register_backward("global_response_norm", _ARGUMENTS, _gradients, tensors=3, plain=_plain, note=asked_for)

@@ -1,6 +1,6 @@
-"""Make operators of PyTorch's out of plain functions: shapes, gradients, autocast and vmap, each declared once.
+"""Make operators of PyTorch's out of plain functions: shapes, autocast and vmap, each declared once.
 
-To ``torch.compile`` and ``torch.export`` an operator is one node.
+Gradients are in gradients.py. To ``torch.compile`` and ``torch.export`` an operator is one node.
 """
 
 from __future__ import annotations
@@ -40,48 +40,13 @@ def register(
             _register_autocast(name, cast, device)
 
 
-def register_backward(
-    name: str, arguments: str, run: Callable[..., Any], *, tensors: int, note: Callable[[], str] = str
-) -> None:
-    """Define ``overlock::name_backward`` and let autograd take it for the gradients of ``overlock::name``.
-
-    Args:
-        name: of the operator.
-        arguments: its arguments, tensors first, then numbers.
-        run: called with the result's gradient, the note and the arguments; returns a gradient for each tensor, empty
-            for None.
-        tensors: how many arguments are tensors or None.
-        note: called with the operator; what it returns is kept for the gradients, which may be computed in another
-            thread and context.
-    """
-
-    def fake(_grad: Tensor, _note: str, *inputs: Any) -> Any:
-        like = tuple(inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs[:tensors])
-        return like if tensors > 1 else like[0]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-        ctx.save_for_backward(*inputs[:tensors])
-        ctx.numbers, ctx.note = inputs[tensors:], note()
-
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        computed = call(grad, ctx.note, *saved, *ctx.numbers)
-        computed = computed if tensors > 1 else (computed,)
-        wanted = (g if x is not None else None for g, x in zip(computed, saved, strict=True))
-        return *wanted, *(None for _ in ctx.numbers)
-
-    results = ", ".join(["Tensor"] * tensors)
-    register(f"{name}_backward", f"(Tensor grad, str note, {arguments}) -> ({results})", run, fake)
-    call = _operator(f"{name}_backward")
-    torch.library.register_autograd(f"overlock::{name}", backward, setup_context=setup_context)
-
-
-def _operator(name: str) -> Callable[..., Any]:
+def operator_of(name: str) -> Callable[..., Any]:
+    """``overlock::name``, to be called."""
     return getattr(torch.ops.overlock, name).default
 
 
 def _register_vmap(name: str, batched: int) -> None:
-    call = _operator(name)
+    call = operator_of(name)
 
     def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
         x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -109,7 +74,7 @@ def _register_vmap(name: str, batched: int) -> None:
 
 def _register_autocast(name: str, cast: int, device: str) -> None:
     """Cast to the dtype in force, which ``torch.library.register_autocast`` (of torch 2.7) would fix beforehand."""
-    call = _operator(name)
+    call = operator_of(name)
 
     def autocast(*inputs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)

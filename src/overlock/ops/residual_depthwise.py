@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.ops.dispatch import asked_for, on_use
-from overlock.ops.registration import register, register_backward
+from overlock.ops.gradients import register_backward
+from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
 
 filter_by_kernel, gradients_by_kernel = (
@@ -19,8 +20,7 @@ filter_by_kernel, gradients_by_kernel = (
 def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """a + conv(a), with a = GELU(x) or x itself.
 
-    Where it trains in float32 on CPU it is one operator, without second derivatives, that keeps ``x`` alone for the
-    gradients.
+    Where it trains in float32 on CPU it is one operator that keeps ``x`` alone for the gradients.
 
     Args:
         x: (B, C, H, W).
@@ -70,4 +70,4 @@ _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool gelu"
 register(
     "local_conv", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1, cast=3
 )  # fmt: skip
-register_backward("local_conv", _ARGUMENTS, _gradients, tensors=3, note=asked_for)
+register_backward("local_conv", _ARGUMENTS, _gradients, tensors=3, plain=_convolve, note=asked_for)
