@@ -15,12 +15,13 @@ from torch import func
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from overlock.ops import backend, functional, inference
+from overlock.fused import layer_operators
+from overlock.ops import backend
 
 OPERATORS = torch.ops.overlock
 # The modules, whose functions of the same names hide them.
-depthwise, local_conv, response_norm = (
-    importlib.import_module(f"overlock.ops.{name}") for name in ("depthwise", "local_conv", "response_norm")
+contmix, depthwise, residual_depthwise, grn = (
+    importlib.import_module(f"overlock.ops.{name}") for name in ("contmix", "depthwise", "residual_depthwise", "grn")
 )
 
 
@@ -53,33 +54,33 @@ CASES = {
     ),
     "local_conv": (
         lambda *a: OPERATORS.local_conv(*a, True),
-        lambda *a: local_conv._convolve(*a, True),
+        lambda *a: residual_depthwise._convolve(*a, True),
         normal(IMAGES, (4, 1, 3, 3), (4,)),
     ),
     "response_norm": (
         lambda *a: OPERATORS.global_response_norm(*a, 1e-6),
-        lambda *a: response_norm._plain(*a, 1e-6),
+        lambda *a: grn._plain(*a, 1e-6),
         normal(IMAGES, (4,), (4,)),
     ),
     "contmix": (
         lambda *a: OPERATORS.contmix(*a, 3, 0),
-        lambda *a: functional._mix_plainly(*a, 3, 0),
+        lambda *a: contmix._mix_plainly(*a, 3, 0),
         mixing(),
     ),
     "contmix of an enlarged map": (
         bare(OPERATORS.contmix),
-        bare(functional._mix_plainly),
+        bare(contmix._mix_plainly),
         mixing(kernel_size=5, height=3, bias=False, rpb=False),
     ),
     "region_centres": (
         lambda x: OPERATORS.region_centres(x, 3, 7),
-        lambda x: functional._centres_forward(x, 3, 7),
+        lambda x: contmix._centres_forward(x, 3, 7),
         normal((2, 4, 5, 9)),
     ),
     "linear of the fused network": (OPERATORS.linear, F.linear, normal((2, 6, 7, 4), (5, 4), (5,))),
     "depthwise of the fused network": (
         lambda *a: OPERATORS.depthwise(*a, True),
-        lambda *a: inference._filter(*a, True),
+        lambda *a: layer_operators._filter(*a, True),
         normal(IMAGES, (3, 3, 4), (4,)),
     ),
 }

@@ -12,14 +12,21 @@ from overlock.blocks import BasicBlock
 from overlock.fused.blocks import FusedBasicBlocks, alike
 from overlock.fused.layers import ConvStack
 from overlock.layers import ConvNorm
+from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
+
+torch.fx.wrap("space_to_batch")
+torch.fx.wrap("batch_to_space")
 
 STEM_STRIDES = {4: (2, 1, 2, 1), 2: (2, 1, 1, 1), 1: (1, 1, 1, 1)}
 
 
-def make_embedding(in_channels: int, out_channels: int, stride: int = 2) -> ConvNorm:
+def make_embedding(in_channels: int, out_channels: int, stride: int = 2, dilation: int = 1) -> ConvNorm:
     """Overlapping embedding between stages: 3x3 convolution and batch norm."""
-    return ConvNorm(nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False), out_channels)
+    conv = nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=dilation, dilation=dilation, bias=False
+    )  # fmt: skip
+    return ConvNorm(conv, out_channels)
 
 
 class Stem(nn.Sequential):
@@ -39,22 +46,28 @@ class Stem(nn.Sequential):
 
 
 class BlockStack(nn.Module):
-    """An embedding and the basic blocks after it. (B, Cin, H, W) -> (B, C, H', W')."""
+    """An embedding and the basic blocks after it, dilated or not. (B, Cin, H, W) -> (B, C, H', W')."""
 
-    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module]):
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], dilation: int = 1):
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
+        self.dilation = dilation
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
+        embedded = x
+        if self.dilation > 1:
+            x = space_to_batch(x, self.dilation)
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-        return x
+        return x if self.dilation == 1 else batch_to_space(x, self.dilation, embedded)
 
     def for_cpu(self) -> nn.Module:
-        return FusedBasicBlocks(self, self.embed, list(self.blocks)) if alike(self.blocks) else self
+        if self.dilation > 1 or not alike(self.blocks):
+            return self  # block by block
+        return FusedBasicBlocks(self, self.embed, list(self.blocks))
 
 
 class BaseNet(nn.Module):
@@ -64,18 +77,29 @@ class BaseNet(nn.Module):
         variant: a row of Table 1.
         in_chans: channels of the images.
         stem_stride: 4, or 2 or 1 for small images.
+        dilation: of stage 3, 1, or 2 where its embedding is to keep the size.
         drop_path: stochastic depth rates, one list a stage.
         deploy: build the Dilated RepConvs merged.
     """
 
     def __init__(
-        self, variant: Variant, *, in_chans: int, stem_stride: int, drop_path: Sequence[Sequence[float]], deploy: bool
+        self,
+        variant: Variant,
+        *,
+        in_chans: int,
+        stem_stride: int,
+        dilation: int,
+        drop_path: Sequence[Sequence[float]],
+        deploy: bool,
     ):
         super().__init__()
-        dims = variant.dims
+        dims, dilations = variant.dims, (1, 1, dilation)
         self.stages = nn.ModuleList()
         for i, depth in enumerate(variant.base_depths):
-            embed = Stem(in_chans, dims[0], stem_stride) if i == 0 else make_embedding(dims[i - 1], dims[i])
+            if i == 0:
+                embed: nn.Module = Stem(in_chans, dims[0], stem_stride)
+            else:
+                embed = make_embedding(dims[i - 1], dims[i], stride=2 // dilations[i])
             blocks = [
                 BasicBlock(
                     dims[i],
@@ -86,7 +110,7 @@ class BaseNet(nn.Module):
                 )
                 for j in range(depth)
             ]
-            self.stages.append(BlockStack(embed, blocks))
+            self.stages.append(BlockStack(embed, blocks, dilations[i]))
 
     def forward(self, x: Tensor, stages: int = 3) -> list[Tensor]:
         """Images (B, Cin, H, W) to the outputs of the first stages, strides 4, 8 and 16 with the default stem."""

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 from overlock.blocks import DynamicBlock
 from overlock.fused.blocks import FusedDynamicBlocks, alike
 from overlock.network.base_net import make_embedding
+from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
+
+torch.fx.wrap("space_to_batch")
+torch.fx.wrap("batch_to_space")
 
 
 @torch.fx.wrap
@@ -49,12 +53,16 @@ class FocusNet(nn.Module):
 
     Args:
         variant: a row of Table 1.
+        dilation: of stages 3 and 4, the same or doubled; doubled where the embeddings between are to keep the size.
         drop_path: stochastic depth rates, one list a stage.
         deploy: build the Dilated RepConvs merged.
     """
 
-    def __init__(self, variant: Variant, *, drop_path: Sequence[Sequence[float]], deploy: bool):
+    def __init__(
+        self, variant: Variant, *, dilation: tuple[int, int], drop_path: Sequence[Sequence[float]], deploy: bool
+    ):
         super().__init__()
+        self.dilation, self.step = dilation[0], dilation[1] // dilation[0]  # of stage 3, and of stage 4 in its maps
         dims, context_dim = variant.dims[2:], variant.context_dim
         stages = [
             FocusStage(
@@ -74,27 +82,35 @@ class FocusNet(nn.Module):
             for i, depth in enumerate(variant.focus_depths)
         ]
         self.stage3, self.stage4 = stages
-        self.embed_features = make_embedding(dims[0], dims[1])
-        self.embed_context = make_embedding(context_dim, context_dim)
+        self.embed_features = make_embedding(dims[0], dims[1], 2 // self.step)
+        self.embed_context = make_embedding(context_dim, context_dim, 2 // self.step)
 
     def forward(self, x: Tensor, prior: Tensor, last: bool = True) -> list[Tensor]:
         """Look again.
 
         Args:
             x: Base-Net's output (B, C3, H, W).
-            prior: context prior (B, Cc, H/2, W/2).
+            prior: context prior (B, Cc, H/2, W/2), or (B, Cc, H, W) where the embeddings keep the size.
             last: go on to stage 4.
 
         Returns:
             Features and context side by side after stage 3, (B, C3 + Cc, H, W), and after stage 4,
-            (B, C4 + Cc, H/2, W/2).
+            (B, C4 + Cc, H/2, W/2) or (B, C4 + Cc, H, W).
         """
-        prior_here = resize_like(prior, x)
+        given = x
+        x, prior = space_to_batch(x, self.dilation), space_to_batch(prior, self.dilation)
+        # Stage 3 is used to a prior as smooth as a coarse one enlarged.
+        prior_here = resize_like(prior[:, :, :: self.step, :: self.step], x)
         x, context = self.stage3(x, prior_here, prior_here)
-        features = [torch.cat([x, context], dim=1)]
+        features = [batch_to_space(torch.cat([x, context], dim=1), self.dilation, given)]
         if last and self.stage4 is not None:
-            x, context = self.stage4(self.embed_features(x), self.embed_context(context), prior)
-            features.append(torch.cat([x, context], dim=1))
+            x, context = self.embed_features(x), self.embed_context(context)
+            embedded = x
+            x, context = space_to_batch(x, self.step), space_to_batch(context, self.step)
+            prior = space_to_batch(prior, self.step)
+            x, context = self.stage4(x, context, prior)
+            x = batch_to_space(torch.cat([x, context], dim=1), self.step, embedded)
+            features.append(batch_to_space(x, self.dilation, given))
         return features
 
     def prune_last(self) -> None:

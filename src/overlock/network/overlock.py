@@ -11,6 +11,8 @@ from overlock.network.heads import AuxiliaryHead, ClassifierHead
 from overlock.network.overview_net import OverviewNet
 from overlock.network.variants import Variant
 
+OUTPUT_STRIDES = (8, 16, 32)
+
 
 @torch.fx.wrap
 def check_images(x: Tensor, in_chans: int, smallest: int) -> Tensor:
@@ -37,13 +39,23 @@ class OverLoCK(nn.Module):
         num_classes: outputs of the classifier, 0 for pooled features.
         global_pool: 'avg', 'max', 'avgmax', or '' for none.
         stem_stride: 4; 2 or 1 for small images, which divides all strides alike.
+        output_stride: largest stride of a feature: 32, or 16 or 8 for maps as DeepLab and PAN take them. The embeddings
+            beyond keep the size, and the stages after them are dilated instead, with the same weights.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly over all sub-networks.
         aux_head: add the auxiliary classifier on the overview; then ``forward`` in training returns two logits.
         deploy: build every Dilated RepConv merged, for the authors' deploy files and for inference.
 
     Raises:
-        ValueError: for images of a wrong shape or type, and for a stem stride or pooling that does not exist.
+        ValueError: for images of a wrong shape or type, and for a stem stride, output stride or pooling that does not
+            exist.
+
+    Why dilated: weights trained at stride 32 know neighbours 32 pixels apart; undilated kernels on a map of stride 16
+    would see half of what they learned. A dilated stage takes every second (or fourth) row and column as a map of its
+    own (space_to_batch.py), so that large kernels, ContMix's windows with their position biases, norms and region
+    centres all see what they were trained on, and the kernels that make the network fast serve it unchanged. At every
+    second position the features are exactly those of stride 32. As in any dilated network, positions in between meet
+    only in the layers outside of the dilated stages; stochastic depth is drawn for each of these maps.
     """
 
     def __init__(
@@ -54,12 +66,15 @@ class OverLoCK(nn.Module):
         num_classes: int = 1000,
         global_pool: str = "avg",
         stem_stride: int = 4,
+        output_stride: int = 32,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         aux_head: bool = False,
         deploy: bool = False,
     ):
         super().__init__()
+        if output_stride not in OUTPUT_STRIDES:
+            raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride!r}")
         self.variant = variant
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -67,9 +82,14 @@ class OverLoCK(nn.Module):
         self.num_features = variant.dims[3] + variant.context_dim
 
         rates = calculate_drop_path_rates(drop_path_rate, variant.depths, stagewise=True)
-        self.base_net = BaseNet(variant, in_chans=in_chans, stem_stride=stem_stride, drop_path=rates[:3], deploy=deploy)
-        self.overview_net = OverviewNet(variant, drop_path=rates[3], deploy=deploy)
-        self.focus_net = FocusNet(variant, drop_path=rates[4:], deploy=deploy)
+        strides = [stem_stride * 2**i for i in range(4)]
+        dilation = max(1, strides[2] // output_stride), max(1, strides[3] // output_stride)  # of stages 3 and 4
+        self.base_net = BaseNet(
+            variant, in_chans=in_chans, stem_stride=stem_stride, dilation=dilation[0], drop_path=rates[:3],
+            deploy=deploy,
+        )  # fmt: skip
+        self.overview_net = OverviewNet(variant, dilation=dilation, drop_path=rates[3], deploy=deploy)
+        self.focus_net = FocusNet(variant, dilation=dilation, drop_path=rates[4:], deploy=deploy)
         self.head = ClassifierHead(
             self.num_features, variant.head_width, num_classes, global_pool=global_pool, drop_rate=drop_rate
         )
@@ -79,8 +99,8 @@ class OverLoCK(nn.Module):
         widths = [*variant.dims[:2], variant.dims[2] + variant.context_dim, self.num_features]
         modules = ["base_net.stages.0", "base_net.stages.1", "focus_net.stage3", "focus_net.stage4"]
         self.feature_info = [
-            dict(num_chs=width, reduction=stem_stride * 2**i, module=module)
-            for i, (width, module) in enumerate(zip(widths, modules, strict=True))
+            dict(num_chs=width, reduction=min(stride, output_stride), module=module)
+            for width, stride, module in zip(widths, strides, modules, strict=True)
         ]
         self.apply(_init_weights)
 
@@ -97,7 +117,7 @@ class OverLoCK(nn.Module):
         return logits
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to the last features, (B, C4 + Cc, H/32, W/32), unpooled."""
+        """Images to the last features, (B, C4 + Cc, H/32, W/32) or by the output stride, unpooled."""
         return self.forward_intermediates(x)[0]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -117,13 +117,18 @@ def make_settings(
         options: further arguments of the backbone.
 
     Raises:
-        ValueError: for a backbone without four features, or fewer than one class.
+        ValueError: for a backbone without four features at strides 4, 8, 16 and 32, or fewer than one class.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1 (the background is added), got {num_classes}")
     features = make_features(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
+    if features.strides != STRIDES:
+        raise ValueError(
+            f"a detector's anchors need features at strides {STRIDES}, got {features.strides};"
+            " leave out stem_stride and output_stride"
+        )
     return dict(
-        backbone=PyramidBackbone(*features, hidden_channels),
+        backbone=PyramidBackbone(features.module, features.channels, hidden_channels),
         num_classes=num_classes + 1,
         min_size=min_size,
         max_size=max_size,

@@ -20,6 +20,8 @@ class Features(NamedTuple):
     """Images (B, 3, H, W) to a list of features (B, C, H / stride, W / stride), one for each of STRIDES."""
     channels: tuple[int, ...]
     """C of each."""
+    strides: tuple[int, ...] = STRIDES
+    """Of each; others than STRIDES only where a stem_stride or an output_stride asks for them."""
 
 
 def make_features(
@@ -45,7 +47,8 @@ def make_features(
         options["drop_path_rate"] = drop_path
     if backbone.partition(".")[0] in VARIANTS:
         pyramid = Pyramid(timm.create_model(backbone, pretrained=pretrained, **options), overview=overview)
-        return Features(pyramid, tuple(int(info["num_chs"]) for info in pyramid.feature_info))
+        info = pyramid.feature_info
+        return Features(pyramid, *(tuple(int(level[key]) for level in info) for key in ("num_chs", "reduction")))
     return _of_timm(backbone, pretrained=pretrained, **options)
 
 

@@ -43,7 +43,7 @@ class Pyramid(nn.Module):
         self.to(device=like.device, dtype=like.dtype)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, Cin, H, W) to features at strides 4, 8, 16 and 32 with the default stem.
+        """Images (B, Cin, H, W) to features at strides 4, 8, 16 and 32, with the default stem and output stride.
 
         Raises:
             ValueError: for images of a wrong shape or type.

@@ -105,8 +105,8 @@ def upernet(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    features, channels = make_features(backbone, pretrained=pretrained, drop_path=drop_path, **options)
-    return UperNet(features, channels, num_classes=num_classes, hidden_channels=hidden_channels)
+    features = make_features(backbone, pretrained=pretrained, drop_path=drop_path, **options)
+    return UperNet(features.module, features.channels, num_classes=num_classes, hidden_channels=hidden_channels)
 
 
 def segmentation_loss(
