@@ -6,8 +6,8 @@ import importlib.util
 import logging
 
 import pytest
-from numba.core import config
 
+from overlock.kernels.numba import cache
 from overlock.kernels.numba import runtime as threads
 
 SOURCE = "def nothing(call, thread, threads):\n    pass\n"
@@ -15,7 +15,7 @@ SOURCE = "def nothing(call, thread, threads):\n    pass\n"
 
 @pytest.fixture
 def function(tmp_path):
-    """In a file of its own, beside which its compiled form is kept."""
+    """In a file of its own."""
     path = tmp_path / "kernels.py"
     path.write_text(SOURCE)
     spec = importlib.util.spec_from_file_location("kernels", path)
@@ -25,37 +25,48 @@ def function(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def not_told_yet(caplog):
+def empty_folder(caplog, monkeypatch, tmp_path):
+    """Of kernels; nothing was told yet."""
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "kept"))
     caplog.set_level(logging.INFO, logger="overlock")
     threads._tell.cache_clear()
 
 
 def test_notes_of_compiling(function, caplog):
     """Of the first time alone; what is kept is taken as it is."""
-    assert not threads.kernel(function).cache_hits
+    assert not threads.kernel(function).was_kept
     assert "compiling kernels for this processor" in caplog.text
     caplog.clear()
     threads._tell.cache_clear()
-    assert threads.kernel(function).cache_hits
+    assert threads.kernel(function).was_kept
     assert not caplog.text
 
 
 def test_one_note_for_all(function, caplog, monkeypatch, tmp_path):
     threads.kernel(function)
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "other"))
-    assert not threads.kernel(function).cache_hits
+    monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "other"))
+    assert not threads.kernel(function).was_kept
     assert len(caplog.records) == 1
 
 
 def test_without_a_place_to_write(function, caplog, monkeypatch):
     """Compiled all the same, with a hint at what would spare it."""
-    made = threads.cfunc
+    monkeypatch.setattr(cache, "is_writable", lambda _: False)
+    compiled = threads.kernel(function)
+    assert compiled.address
+    assert not compiled.is_kept
+    assert cache.ENVIRONMENT_VARIABLE in caplog.text
 
-    def refuses(*arguments, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return made(*arguments, **options)
 
-    monkeypatch.setattr(threads, "cfunc", refuses)
-    assert threads.kernel(function).address
-    assert "NUMBA_CACHE_DIR" in caplog.text
+def test_a_file_cut_short_is_compiled_anew(function):
+    threads.kernel(function)
+    (path,) = cache.kept_files()
+    path.write_bytes(path.read_bytes()[:100])
+    assert not threads.kernel(function).was_kept
+    assert threads.kernel(function).was_kept
+
+
+def test_a_folder_that_cannot_be_written_is_read(function, monkeypatch):
+    threads.kernel(function)
+    monkeypatch.setattr(cache, "is_writable", lambda _: False)
+    assert threads.kernel(function).was_kept

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from overlock.cli import average, convert, evaluate, pack, predict, push, summary, train
+from overlock.cli import compile as compile_
 from overlock.version import __version__
 
 USER_FAULT, INTERRUPTED = 2, 130
@@ -30,6 +31,7 @@ COMMANDS = {
     "summary": summary.COMMAND,
     "average": average.COMMAND,
     "convert": convert.COMMAND,
+    "compile": compile_.COMMAND,
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

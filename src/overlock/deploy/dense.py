@@ -17,6 +17,7 @@ from overlock.checkpoint import Record, load_model
 from overlock.data.dense_transforms import make_segmentation_transform
 from overlock.deploy.predict import ImageLike, as_pil, name_of
 from overlock.fused.fuse import fuse
+from overlock.fused.meanwhile import without_waiting
 from overlock.hub import find_weights
 from overlock.tasks.detection import find_objects
 from overlock.tasks.sliding import segment
@@ -125,7 +126,8 @@ class Detector(_DensePredictor):
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             tensors = [(pil_to_tensor(as_pil(image)) / 255).to(self.device) for image in part]
-            results = find_objects(self.network, tensors)
+            with without_waiting(self.network):
+                results = find_objects(self.network, tensors)
             found += [self._read(*one, threshold) for one in zip(part, tensors, results, strict=True)]
         return found
 
@@ -172,7 +174,8 @@ class Segmenter(_DensePredictor):
             pixels = as_pil(image)
             prepared = self.transform(tv_tensors.Image(pil_to_tensor(pixels))).as_subclass(Tensor)
             size = (pixels.height, pixels.width)
-            shares = segment(self.network, prepared[None].to(self.device), size=size, **testing)
+            with without_waiting(self.network):
+                shares = segment(self.network, prepared[None].to(self.device), size=size, **testing)
             labels = shares[0].argmax(dim=0).cpu().numpy()
             maps.append(LabelMap(source=name_of(image), labels=labels, classes=self.record.classes))
         return maps

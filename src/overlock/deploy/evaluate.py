@@ -21,6 +21,7 @@ from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.files import write_atomically
 from overlock.fused.fuse import fuse
+from overlock.fused.meanwhile import without_waiting
 from overlock.network import VARIANTS
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -198,7 +199,7 @@ def _count(
         if not len(batch.labels):
             continue
         images = batch.images.to(device, non_blocking=True)
-        with cast:
+        with cast, without_waiting(network):
             logits = network(images).float().cpu()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         counts.within += int((best == torch.tensor(places)[batch.labels][:, None]).sum())

@@ -23,6 +23,7 @@ from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import as_lists, make_test_loader
 from overlock.deploy.evaluate import Precision, cast_to
 from overlock.fused.fuse import fuse
+from overlock.fused.meanwhile import without_waiting
 from overlock.label_files import LabelFiles
 from overlock.object_files import ObjectFiles
 from overlock.tasks.scores import DetectionScore, SegmentationScore
@@ -115,12 +116,12 @@ def evaluate_dense(
             count += len(batch.labels)
             if isinstance(score, DetectionScore):
                 if len(batch.labels):
-                    with cast_to(precision, where):
+                    with cast_to(precision, where), without_waiting(network):
                         found = network([image.to(where) for image in batch.images])
                     score.update(found, batch.labels)
                 continue
             for image, labels in zip(batch.images, batch.labels, strict=True):
-                with cast_to(precision, where):
+                with cast_to(precision, where), without_waiting(network):
                     shares = segment(network, image[None].to(where), size=labels.shape, **testing)
                 score.update(shares[0].argmax(dim=0), labels)
     if count == 0:

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from overlock.checkpoint import Record, load_classifier
 from overlock.data import make_eval_transform, read_image, to_rgb
 from overlock.fused.fuse import fuse
+from overlock.fused.meanwhile import without_waiting
 from overlock.hub import find_weights
 from overlock.network import VARIANTS
 
@@ -114,7 +115,9 @@ class Predictor:
     @torch.inference_mode()
     def _predict(self, images: Sequence[ImageLike], top: int) -> list[Prediction]:
         inputs = torch.stack([self.transform(as_pil(image)) for image in images]).to(self.device)
-        probabilities = self.network(inputs).float().softmax(dim=1).cpu()
+        with without_waiting(self.network):
+            logits = self.network(inputs)
+        probabilities = logits.float().softmax(dim=1).cpu()
         values, places = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         return [
             Prediction(

@@ -19,9 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
+
+from overlock.kernels.numba import cache
+from overlock.kernels.numba.kept import KeptFunction
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +41,10 @@ C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int6
 def kernel(function: Callable[..., None]) -> Any:
     """Compile now for the one signature, and cache where there is a place to write."""
     options = {name: OPTIONS[name] for name in ("fastmath", "error_model")}  # a C function never holds the lock
-    try:
-        compiled = cfunc(KERNEL, cache=True, **options)(function)
-    except RuntimeError:
-        _tell("compiling kernels anew, since there is no writable place for numba's cache; set NUMBA_CACHE_DIR to one")
-        return cfunc(KERNEL, **options)(function)
-    if not compiled.cache_hits:
+    compiled = KeptFunction(function, KERNEL, options)
+    if not compiled.is_kept:
+        _tell(f"compiling kernels anew, since there is no place to keep them; set {cache.ENVIRONMENT_VARIABLE} to one")
+    elif not compiled.was_kept:
         _tell("compiling kernels for this processor, which is done once and takes about half a minute")
     return compiled
 
@@ -160,11 +161,9 @@ def _parallel_region() -> _Region | None:
     count = types.ExternalFunction("omp_get_num_threads", types.int32())
     wait = types.ExternalFunction("GOMP_barrier", types.void())
 
-    @cfunc(types.void(CALL))
     def one(call):
         _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
 
-    @cfunc(types.void(CALL))
     def several(order):
         first, calls, slots = carray(order, 3)
         for i in range(calls):
@@ -172,7 +171,12 @@ def _parallel_region() -> _Region | None:
             _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
             wait()
 
-    return _Region(begin, one, several)
+    return _Region(begin, *(KeptFunction(function, types.void(CALL), {}) for function in (one, several)))
+
+
+def prepare_threads() -> None:
+    """Compile now what starts the threads, at other times done by the first call of a kernel."""
+    _parallel_region()
 
 
 @functools.cache
