@@ -44,6 +44,23 @@ def test_floats_of_0_to_1(tmp_path):
     assert values(read_image(tmp_path / "a.tif"))[0, :, 1].tolist() == [0, 51, 255]
 
 
+def test_values_of_no_known_range(tmp_path):
+    for number, most in enumerate((-5.0, 70000.0, np.nan)):
+        Image.fromarray(np.array([[0.0, most]], np.float32), "F").save(tmp_path / f"{number}.tif")
+        with pytest.raises(ValueError, match=rf"{number}\.tif: its values go from .* 0 to 65535 can be read; scale it"):
+            read_image(tmp_path / f"{number}.tif")
+    Image.fromarray(np.array([[0.0, 257.0, 65535.0]], np.float32), "F").save(tmp_path / "a.tif")
+    assert values(read_image(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_grey_with_transparency_and_other_colours():
+    assert values(to_rgb(Image.merge("LA", [Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 51)]))).tolist() == [
+        [[224, 224, 224]]
+    ]
+    for mode in ("YCbCr", "HSV", "RGBX"):
+        assert values(to_rgb(Image.new("RGB", (1, 1), (200, 40, 30)).convert(mode)))[0, 0, 0] > 190
+
+
 def test_cmyk(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
     red, green, blue = values(read_image(tmp_path / "a.jpg"))[4, 4]

@@ -221,6 +221,12 @@ def test_the_order_of_classes(tmp_path):
         load_data("digits", classes="x")
 
 
+def test_images_beside_the_classes_are_told(tmp_path):
+    root = make_classes(tmp_path / "d", 5)
+    make_image("red", 90).save(root / "loose.png")
+    assert load_data(str(root)).notes == (f"{root}: 1 images lie beside the folders of classes and are left out",)
+
+
 def test_the_same_image_twice_is_told(tmp_path):
     make_classes(tmp_path / "train", 3)
     make_classes(tmp_path / "val", 2, seed=50)

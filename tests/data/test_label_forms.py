@@ -258,10 +258,36 @@ def test_labels_that_cannot_be(tmp_path):
         load(root, labels="0,1,2")
 
 
+def test_maps_of_images_that_exif_turns(tmp_path):
+    """A map drawn on the stored pixels is turned with its image; one drawn on the upright image stays."""
+    stored = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for orientation, upright in ((6, np.rot90(stored, -1)), (8, np.rot90(stored)), (5, stored.T)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(10 * stored).convert("RGB").save(tmp_path / "images" / "a.jpg", exif=exif, quality=100)
+        for drawn in (stored, np.ascontiguousarray(upright)):
+            Image.fromarray(drawn).save(tmp_path / "masks" / "a.png")
+            pairs = pair_folders(tmp_path / "images", tmp_path / "masks")
+            image, labels = LabelMaps(pairs, LabelForm(num_classes=12)).read(0)
+            assert labels.tolist() == upright.tolist()
+            assert abs(np.asarray(image)[..., 0].astype(int) - 10 * upright).max() < 8
+
+
+def test_maps_without_an_image_are_told(scenes):
+    Image.new("L", (4, 4)).save(scenes / "trainannot" / "more.png")
+    assert any(
+        "trainannot: 1 label maps have no image and are left out (first: more.png)" in n for n in load(scenes).notes
+    )
+
+
 def test_nothing_counts(scenes):
     for path in (scenes / "valannot").iterdir():
         Image.fromarray(np.full((64, 64), 255, np.uint8)).save(path)
-    with pytest.raises(ValueError, match=r"val: no pixel of 2 label maps is of a class, all are ignored .* are 255"):
+    with pytest.raises(
+        ValueError, match=r"valannot: no pixel of 2 label maps is of a class, all are ignored .* are 255"
+    ):
         load(scenes)
     with pytest.raises(ValueError, match="all are ignored"):
         load_label_test(LabelFiles(data=str(scenes)), classes=NAMES)

@@ -15,6 +15,7 @@ import pytest
 from pictures import COLOURS, make_classes, make_image
 
 from overlock.data import load_data, load_test_data
+from overlock.data.datasets import StreamDataset
 from overlock.data.shards import pack
 
 
@@ -148,6 +149,18 @@ def test_shards_at_an_address(tmp_path):
         server.shutdown()
     assert [len(part) for part in parts] == [12, 3]
     assert sorted(label for _, label in parts[0]) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_labels_of_shards_that_no_class_has(tmp_path):
+    pytest.importorskip("webdataset")
+    pack(make_classes(tmp_path / "data", 5), tmp_path / "shards")
+    (tmp_path / "shards" / "classes.txt").write_text("a\nb\n")
+    part = load_data(f"wds:{tmp_path / 'shards'}").test
+    stream = StreamDataset(part, lambda image, label: (image, label), seed=0, batch_size=1, training=False)
+    samples = list(stream)
+    assert [sample.content is None for sample in samples].count(True) == 1
+    (problem,) = (problem for sample in samples for problem in sample.unreadable)
+    assert "its label is 2, where 2 classes go from 0 on" in problem
 
 
 def test_shards_that_will_not_do(tmp_path):

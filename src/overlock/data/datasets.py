@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from overlock.data.images import ImageSource
-from overlock.data.readers import ErrorNotes, ImageStream, as_rgb
+from overlock.data.readers import ErrorNotes, ImageStream, as_rgb, check_label
 
 STAND_INS = 100  # images tried in the place of an unreadable one
 Prepare = Callable[[Image.Image, Any], tuple[Any, Any]]
@@ -160,6 +160,6 @@ class StreamDataset(IterableDataset[Sample]):
             rgb = as_rgb(image, name)
             if self.training:
                 seed_transforms(seed)
-            return Sample(self.prepare(rgb, int(label)))
+            return Sample(self.prepare(rgb, check_label(int(label), self.source.num_classes, name)))
         except ValueError as error:
             return Sample(None, (str(error),))

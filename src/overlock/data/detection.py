@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from overlock.data.annotations import Annotations, Array, listed
 from overlock.data.files import read_image
 from overlock.data.formats import read_part, read_parts
-from overlock.data.image_sizes import SIDEWAYS, read_orientation
+from overlock.data.image_sizes import SIDEWAYS, read_orientation, turn_masks
 from overlock.data.images import TEST_SHARE, ImageData
 from overlock.object_files import ObjectFiles
 
@@ -216,15 +216,6 @@ def turn_boxes(boxes: Tensor, orientation: int, size: tuple[int, int]) -> Tensor
     x = (top, bottom) if orientation in (5, 8) else (height - bottom, height - top)
     y = (left, right) if orientation in (5, 6) else (width - right, width - left)
     return torch.stack([x[0], y[0], x[1], y[1]], dim=1)
-
-
-def turn_masks(masks: Tensor, orientation: int) -> Tensor:
-    """The same for masks (N, H, W)."""
-    if orientation == 1:
-        return masks
-    masks = masks.transpose(1, 2)
-    flipped = {5: [], 6: [2], 7: [1, 2], 8: [1]}[orientation]
-    return masks.flip(flipped)
 
 
 def load_detection(

@@ -39,6 +39,10 @@ _DAMAGE = (
 )
 
 
+class ImageRangeError(ValueError):
+    """An image of 16 or 32 bits has values that no range of brightness is known for."""
+
+
 def read_image(source: str | os.PathLike[str] | IO[bytes], *, name: str | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, upright.
 
@@ -56,6 +60,8 @@ def read_image(source: str | os.PathLike[str] | IO[bytes], *, name: str | None =
     try:
         with Image.open(source) as image:
             return to_rgb(image)
+    except ImageRangeError as error:
+        raise ValueError(f"{name}: {error}; scale it or remove the file") from None
     except _DAMAGE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"the image is damaged ({error})"
         raise ValueError(f"{name}: {reason}; replace or remove the file") from None
@@ -74,13 +80,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """PIL's own conversion cuts values off at 255; the range is that of 16 bits, or for floats 0 to 1."""
+    """PIL's own conversion cuts values off at 255; the range is that of 16 bits, or for floats 0 to 1.
+
+    Raises:
+        ImageRangeError: for values that are of neither range, nor of 0 to 255.
+    """
     values = np.asarray(image, dtype=np.float64)
-    if image.mode == "F":
-        scaled = values * 255 if values.max(initial=0) <= 1 else values
+    least, most = values.min(initial=0), values.max(initial=0)
+    if not (np.isfinite(values).all() and least >= 0 and most <= 65535):
+        raise ImageRangeError(
+            f"its values go from {least:g} to {most:g}, where 0 to 1, 0 to 255 and 0 to 65535 can be read"
+        )
+    if image.mode == "F" and most <= 1:
+        scaled = values * 255
     else:
-        scaled = values / 257 if values.max(initial=0) > 255 or image.mode != "I" else values
-    return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+        scaled = values / 257 if most > 255 or image.mode.startswith("I;") else values
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
 def is_rubbish(name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
+from torch import Tensor
 
 SIDEWAYS = (5, 6, 7, 8)  # orientations whose upright image has the stored one's height as its width
 THREADS = 8
@@ -30,3 +31,12 @@ def read_sizes(paths: Sequence[Path]) -> np.ndarray[Any, Any]:
     with ThreadPoolExecutor(THREADS) as pool:
         found = np.array(list(pool.map(read_orientation, paths, chunksize=64)), dtype=np.int64).reshape(-1, 3)
     return np.where(np.isin(found[:, 2:], SIDEWAYS), found[:, 1::-1], found[:, :2])
+
+
+def turn_masks(masks: Tensor, orientation: int) -> Tensor:
+    """Masks (N, H, W) of a stored image, turned as its orientation turns the image upright: 1 or :data:`SIDEWAYS`."""
+    if orientation == 1:
+        return masks
+    masks = masks.transpose(1, 2)
+    flipped = {5: [], 6: [2], 7: [1, 2], 8: [1]}[orientation]
+    return masks.flip(flipped)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from overlock.data.duplicates import tell_duplicates
-from overlock.data.files import images_in, is_rubbish, read_image, subfolders, tell_left_out
+from overlock.data.files import images_in, is_image, is_rubbish, read_image, subfolders, tell_left_out
 from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_folder, find_parts
 from overlock.files import write_atomically
 
@@ -242,7 +242,11 @@ def _read_classes(root: Path, classes: str | None) -> Read:
             reason = "".join(f"; {note}" for note in tell_left_out(folder.name, left_out))
             raise ValueError(f"{folder}: no images of this class; add some or remove the folder{reason}")
         samples += [(file, label) for file in files]
-    return tuple(samples), tuple(folder.name for folder in folders), tell_left_out(root, left_out)
+    loose = sum(is_image(path) and not is_rubbish(path.name) for path in root.iterdir())
+    notes = tell_left_out(root, left_out)
+    if loose:
+        notes += (f"{root}: {loose} images lie beside the folders of classes and are left out",)
+    return tuple(samples), tuple(folder.name for folder in folders), notes
 
 
 def _in_order(folders: Sequence[Path], classes: Path) -> list[Path]:

@@ -51,6 +51,8 @@ class Pairs:
     """In the same order."""
     folder: Path
     """Of the images."""
+    map_folder: Path
+    """Of the maps."""
     ending: str = ""
     """What the maps' names have after the images'."""
     notes: tuple[str, ...] = ()
@@ -59,7 +61,14 @@ class Pairs:
     def chosen(self, places: Sequence[int]) -> Pairs:
         """Some of them."""
         images, maps = (tuple(files[place] for place in places) for files in (self.images, self.maps))
-        return Pairs(images=images, maps=maps, folder=self.folder, ending=self.ending, notes=self.notes)
+        return Pairs(
+            images=images,
+            maps=maps,
+            folder=self.folder,
+            map_folder=self.map_folder,
+            ending=self.ending,
+            notes=self.notes,
+        )
 
 
 def pair_folders(images: Path, maps: Path, names: Sequence[str] | None = None) -> Pairs:
@@ -103,10 +112,22 @@ def pair_folders(images: Path, maps: Path, names: Sequence[str] | None = None) -
             f"{len(lacking)} of the {len(found)} images in {images} have no label map (first: {lacking[0]}); maps are "
             f"PNG files with the images' names, or with an ending such as _mask"
         )
+    notes = tell_left_out(images, left_out)
+    if names is None and not same:
+        notes += _tell_extra(maps, known, stems, last)
     return Pairs(
-        images=tuple(found), maps=tuple(path for path in chosen if path is not None), folder=images, ending=last,
-        notes=tell_left_out(images, left_out),
+        images=tuple(found), maps=tuple(path for path in chosen if path is not None), folder=images, map_folder=maps,
+        ending=last, notes=notes,
     )  # fmt: skip
+
+
+def _tell_extra(folder: Path, known: dict[str, list[Path]], stems: Sequence[str], ending: str) -> tuple[str, ...]:
+    """A note of maps that have no image."""
+    others = sorted(stem for stem in known.keys() - set(stems) if stem.endswith(ending))
+    extra = [path for stem in others for path in known[stem] if path.suffix.lower() in MAP_SUFFIXES]
+    if not extra:
+        return ()
+    return (f"{folder}: {len(extra)} label maps have no image and are left out (first: {extra[0].name})",)
 
 
 def _rules(root: Path, image: Path, known: dict[str, list[Path]], *, same: bool) -> list[tuple[str, str]]:

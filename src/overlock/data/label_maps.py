@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 
 from overlock.data.colours import CITYSCAPES_IDS, FILES, TABLES, PixelClasses, read_pixel_classes
 from overlock.data.files import read_image
+from overlock.data.image_sizes import SIDEWAYS, read_orientation, turn_masks
 from overlock.data.images import TEST_SHARE, ImageData
 from overlock.data.label_folders import (
     Pairs,
@@ -37,7 +38,7 @@ class LabelMaps:
     """
 
     def __init__(self, pairs: Pairs, form: LabelForm):
-        self.images, self.maps, self.form, self.folder = pairs.images, pairs.maps, form, pairs.folder
+        self.images, self.maps, self.form, self.folder = pairs.images, pairs.maps, form, pairs.map_folder
         self.notes = pairs.notes
 
     def __len__(self) -> int:
@@ -51,6 +52,10 @@ class LabelMaps:
         """
         image, path = read_image(self.images[index]), self.maps[index]
         labels = self.form.read(path)
+        if labels.shape == image.size != image.size[::-1]:  # of the stored image, which was turned upright
+            *_, turn = read_orientation(self.images[index])
+            if turn in SIDEWAYS:
+                labels = turn_masks(torch.from_numpy(labels)[None], turn)[0].numpy()
         if labels.shape != (image.height, image.width):
             height, width = labels.shape
             raise ValueError(

@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,18 @@ from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_parts
 EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
 
+def check_label(label: int, num_classes: int | None, name: str) -> int:
+    """A label that is one of the classes, where their number is known. Raises ValueError, naming the image."""
+    if num_classes is not None and not 0 <= label < num_classes:
+        raise ValueError(f"{name}: its label is {label}, where {num_classes} classes go from 0 on; check the names")
+    return label
+
+
 class ReaderSource:
     """The images of a timm reader, or some of them."""
 
-    def __init__(self, reader: Any, places: Any = None):
-        self.reader = reader
+    def __init__(self, reader: Any, places: Any = None, *, num_classes: int | None = None):
+        self.reader, self.num_classes = reader, num_classes
         self.places = np.arange(len(reader)) if places is None else np.asarray(places)
 
     def __len__(self) -> int:
@@ -45,7 +52,8 @@ class ReaderSource:
         except (OSError, AssertionError) as error:
             raise ValueError(f"image {place}: cannot be read ({error})") from None
         with file:
-            return read_image(file, name=str(self.reader.filename(place))), int(label)
+            name = str(self.reader.filename(place))
+            return read_image(file, name=name), check_label(int(label), self.num_classes, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,8 @@ class ImageStream:
     """Which part."""
     length: int
     """Images in it."""
+    num_classes: int | None = None
+    """Where it is known, other labels are refused."""
 
     def __len__(self) -> int:
         return self.length
@@ -187,8 +197,10 @@ def load_named(data: str, *, train_split: str | None, val_split: str | None, cla
     if train_name not in splits or test_name not in splits:
         raise ValueError(f"{data}: its splits are {', '.join(splits)}; name two of them with train_split and val_split")
     if kind == "hfds":
-        sources = [ReaderSource(_create(kind, root, split)) for split in (train_name, test_name)]
-        return ImageData(classes=names or _names_of(sources[0].reader, data), train=sources[0], test=sources[1])
+        readers = [_create(kind, root, split) for split in (train_name, test_name)]
+        names = names or _names_of(readers[0], data)
+        sources = [ReaderSource(reader, num_classes=len(names)) for reader in readers]
+        return ImageData(classes=names, train=sources[0], test=sources[1])
     lengths = {name: info.num_examples for name, info in splits.items()}
     for name in (train_name, test_name):
         if not lengths[name]:
@@ -198,6 +210,7 @@ def load_named(data: str, *, train_split: str | None, val_split: str | None, cla
     )
     if names is None:
         names = _names_of(train.make_reader(training=False, batch_size=1, seed=0), data)
+    train, test = (replace(part, num_classes=len(names)) for part in (train, test))
     return ImageData(classes=names, train=train, test=test)
 
 
@@ -245,7 +258,9 @@ def _load_shards(root: str, train_split: str | None, val_split: str | None, name
             f"wds:{root}: give a file with the names of the classes with classes, or put classes.txt there"
         )
     parts = [
-        ImageStream(kind="wds", root=root, split=split, length=_shard_length(root, split, known))
+        ImageStream(
+            kind="wds", root=root, split=split, length=_shard_length(root, split, known), num_classes=len(names)
+        )
         for split in (train_split, val_split)
     ]
     return ImageData(classes=names, train=parts[0], test=parts[1])
