@@ -59,6 +59,7 @@ def test_tars_by_class_and_part(tmp_path):
 def test_a_tar_with_what_systems_leave_and_other_endings(tmp_path):
     root = make_classes(tmp_path / "data", 5)
     make_image("red", 77).save(root / "red" / "more.BMP")
+    (root / "red" / "phone.heic").write_bytes(b"x")
     for name in ("__MACOSX/red/._0.png", "__MACOSX/grey/._0.png", "red/._0.png", "blue/@eaDir/0.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"no image")
@@ -67,6 +68,10 @@ def test_a_tar_with_what_systems_leave_and_other_endings(tmp_path):
     data = load_data(str(tmp_path / "all.tar"))
     assert (len(data.train) + len(data.test), data.classes) == (16, tuple(COLOURS))
     assert colours_agree(data)
+    (note,) = data.notes
+    assert note.endswith(
+        "all.tar: 1 file is no image that can be read and left out (1 .heic); convert HEIC to JPEG or PNG"
+    )
     with pytest.raises(ValueError, match=r"all\.tar: classes is .* leave it out"):
         load_data(str(tmp_path / "all.tar"), classes="names.txt")
 

@@ -242,6 +242,8 @@ def test_nothing_to_find_in_the_test_part(left, scenes, tmp_path):
         (DetectConfig, dict(image_size=3), "unknown setting image_size"),
         (SegmentConfig, dict(ratio=[0, 1]), "ratio must be a range above 0"),
         (SegmentConfig, dict(crop=3), "crop must be a finite number at least 32"),
+        (SegmentConfig, dict(labels="0"), "labels must be the pixel values of two or more classes"),
+        (SegmentConfig, dict(labels="0,255", shift=True), "labels says which values are classes, and so does shift"),
         (TrainConfig, dict(optim=dict(schedule="drops")), "drop_epochs is what"),
         (TrainConfig, dict(epoch_steps=0), "epoch_steps must be"),
     ],
@@ -309,6 +311,29 @@ def test_odd_objects(detector, odd_scenes, tmp_path):
         "2 of 6 images have no object",
     ):
         assert f"instances_train.json: {reason}\n" in printed
+
+
+def test_masks_of_0_and_255(scenes, tmp_path):
+    """Refused before anything is written; learnt from where the values are named, which the run's settings keep."""
+    root = tmp_path / "data"
+    shutil.copytree(scenes, root)
+    for path in root.glob("*annot/*.png"):
+        Image.fromarray(np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    (root / "classes.txt").write_text("ground\nsquare")
+    with pytest.raises(
+        ValueError, match=r"trainannot: the label maps have the values 0 and 255 alone, .* --labels 0,255"
+    ):
+        run(settings("segment", root, tmp_path / "run", epochs=1))
+    assert not (tmp_path / "run").exists()
+    printed = run(settings("segment", root, tmp_path / "run", epochs=1, labels="0,255"))
+    table = (tmp_path / "run" / "notes.txt").read_text()
+    assert "share of pixels, %, in 6 of 6 and 3 of 3 label maps" in table
+    assert table.strip() in printed
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert SegmentConfig.from_dict(kept).label_files.values == (0, 255)
+    files = SegmentConfig.from_dict(kept).label_files
+    result = evaluate_dense(*load_model(tmp_path / "run"), files, name="run", workers=0)
+    assert min(result.measures.values()) > 0
 
 
 def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +23,11 @@ import numpy as np
 from PIL import Image
 from timm.data.readers import create_reader
 
-from overlock.data.files import IMAGE_SUFFIXES, is_rubbish, read_image, to_rgb
+from overlock.data.files import IMAGE_SUFFIXES, SIDECARS, is_rubbish, read_image, tell_left_out, to_rgb
 from overlock.data.images import ImageData, held_out, read_classes
 from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_parts
 
+SCANNED = 10 * 1024**3  # bytes of tars that are looked through for files that are no images
 EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
 
 
@@ -134,7 +137,8 @@ def load_tars(
         if train.class_name_to_idx != test.class_name_to_idx:
             odd = sorted(set(train.class_name_to_idx) ^ set(test.class_name_to_idx))[0]
             raise ValueError(f"{root}: class {odd!r} is not in both of {parts[0].name!r} and {parts[1].name!r}")
-        return ImageData(classes=_names(train), train=ReaderSource(train), test=ReaderSource(test))
+        notes = tuple(note for part in parts for note in _tell_others(part))
+        return ImageData(classes=_names(train), train=ReaderSource(train), test=ReaderSource(test), notes=notes)
     reader = _tar_reader(root)
     classes = _names(reader)
     folders = [Path(info.path).parent.parent.name.lower() for info, _, _ in reader.samples]
@@ -148,7 +152,23 @@ def load_tars(
         classes=classes,
         train=ReaderSource(reader, np.flatnonzero(~out)),
         test=ReaderSource(reader, np.flatnonzero(out)),
+        notes=_tell_others(root),
     )
+
+
+def _tell_others(root: Path) -> tuple[str, ...]:
+    """A note of the files in tars that are no images, which timm's reader leaves out; of small tars alone."""
+    tars = [root] if root.is_file() else [path for path in root.glob("*.tar") if not is_rubbish(path.name)]
+    if sum(path.stat().st_size for path in tars) > SCANNED:
+        return ()
+    left_out: Counter[str] = Counter()
+    for path in tars:
+        with tarfile.open(path) as archive:
+            for entry in archive:
+                ending = Path(entry.name).suffix.lower()
+                if entry.isfile() and not any(map(is_rubbish, Path(entry.name).parts)):
+                    left_out[ending] += ending not in (*IMAGE_SUFFIXES, *SIDECARS, ".tar")
+    return tell_left_out(root, +left_out)
 
 
 def _tar_reader(root: Path) -> Any:
