@@ -58,6 +58,18 @@ def test_without_a_place_to_write(function, caplog, monkeypatch):
     assert cache.ENVIRONMENT_VARIABLE in caplog.text
 
 
+def test_a_full_disk_costs_no_kernel(function, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    monkeypatch.setattr(cache, "folders", lambda: [tmp_path / "kept"])
+    compiled = threads.kernel(function)
+    assert compiled.address
+    assert not compiled.is_kept
+    assert not [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+
+
 def test_a_file_cut_short_is_compiled_anew(function):
     threads.kernel(function)
     (path,) = cache.kept_files()

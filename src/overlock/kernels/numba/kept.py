@@ -63,9 +63,10 @@ class _Folders:
     def save_overload(self, signature: Any, compiled: Any) -> None:
         content = dumps(compiled._reduce())
         for folder in filter(cache.is_writable, cache.folders()):
-            _write(folder / self._name(signature, compiled.target_context), content)
-            self.has_saved = True
-            return
+            with contextlib.suppress(OSError):  # a full disk is no reason not to go on
+                _write(folder / self._name(signature, compiled.target_context), content)
+                self.has_saved = True
+                return
 
     def _name(self, signature: Any, context: Any) -> str:
         facts = signature, context.codegen().magic_tuple(), self._function.__code__.co_code
@@ -76,7 +77,11 @@ class _Folders:
 def _write(path: Path, content: bytes) -> None:
     """Whole or not at all, since other processes may read it or write it too."""
     handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(name).chmod(0o644)  # whoever runs the image that it is shipped in may read it
-    Path(name).replace(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(name).chmod(0o644)  # whoever runs the image that it is shipped in may read it
+        Path(name).replace(path)
+    except OSError:
+        Path(name).unlink()
+        raise
