@@ -328,7 +328,10 @@ def test_wrong_model_for_a_checkpoint(run_folder, capsys):
 
 def test_bad_images(run_folder, tmp_path, capsys):
     (tmp_path / "a.png").write_text("not an image")
-    assert "a.png: not an image; replace" in fails(capsys, "predict", tmp_path / "a.png", "--checkpoint", run_folder)
+    assert main(["predict", str(tmp_path / "a.png"), "--checkpoint", str(run_folder), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)[0]["error"] == "not an image; replace or remove the file"
+    assert "a.png: not an image; replace" in printed.err
     (tmp_path / "none").mkdir()
     assert "no images in this folder" in fails(capsys, "predict", tmp_path / "none", "--checkpoint", run_folder)
     image = run_folder / "image.png"

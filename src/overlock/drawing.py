@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_segmentation_masks
+
+from overlock.fonts import font_for
 
 INK, PAPER = "#1d2129", "#ffffff"
 TEXT, SWATCH, GAP = 13, 12, 8  # sizes in pixels
@@ -30,21 +29,21 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Any], classes: Sequen
     Args:
         image: as RGB.
         objects: boxes (N, 4) as left, top, right, bottom in the image's pixels, labels (N,) from 1 on, and perhaps
-            scores (N,) and masks (N, H, W) of booleans.
+            scores (N,) and masks, (N, H, W) of booleans or :class:`overlock.tasks.masks.Masks`.
         classes: names of the labels from 1 on.
     """
     labels = [int(label) for label in objects["labels"]]
     colours = [colour_of(label - 1) for label in labels]
     if labels and "masks" in objects:
-        masks = torch.as_tensor(objects["masks"]).bool().cpu()
-        image = to_pil_image(draw_segmentation_masks(pil_to_tensor(image), masks, alpha=0.5, colors=colours))
+        image = _draw_masks(image, objects["masks"], colours)
     picture = image.copy()
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT)
+    draw = ImageDraw.Draw(picture)
     scores = objects.get("scores")
     for i, (box, label, colour) in enumerate(zip(objects["boxes"], labels, colours, strict=True)):
         left, top, right, bottom = (float(side) for side in box)
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
         text = classes[label - 1] + ("" if scores is None else f" {100 * float(scores[i]):.0f}")
+        font = font_for(text, TEXT)
         corner = (max(0.0, min(left, picture.width - font.getlength(text) - 6)) + 3, max(0.0, top - TEXT - 3))
         x0, y0, x1, y1 = draw.textbbox(corner, text, font=font)
         draw.rectangle((x0 - 3, y0 - 2, x1 + 3, y1 + 2), fill=colour)
@@ -52,7 +51,15 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Any], classes: Sequen
     return picture
 
 
-def draw_labels(image: Image.Image, labels: Tensor, classes: Sequence[str]) -> Image.Image:
+def _draw_masks(image: Image.Image, masks: Iterable[Any], colours: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """Masks in half transparent colours, the later ones above, one at a time in memory."""
+    painted = np.array(image)
+    for mask, colour in zip(masks, colours, strict=True):
+        painted[np.asarray(mask, dtype=bool)] = colour
+    return Image.blend(image, Image.fromarray(painted), 0.5)
+
+
+def draw_labels(image: Image.Image, labels: Tensor | np.ndarray[Any, Any], classes: Sequence[str]) -> Image.Image:
     """Each pixel's class as a colour over the image; pixels of no class stay as they are.
 
     Args:
@@ -60,21 +67,23 @@ def draw_labels(image: Image.Image, labels: Tensor, classes: Sequence[str]) -> I
         labels: (H, W), places in the classes; others are of no class.
         classes: their names.
     """
-    pixels = np.asarray(image, dtype=np.float32)
-    table = np.array([colour_of(label) for label in range(len(classes))], dtype=np.float32)
-    places = labels.cpu().numpy()
+    painted = np.array(image)
+    table = np.array([colour_of(label) for label in range(len(classes))], dtype=np.uint8)
+    places = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
     known = (places >= 0) & (places < len(classes))
-    mixed = np.where(known[..., None], 0.4 * pixels + 0.6 * table[np.where(known, places, 0)], pixels)
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    painted[known] = table[places[known]]
+    return Image.blend(image, Image.fromarray(painted), 0.6)
 
 
 def draw_legend(classes: Sequence[str], shown: Sequence[int], *, height: int) -> Image.Image:
     """A column of names and their colours, as many as the height has room for."""
-    font = ImageFont.load_default(TEXT)
-    width = max([round(font.getlength(classes[label])) for label in shown], default=0) + SWATCH + 3 * GAP
+    fonts = [font_for(classes[label], TEXT) for label in shown]
+    lengths = [font.getlength(classes[label]) for font, label in zip(fonts, shown, strict=True)]
+    width = round(max(lengths, default=0)) + SWATCH + 3 * GAP
     legend = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(legend)
-    for i, label in enumerate(shown[: max(1, height // (SWATCH + GAP))]):
+    room = max(1, height // (SWATCH + GAP))
+    for i, (label, font) in enumerate(zip(shown[:room], fonts, strict=False)):
         top = GAP // 2 + i * (SWATCH + GAP)
         draw.rectangle((GAP, top, GAP + SWATCH, top + SWATCH), fill=colour_of(label))
         draw.text((2 * GAP + SWATCH, top + SWATCH // 2), classes[label], font=font, fill=INK, anchor="lm")

@@ -1,14 +1,17 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and never over what a command reads or has written itself."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+PathLike = str | os.PathLike[str]
 
-def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
+
+def write_atomically(path: PathLike, content: bytes | str) -> None:
     """Write a file whole or not at all.
 
     Raises:
@@ -25,8 +28,110 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         Path(partial).chmod(0o644)
         Path(partial).replace(path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot write here ({error.strerror}); choose another place") from None
+        raise unwritable(path, error) from None
     finally:
         if partial is not None:
             with suppress(FileNotFoundError):
                 Path(partial).unlink()
+
+
+def unwritable(path: PathLike, error: OSError) -> ValueError:
+    """The sentence for a file that cannot be written."""
+    return ValueError(f"{path}: cannot write here ({error.strerror}); choose another place")
+
+
+class Outputs:
+    """The files that a command writes: none that it reads, and none twice.
+
+    Args:
+        inputs: files that the command reads, and folders below which it reads any.
+        results: folder within those that the command does not read.
+    """
+
+    def __init__(self, inputs: Iterable[PathLike] = (), *, results: PathLike | None = None):
+        self._results = None if results is None else Path(_key(results))
+        self._files: set[str] = set()
+        self._folders: list[Path] = []
+        self._written: set[int] = set()  # of hashes, since there may be very many
+        for path in inputs:
+            self.add_input(path)
+
+    def add_input(self, path: PathLike) -> None:
+        """Keep one more file, or what is below a folder."""
+        if Path(path).is_dir():
+            self._folders.append(Path(_key(path)))
+        else:
+            self._files.update((_key(path), _key_of_link(path)))
+
+    def objection(self, path: PathLike) -> str | None:
+        """Why a file may not be written; None where it may."""
+        if hash(_key(path)) in self._written:
+            return "this command has written it already; choose another name"
+        if os.path.lexists(path) and self._is_input(path):
+            return "this command reads it; choose another name"
+        return None
+
+    def claim(self, path: PathLike) -> Path:
+        """The path of a file that is now to be written.
+
+        Raises:
+            ValueError: where it may not be.
+        """
+        objection = self.objection(path)
+        if objection:
+            raise ValueError(f"{path}: {objection}")
+        self._written.add(hash(_key(path)))
+        return Path(path)
+
+    def claim_folder(self, path: PathLike, *, force: bool) -> Path:
+        """A folder for results, made where it is not there.
+
+        Args:
+            path: of the folder.
+            force: take one that holds files already; those that are read stay as they are all the same.
+
+        Raises:
+            ValueError: where it cannot be made, is one that is read, or holds files already, unless forced.
+        """
+        folder = Path(path)
+        if Path(_key(folder)) in self._folders:
+            raise ValueError(f"{folder}: this command reads the files of this folder; choose another one for results")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            filled = any(folder.iterdir())
+        except OSError as error:
+            raise ValueError(f"{folder}: the folder cannot be made ({error.strerror}); choose another one") from None
+        if filled and not force:
+            raise ValueError(
+                f"{folder}: this folder is not empty; choose another one, or pass --force to add to it and to replace "
+                "earlier results"
+            )
+        return folder
+
+    def write(self, path: PathLike, content: bytes | str) -> None:
+        """Claim a file and write it whole or not at all.
+
+        Raises:
+            ValueError: where it may not or cannot be written.
+        """
+        write_atomically(self.claim(path), content)
+
+    def _is_input(self, path: PathLike) -> bool:
+        keys = {_key(path), _key_of_link(path)}
+        if keys & self._files:
+            return True
+        places = [Path(key) for key in keys]
+        if self._results is not None and any(place.is_relative_to(self._results) for place in places):
+            return False
+        return any(place.is_relative_to(folder) for place in places for folder in self._folders)
+
+
+def _key(path: PathLike) -> str:
+    """The same for all names of a file, also where upper and lower case are one."""
+    return os.path.realpath(path).casefold()
+
+
+def _key_of_link(path: PathLike) -> str:
+    """Of a link itself, which is what a new file would replace."""
+    path = Path(path)
+    return os.path.join(os.path.realpath(path.parent), path.name).casefold()  # noqa: PTH118

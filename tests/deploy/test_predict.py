@@ -90,8 +90,10 @@ def test_refuses_what_is_no_image(predictor, image, message):
 
 
 def test_refuses_senseless_numbers(predictor):
-    with pytest.raises(ValueError, match="top and batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         predictor([make_image("red", 0)], top=0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        predictor([make_image("red", 0)], batch_size=0)
     assert predictor([]) == []
 
 

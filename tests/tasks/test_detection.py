@@ -110,7 +110,7 @@ def test_agrees_with_torchvision_set_up_alike():
     """With its anchors and regions in the place of ours."""
     torch.manual_seed(0)
     theirs = MaskRCNN(
-        PyramidBackbone(*make_features("overlock_atto", overview=True)), CLASSES + 1, min_size=64, max_size=256,
+        PyramidBackbone(*make_features("overlock_atto", overview=True)[:2]), CLASSES + 1, min_size=64, max_size=256,
         rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
         rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20, box_batch_size_per_image=8,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -18,6 +18,14 @@ class Command(NamedTuple):
     """Adds options to a parser; the words after the sub-command's name tell which, where they depend on them."""
     run: Callable[[Namespace, Console], int | None]
     """Carries it out; returns an exit code, None for 0."""
+
+
+def add_runtime(parser: ArgumentParser) -> None:
+    """The options of where, and in which precision, a network runs."""
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
+    parser.add_argument(
+        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
+    )
 
 
 def add_target(parser: ArgumentParser, name: str) -> None:

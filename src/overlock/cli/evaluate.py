@@ -8,13 +8,13 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Column, Table
 
-from overlock.cli.command import Command
+from overlock.cli.command import Command, add_runtime
 from overlock.label_files import LabelFiles
 from overlock.object_files import Format, ObjectFiles
 
@@ -54,10 +54,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--batch_size", type=int | None, default=None, help="Images a pass: 64 to classify, 1 to detect unless given."
     )
     parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
-    parser.add_argument(
-        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
-    )
+    add_runtime(parser)
     parser.add_argument(
         "--labels", type=str | None, default=None, help="segment: pixel values of the classes in order, e.g. 0,255."
     )

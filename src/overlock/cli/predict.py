@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,15 +15,31 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from overlock.cli.command import Command
+from overlock.cli.command import Command, add_runtime
 
 if TYPE_CHECKING:
-    from overlock.checkpoint import Record
-    from overlock.deploy import Predictor
+    from overlock.deploy.inputs import Failure
+    from overlock.deploy.results import Result
+    from overlock.deploy.sources import Sources
+    from overlock.deploy.stream import ImagePredictor
+
+SHOWN, PICTURED = 100, 400  # images in the table at the terminal, and in a picture of all
+SOME_FAILED, ALL_FAILED = 1, 2
+SETTINGS = dict(
+    classify=("top",), detect=("threshold", "max_detections", "nms_iou"), segment=("scales", "flip", "window", "stride")
+)
+"""Options of each task."""
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
-    parser.add_argument("images", nargs="+", type=str, metavar="IMAGE", help="Image files, or folders of them.")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=str,
+        metavar="IMAGE",
+        help="Image files, folders of them, patterns ('photos/**/*.jpg'), .txt files of paths, videos, or - for paths "
+        "from standard input.",
+    )
     parser.add_argument(
         "--checkpoint",
         type=str | None,
@@ -41,117 +56,209 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument("--model", type=str | None, default=None, help="Model of a checkpoint that does not say.")
     parser.add_argument("--top", type=int, default=5, help="classify: how many classes to show.")
     parser.add_argument("--threshold", type=float, default=0.5, help="detect: score from which on an object counts.")
+    parser.add_argument(
+        "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
+    )
+    parser.add_argument(
+        "--nms_iou", type=float | None, default=None,
+        help="detect: overlap from which on one of two boxes of a class is dropped; 0.5 unless given.",
+    )  # fmt: skip
     parser.add_argument("--scales", type=list[float], default=[1.0], help="segment: e.g. [0.5,1,1.5], their mean.")
     parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
     parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
     parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
     parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="Images a pass: 32 unless given; detect: 1."
+        "--batch_size", type=int | None, default=None, help="Images a pass: 32 unless given; detect, segment: 1."
     )
+    parser.add_argument("--workers", type=int, default=2, help="Threads that load images.")
+    add_runtime(parser)
+    parser.add_argument("--every", type=int, default=1, help="Of a video, take one frame of so many.")
+    parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
         "--save",
-        type=str | None,
-        default=None,
-        help="classify: save a picture of the images and their classes; detect, segment: a folder for a picture "
-        "of each image, and for the objects in COCO's form or the label maps.",
+        action="append",
+        type=str,
+        default=[],
+        help="May be given several times. FILE.csv, .jsonl or .parquet: all results, written as they come. classify: "
+        f"FILE.png, a picture of up to {PICTURED} images. detect, segment: a folder for a picture of each image, and "
+        "for the objects in COCO's form or the label maps.",
     )
+    parser.add_argument("--force", action="store_true", help="Save into a folder that holds files already.")
 
 
-def run(options: Namespace, console: Console) -> None:
-    from overlock.data import find_images  # noqa: PLC0415
+def run(options: Namespace, console: Console) -> int:
+    from overlock.deploy.sources import expand  # noqa: PLC0415
 
     if options.checkpoint is None and options.model is not None:
         raise ValueError(f"--model {options.model} says what a checkpoint holds; give one with --checkpoint")
     if options.checkpoint is None and options.task not in (None, "classify"):
         raise ValueError(f"--task {options.task} needs a trained network; give one with --checkpoint")
-    paths = find_images(options.images)
-    if options.checkpoint is None:
-        from overlock.deploy import Predictor  # noqa: PLC0415
+    folders = [Path(name) for name in options.save if not Path(name).suffix]
+    sources = expand(options.images, every=options.every, results=folders[0] if folders else None)
+    predictor = _make_predictor(options)
+    settings = {name: options[name] for name in SETTINGS[predictor.task]}
+    outcomes = predictor.stream(
+        sources.images, batch_size=options.batch_size, workers=options.workers, keep_images=bool(options.save),
+        **settings,
+    )  # fmt: skip
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    done = failed = 0
+    with ExitStack() as stack:
+        writers = [_Printed(console, predictor.task, options.json), *_make_writers(options, predictor, sources)]
+        for writer in writers:  # what was found is kept, whatever ends the command
+            stack.callback(writer.close)
+        for note in sources.notes:
+            errors.print(note)
+        for outcome in _with_progress(outcomes, sources.count, predictor.task):
+            if _is_failure(outcome):
+                failed += 1
+                errors.print(f"skipped {outcome.sentence}")
+            else:
+                done += 1
+            for writer in writers:
+                writer.add(outcome)
+            if failed and options.strict:
+                return ALL_FAILED
+    if failed:
+        errors.print(f"{failed} of {failed + done} images skipped")
+    return 0 if not failed else SOME_FAILED if done else ALL_FAILED
 
-        predictor = Predictor.default()
+
+def _make_predictor(options: Namespace) -> ImagePredictor[Any]:
+    """Of the checkpoint's task."""
+    from overlock.deploy import Detector, Predictor, Segmenter  # noqa: PLC0415
+
+    runtime = dict(device=options.device, precision=options.precision)
+    if options.checkpoint is None:
+        predictor = Predictor.default(**runtime)
         _introduce(predictor)
-        _classify(predictor, paths, options, console)
-        return
+        return predictor
     from overlock.checkpoint import load_model  # noqa: PLC0415
     from overlock.hub import find_weights  # noqa: PLC0415
 
     network, record = load_model(find_weights(options.checkpoint), model=options.model)
     if options.task not in (None, record.task):
         raise ValueError(f"{options.checkpoint}: a {record.name} is for --task {record.task}, not {options.task}")
-    if record.task == "classify":
-        from overlock.deploy import Predictor  # noqa: PLC0415
-
-        _classify(Predictor(network, record), paths, options, console)
-    else:
-        _find(network, record, paths, options, console)
+    kinds: dict[str, Any] = dict(classify=Predictor, detect=Detector, segment=Segmenter)
+    return kinds[record.task](network, record, **runtime)
 
 
-def _classify(predictor: Predictor, paths: list[Path], options: Namespace, console: Console) -> None:
-    from overlock.deploy.picture import save_picture  # noqa: PLC0415
+def _make_writers(options: Namespace, predictor: ImagePredictor[Any], sources: Sources) -> list[Any]:
+    """What each --save asks for."""
+    from overlock.deploy.dense_files import ResultFolder  # noqa: PLC0415
+    from overlock.deploy.picture import check_picture  # noqa: PLC0415
+    from overlock.deploy.tables import TABLE_SUFFIXES, open_table  # noqa: PLC0415
+    from overlock.files import Outputs  # noqa: PLC0415
 
-    predictions = predictor(paths, top=options.top, batch_size=options.batch_size or 32)
-    if options.json:
-        _print_json([dataclasses.asdict(p) for p in predictions])
-    else:
-        titles = ("class" if i == 0 else "" for i in range(len(predictions[0].labels)))
-        table = Table(Column("image", overflow="fold"), *titles)
-        for prediction in predictions:
-            classes = zip(prediction.labels, prediction.probabilities, strict=True)
-            table.add_row(Path(prediction.source).name, *(f"{label} {100 * share:.1f} %" for label, share in classes))
-        console.print(table)
-    if options.save:
-        save_picture(options.save, predictions)
+    folder = next((Path(name) for name in options.save if not Path(name).suffix), None)
+    outputs = Outputs(sources.inputs, results=folder)
+    writers: list[Any] = []
+    for name in options.save:
+        path = Path(name)
+        if path.suffix in TABLE_SUFFIXES:
+            writers.append(open_table(outputs.claim(path), predictor.task))
+        elif predictor.task == "classify":
+            check_picture(path)
+            writers.append(_Picture(outputs.claim(path)))
+        else:
+            folder = outputs.claim_folder(path, force=options.force)
+            writers.append(_Results(ResultFolder(folder, predictor.record.classes, outputs)))
+    return writers
 
 
-def _find(network: Any, record: Record, paths: list[Path], options: Namespace, console: Console) -> None:
-    """Objects or the classes of pixels, image by image, so that a folder may be of any length."""
-    from overlock.deploy.dense import Detector, Segmenter  # noqa: PLC0415
-    from overlock.deploy.dense_files import ResultFolder, describe_objects  # noqa: PLC0415
+class _Printed:
+    """Results on standard output: a table of the first ones, or JSON of all."""
 
-    detects = record.task == "detect"
-    folder = ResultFolder(options.save, record.classes) if options.save else None
-    table = Table(Column("image", overflow="fold"), "objects" if detects else "classes of the pixels")
-    predictor: Any = Detector(network, record) if detects else Segmenter(network, record)
-    testing = {name: options[name] for name in (("threshold",) if detects else ("scales", "flip", "window", "stride"))}
-    rows: list[Any] = []
+    def __init__(self, console: Console, task: str, as_json: bool):
+        self.console, self.task, self.as_json = console, task, as_json
+        self.rows: list[tuple[str, ...]] = []
+        self.count = 0
+
+    def add(self, outcome: Result | Failure) -> None:
+        if self.as_json:
+            from overlock.deploy.tables import describe  # noqa: PLC0415
+
+            text = json.dumps(describe(outcome), indent=2, ensure_ascii=False)
+            sys.stdout.write(("[\n" if self.count == 0 else ",\n") + "\n".join(f"  {x}" for x in text.splitlines()))
+        elif self.count < SHOWN:
+            self.rows.append(_cells(outcome))
+        self.count += 1
+
+    def close(self) -> None:
+        if self.as_json:
+            sys.stdout.write("\n]\n" if self.count else "[]\n")
+            return
+        width = max((len(row) for row in self.rows), default=1)
+        titles = dict(classify=("class",), detect=("objects",), segment=("classes of the pixels",))[self.task]
+        table = Table(Column("image", overflow="fold"), *titles, *[""] * (width - 1 - len(titles)))
+        for row in self.rows:
+            table.add_row(*row)
+        self.console.print(table)
+        if self.count > SHOWN:
+            self.console.print(f"and {self.count - SHOWN} more images; --save FILE.csv keeps all")
+
+
+def _cells(outcome: Any) -> tuple[str, ...]:
+    """A row of the table."""
+    name = Path(outcome.source).name + ("" if outcome.frame is None else f" #{outcome.frame}")
+    if _is_failure(outcome):
+        return name, f"skipped: {outcome.reason}"
+    if hasattr(outcome, "probabilities"):
+        classes = zip(outcome.labels, outcome.probabilities, strict=True)
+        return name, *(f"{label} {100 * share:.1f} %" for label, share in classes)
+    if hasattr(outcome, "boxes"):
+        counts = Counter(outcome.labels)
+        return name, ", ".join(f"{count} {label}" for label, count in counts.items()) or "none"
+    return name, ", ".join(f"{label} {100 * share:.0f} %" for label, share in outcome.shares().items())
+
+
+class _Picture:
+    """A picture of the first predictions, written at the end."""
+
+    def __init__(self, path: Path):
+        self.path, self.shown, self.more = path, [], 0  # type: ignore[var-annotated]
+
+    def add(self, outcome: Any) -> None:
+        if _is_failure(outcome):
+            return
+        if len(self.shown) < PICTURED:
+            self.shown.append(outcome)
+        else:
+            self.more += 1
+
+    def close(self) -> None:
+        from overlock.deploy.picture import save_picture  # noqa: PLC0415
+
+        if self.shown:
+            save_picture(self.path, self.shown)
+        if self.more:
+            Console(stderr=True).print(
+                f"{self.path}: shows the first {PICTURED} images, {self.more} more are not on it"
+            )
+
+
+class _Results:
+    """A folder of results, which has no place for failures."""
+
+    def __init__(self, folder: Any):
+        self.folder, self.close = folder, folder.close
+
+    def add(self, outcome: Any) -> None:
+        if not _is_failure(outcome):
+            self.folder.add(outcome)
+
+
+def _is_failure(outcome: Any) -> bool:
+    return hasattr(outcome, "reason")
+
+
+def _with_progress(outcomes: Iterator[Any], count: int | None, task: str) -> Iterator[Any]:
     bar = Console(stderr=True)
-    progress = track(paths, description=record.task, console=bar, transient=True, disable=not bar.is_terminal)
-    try:
-        for result in _in_batches(predictor, progress, options.batch_size or 1, testing):
-            name = Path(result.source).name
-            if detects:
-                counts = Counter(result.labels)
-                table.add_row(name, ", ".join(f"{count} {label}" for label, count in counts.items()) or "none")
-            else:
-                counts = result.shares()
-                table.add_row(name, ", ".join(f"{label} {100 * share:.0f} %" for label, share in counts.items()))
-            if options.json:
-                rows.append(
-                    dict(source=result.source, **(describe_objects(result) if detects else dict(shares=counts)))
-                )
-            if folder is not None:
-                (folder.add_objects if detects else folder.add_labels)(result)
-    finally:  # a damaged image in the midst of many costs none of those before it
-        if folder is not None:
-            folder.finish()
-    if options.json:
-        _print_json(rows)
-    else:
-        console.print(table)
+    yield from track(outcomes, description=task, total=count, console=bar, transient=True, disable=not bar.is_terminal)
 
 
-def _in_batches(predictor: Any, paths: Iterable[Path], size: int, testing: dict[str, Any]) -> Iterator[Any]:
-    remaining = iter(paths)
-    while batch := list(islice(remaining, size)):
-        yield from predictor(batch, **testing)
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _introduce(predictor: Predictor) -> None:
+def _introduce(predictor: ImagePredictor[Any]) -> None:
     """Tell on stderr, so that the output stays what it is, which model answers and what it knows."""
     *most, last = predictor.record.classes
     Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +19,9 @@ from torch import nn
 from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_classifier
 from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
+from overlock.deploy.machine import Precision, cast_to, choose_device, settle
 from overlock.files import write_atomically
-from overlock.fused.fuse import fuse
 from overlock.fused.meanwhile import without_waiting
-from overlock.network import VARIANTS
-
-Precision = Literal["fp32", "bf16", "fp16"]
-_TYPES = dict(bf16=torch.bfloat16, fp16=torch.float16)
-
-
-def cast_to(precision: Precision, where: torch.device) -> torch.autocast:
-    """The context in which a network computes in a precision."""
-    return torch.autocast(where.type, _TYPES.get(precision), enabled=precision != "fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +135,8 @@ def evaluate(
         preprocessing["input_size"] = (preprocessing["input_size"][0], image_size, image_size)
     if crop_pct is not None:
         preprocessing["crop_pct"] = crop_pct
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = (fuse(network) if record.model in VARIANTS else network.eval()).to(where)
+    where = choose_device(device)
+    network = settle(network, record, where)
     loader = make_test_loader(
         data.test, OnImage(make_eval_transform(preprocessing)), batch_size=batch_size, workers=workers,
         pin_memory=where.type == "cuda",

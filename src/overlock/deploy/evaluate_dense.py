@@ -21,8 +21,7 @@ from overlock.data.dense_transforms import (
 from overlock.data.detection import load_detection_test
 from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import as_lists, make_test_loader
-from overlock.deploy.evaluate import Precision, cast_to
-from overlock.fused.fuse import fuse
+from overlock.deploy.machine import Precision, cast_to, choose_device, settle
 from overlock.fused.meanwhile import without_waiting
 from overlock.label_files import LabelFiles
 from overlock.object_files import ObjectFiles
@@ -90,8 +89,8 @@ def evaluate_dense(
         ValueError: for data that cannot be read, or is of other classes.
         ImportError: of a detector, without torchmetrics or pycocotools.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    network = fuse(network.to(where))
+    where = choose_device(device)
+    network = settle(network, record, where)
     masks = "mask" in str(record.head)
     source: Any
     score: DetectionScore | SegmentationScore

@@ -8,17 +8,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from overlock.deploy.predict import Prediction, as_pil
+from overlock.deploy.results import Prediction
 from overlock.files import write_atomically
+from overlock.fonts import Font, font_for
 
 WIDTH, HEIGHT = 272, 216  # of the space for an image
 GAP, INSET = 20, 14  # between cards, and within one
 ROWS, ROW, BAR_HEIGHT = 3, 34, 6
 NAME_ROW = 24
 CARD = HEIGHT + NAME_ROW + ROWS * ROW + INSET  # its height
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 PAGE, PAPER, FRAME, TRACK = "#eef0f4", "#ffffff", "#1d2129", "#e6e9ef"
 INK, FAINT, BEST_BAR, BAR = "#1d2129", "#7b8494", "#2f6fde", "#a9c1ea"
 
@@ -33,13 +33,22 @@ def save_picture(path: str | os.PathLike[str], predictions: Sequence[Prediction]
     Raises:
         ValueError: for an unknown ending or a place that cannot be written.
     """
-    path = Path(path)
-    formats = Image.registered_extensions()
-    if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"{path}: no image format has this ending; end the name in .png or .jpg")
     buffer = io.BytesIO()
-    draw_picture(predictions).save(buffer, format=formats[path.suffix.lower()])
+    kind = check_picture(Path(path))
+    draw_picture(predictions).save(buffer, format=kind)
     write_atomically(path, buffer.getvalue())
+
+
+def check_picture(path: Path) -> str:
+    """The image format of a name.
+
+    Raises:
+        ValueError: where it has none that can be written.
+    """
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ValueError(f"{path}: no image format has this ending; end the name in .png or .jpg")
+    return kind
 
 
 def draw_picture(predictions: Sequence[Prediction]) -> Image.Image:
@@ -58,17 +67,19 @@ def _draw_card(picture: Image.Image, prediction: Prediction, corner: tuple[int, 
     draw = ImageDraw.Draw(picture)
     draw.rectangle((x, y, x + WIDTH - 1, y + CARD - 1), fill=PAPER)
     draw.rectangle((x, y, x + WIDTH - 1, y + HEIGHT - 1), fill=FRAME)
-    image = _fit(as_pil(prediction.source))
+    image = _fit(prediction.picture())
     picture.paste(image, (x + (WIDTH - image.width) // 2, y + (HEIGHT - image.height) // 2))
     left, right = x + INSET, x + WIDTH - INSET
-    small, normal = ImageFont.load_default(12), ImageFont.load_default(15)
-    name = _shorten(Path(prediction.source).name, right - left, draw, small)
+    name = Path(prediction.source).name
+    small, figures = font_for(name, 12), font_for("", 15)
+    name = _shorten(name, right - left, draw, small)
     draw.text((left, y + HEIGHT + NAME_ROW // 2 + 2), name, fill=FAINT, font=small, anchor="lm")
     for i, (label, probability) in enumerate(zip(prediction.labels[:ROWS], prediction.probabilities, strict=False)):
         top = y + HEIGHT + NAME_ROW + i * ROW
         percent = f"{100 * probability:.1f} %"
-        draw.text((right, top + 13), percent, fill=FAINT if i else INK, font=normal, anchor="rm")
-        room = right - left - draw.textlength(percent, font=normal) - 8
+        draw.text((right, top + 13), percent, fill=FAINT if i else INK, font=figures, anchor="rm")
+        room = right - left - draw.textlength(percent, font=figures) - 8
+        normal = font_for(label, 15)
         draw.text((left, top + 13), _shorten(label, room, draw, normal), fill=INK, font=normal, anchor="lm")
         bar = top + 24
         draw.rectangle((left, bar, right - 1, bar + BAR_HEIGHT - 1), fill=TRACK)

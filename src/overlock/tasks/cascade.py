@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
-from overlock.tasks.detection import make_mask_parts, make_settings
+from overlock.tasks.detection import make_mask_parts, make_settings, take_strips
 
 Target = dict[str, Tensor]
 Maps = dict[str, Tensor]
@@ -192,7 +192,9 @@ def cascade_rcnn(backbone: str = "overlock_t", *, num_classes: int, masks: bool 
     """
     settings = make_settings(backbone, num_classes=num_classes, **options)
     count = settings.pop("num_classes")
-    model = FasterRCNN(box_head=nn.Identity(), box_predictor=nn.Identity(), **settings)  # whose place the stages take
+    model = take_strips(  # the stages take the place of the heads
+        FasterRCNN(box_head=nn.Identity(), box_predictor=nn.Identity(), **settings)
+    )
     width = model.backbone.out_channels
     stages = [_make_stage(stage, model.roi_heads, width, count, masks) for stage in STAGES]
     model.roi_heads = CascadeHeads(stages, [stage.weight for stage in STAGES])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
 from overlock.tasks.features import STRIDES, make_features
+from overlock.tasks.masks import paste
 
 LEVELS = ("0", "1", "2", "3")  # the maps of the pyramid that regions are taken from
 
@@ -88,6 +93,32 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         return pooled
 
 
+class StripTransform(GeneralizedRCNNTransform):
+    """torchvision's preparation of images, also of those so long that their short side would come to no pixel."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        size = (image.shape[1], image.shape[2])
+        least = max(size) // self.max_size + 1
+        if min(size) >= least:
+            return super().resize(image, target)
+        wider = [max(side, least) for side in size]
+        if target is not None:
+            target = {**target, "boxes": resize_boxes(target["boxes"], list(size), wider)}
+            if "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][:, None].float(), wider)[:, 0].byte()
+        return super().resize(F.interpolate(image[None], wider, mode="bilinear", align_corners=False)[0], target)
+
+
+Detector = TypeVar("Detector", bound=FasterRCNN)
+
+
+def take_strips(model: Detector) -> Detector:
+    """The detector, with :class:`StripTransform` in its own's place."""
+    own: Any = model.transform
+    model.transform = StripTransform(own.min_size, own.max_size, own.image_mean, own.image_std)
+    return model
+
+
 def make_settings(
     backbone: str,
     *,
@@ -142,7 +173,7 @@ def make_settings(
 
 def faster_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> FasterRCNN:
     """Faster R-CNN, torchvision's model; further arguments and errors are those of :func:`make_settings`."""
-    return FasterRCNN(**make_settings(backbone, num_classes=num_classes, **options))
+    return take_strips(FasterRCNN(**make_settings(backbone, num_classes=num_classes, **options)))
 
 
 def mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> MaskRCNN:
@@ -150,7 +181,7 @@ def mask_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any)
     settings = make_settings(backbone, num_classes=num_classes, **options)
     classes = settings.pop("num_classes")
     parts = make_mask_parts(settings["backbone"].out_channels, classes)
-    return MaskRCNN(box_predictor=FastRCNNPredictor(1024, classes), **parts, **settings)
+    return take_strips(MaskRCNN(box_predictor=FastRCNNPredictor(1024, classes), **parts, **settings))
 
 
 def make_mask_parts(width: int, classes: int) -> dict[str, nn.Module]:
@@ -167,20 +198,80 @@ def make_mask_parts(width: int, classes: int) -> dict[str, nn.Module]:
     )
 
 
+def check_limits(threshold: float, max_detections: int | None = None, nms_iou: float | None = None) -> None:
+    """Raise ValueError for limits that :func:`find_objects` cannot keep to."""
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in 0 to 1, got {threshold}")
+    if max_detections is not None and max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, got {max_detections}")
+    if nms_iou is not None and not 0 < nms_iou <= 1:
+        raise ValueError(f"nms_iou must be above 0 and up to 1, got {nms_iou}")
+
+
 @torch.no_grad()
-def find_objects(network: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def find_objects(
+    network: nn.Module,
+    images: Sequence[Tensor],
+    *,
+    threshold: float | None = None,
+    max_detections: int | None = None,
+    nms_iou: float | None = None,
+    strict: bool = False,
+) -> list[dict[str, Any]]:
     """The objects in images, the surest first.
+
+    As the network itself, in evaluation, but for the masks, which are pasted into the image one at a time and kept as
+    run lengths: those of a hundred objects in a large photograph would take gigabytes.
 
     Args:
         network: a detector, put into evaluation mode.
         images: (3, H, W) each, of 0 to 1, of any sizes.
+        threshold: score from which on an object counts; the network's own 0.05 unless given.
+        max_detections: objects of an image, the surest; the network's own 100 unless given.
+        nms_iou: overlap from which on, of two boxes of one class, the less sure one is left out; the network's own 0.5
+            unless given.
+        strict: raise an error where the network's features are no finite numbers; else nothing is found.
 
     Returns:
-        For each image boxes (N, 4) as left, top, right, bottom in its pixels, labels (N,) from 1 on, scores (N,), and
-        masks (N, H, W) of booleans from detectors that have some.
+        For each image, on the CPU, boxes (N, 4) as left, top, right, bottom in its pixels, labels (N,) from 1 on,
+        scores (N,), and masks, a :class:`overlock.tasks.masks.Masks`, from detectors that have some.
+
+    Raises:
+        ValueError: for a limit that will not do.
+        FloatingPointError: see ``strict``.
     """
-    results: list[dict[str, Tensor]] = network.eval()(list(images))
-    for result in results:
-        if "masks" in result:
-            result["masks"] = result["masks"][:, 0] > 0.5
-    return results
+    check_limits(0 if threshold is None else threshold, max_detections, nms_iou)
+    model: Any = network.eval()
+    # torchvision's heads take what is above their threshold, in float32.
+    below = None if threshold is None else float(np.nextafter(np.float32(threshold), np.float32(-1)))
+    limits = dict(score_thresh=below, detections_per_img=max_detections, nms_thresh=nms_iou)
+    sizes = [(image.shape[1], image.shape[2]) for image in images]
+    prepared, _ = model.transform(list(images))
+    features = model.backbone(prepared.tensors)
+    if strict and not all(bool(one.isfinite().all()) for one in features.values()):
+        raise FloatingPointError("the network's features are no finite numbers")
+    proposals, _ = model.rpn(prepared, features)
+    heads = _limited(model.roi_heads, {name: value for name, value in limits.items() if value is not None})
+    found, _ = heads(features, proposals, prepared.image_sizes)
+    return [_as_result(one, given, size) for one, given, size in zip(found, prepared.image_sizes, sizes, strict=True)]
+
+
+def _limited(heads: nn.Module, limits: dict[str, float]) -> nn.Module:
+    """The heads with other limits, of the same layers; those of other threads stay as they are."""
+    if not limits:
+        return heads
+    copied = copy.copy(heads)
+    copied.__dict__.update(limits)
+    stages = getattr(heads, "stages", None)
+    if stages is not None:  # of a cascade, whose last stage chooses
+        copied._modules = {**heads._modules, "stages": nn.ModuleList([*stages[:-1], _limited(stages[-1], limits)])}
+    return copied
+
+
+def _as_result(found: dict[str, Tensor], given: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """Objects of an image of the network's size in pixels of the image itself."""
+    result: dict[str, Any] = {name: found[name].cpu() for name in ("labels", "scores")}
+    result["boxes"] = resize_boxes(found["boxes"], list(given), list(size)).float().cpu()
+    if "masks" in found:
+        result["masks"] = paste(found["masks"].cpu(), result["boxes"], size)
+    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MULTIPLE = 32  # of the sides of what the network is given
+AT_ONCE = 2**24  # shares of classes in memory
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Of the multi-scale figures of Table 5, with mirrored images beside."""
 
@@ -44,27 +46,94 @@ def segment(
     Raises:
         ValueError: for a scale or a stride that leaves nothing or leaves gaps.
     """
-    if not scales or min(scales) <= 0:
+    passes = _passes(network, images, scales, flip, window, check_testing(scales, window, stride))
+    height, width = size or images.shape[2:]
+    return _shares(passes, slice(0, height), (height, width))
+
+
+@torch.no_grad()
+def label_pixels(
+    network: nn.Module,
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+    size: Sequence[int] | None = None,
+) -> Tensor:
+    """The class of each pixel: the place of the largest of :func:`segment`'s shares, which it takes and raises as.
+
+    The shares are computed some rows at a time, since those of a whole photograph and a hundred classes are gigabytes.
+
+    Returns:
+        (B, H, W) of int16; -1 everywhere where the network's output is no finite number.
+    """
+    given = list(_passes(network, images, scales, flip, window, check_testing(scales, window, stride)))
+    height, width = size or images.shape[2:]
+    labels = torch.full((len(images), height, width), -1, dtype=torch.int16, device=images.device)
+    if not all(bool(logits.isfinite().all()) for logits in given):
+        return labels
+    step = max(1, AT_ONCE // (len(images) * given[0].shape[1] * width))
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        labels[:, rows] = _shares(given, rows, (height, width)).argmax(dim=1)
+    return labels
+
+
+def check_testing(scales: Sequence[float], window: int | None, stride: int | None) -> int | None:
+    """The stride, where it goes without saying.
+
+    Raises:
+        ValueError: as :func:`segment` does.
+    """
+    if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales must be above 0, got {list(scales)}")
-    if window is not None:
-        stride = max(1, 2 * window // 3) if stride is None else stride
-        if not 0 < stride <= window:
-            raise ValueError(f"stride must be between 1 and the window's {window}, got {stride}")
-    elif stride is not None:
-        raise ValueError("a stride is that of a window; give window too")
+    if window is None:
+        if stride is not None:
+            raise ValueError("a stride is that of a window; give window too")
+        return None
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    stride = max(1, 2 * window // 3) if stride is None else stride
+    if not 0 < stride <= window:
+        raise ValueError(f"stride must be between 1 and the window's {window}, got {stride}")
+    return stride
+
+
+def _passes(
+    network: nn.Module, images: Tensor, scales: Sequence[float], flip: bool, window: int | None, stride: int | None
+) -> Iterator[Tensor]:
+    """The logits of the images at each scale, and of the mirrored ones, turned back."""
     network.eval()
-    total: Tensor | int = 0
     for scale in scales:
         scaled = _resize(images, scale)
         for mirrored in (False, True) if flip else (False,):
             given = scaled.flip(3) if mirrored else scaled
             logits = network(given) if window is None or stride is None else _slide(network, given, window, stride)
-            logits = logits.flip(3) if mirrored else logits
-            logits = F.interpolate(
-                logits.float(), size=tuple(size or images.shape[2:]), mode="bilinear", align_corners=False
-            )
-            total = total + logits.softmax(dim=1)
-    return total / (len(scales) * (1 + flip))  # type: ignore[return-value]
+            yield (logits.flip(3) if mirrored else logits).float()
+
+
+def _shares(passes: Iterable[Tensor], rows: slice, size: tuple[int, int]) -> Tensor:
+    """Some rows of the mean shares of logits that are resized to a size."""
+    total: Tensor | int = 0
+    count = 0
+    for count, logits in enumerate(passes, start=1):  # noqa: B007  # their number is needed
+        total = total + _resize_rows(logits, rows, size).softmax(dim=1)
+    return total / count  # type: ignore[return-value]
+
+
+def _resize_rows(logits: Tensor, rows: slice, size: tuple[int, int]) -> Tensor:
+    """Some rows of what bilinear interpolation to a size gives."""
+    if rows == slice(0, size[0]):
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    height = logits.shape[2]
+    places = (torch.arange(rows.start, rows.stop, device=logits.device) + 0.5) * (height / size[0]) - 0.5
+    places = places.clamp(0, height - 1)
+    above = places.long()
+    share = (places - above)[:, None]
+    mixed = logits[:, :, above] * (1 - share) + logits[:, :, (above + 1).clamp(max=height - 1)] * share
+    return F.interpolate(mixed, size=(len(places), size[1]), mode="bilinear", align_corners=False)
 
 
 def _resize(images: Tensor, scale: float) -> Tensor:
