@@ -66,7 +66,7 @@ def test_kernels_are_found_in_the_sources():
     compilation.compile_kernels()
     files = {path.name.rpartition("-")[0] for path in cache.kept_files()}
     assert {name for name in files if name.partition(".")[0] in cache.INFERENCE} >= cache._kernels()
-    assert {"gemm.product", "contmix_kernels.mix", "depthwise.depthwise"} < cache._kernels()
+    assert {"gemm.gemm", "contmix_kernels.contmix", "depthwise.depthwise"} < cache._kernels()
 
 
 def test_what_a_kernel_depends_on_names_its_folder(monkeypatch):

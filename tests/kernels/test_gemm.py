@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from overlock.fused.kernel_plans import Product
-from overlock.kernels.numba.gemm import SILU
-from overlock.kernels.numba.gemm_microkernel import DEPTH, PANEL, ROWS
-from overlock.kernels.numba.plan import Program, input_place
+from overlock.fused.layer_plans import Pointwise
+from overlock.kernels.numba.flags import SILU
+from overlock.kernels.numba.gemm_microkernel import KC, MR, NR
+from overlock.kernels.numba.plan import Plan, input_buffer
 
-DEPTHS = (1, 7, DEPTH - 1, DEPTH, DEPTH + 1, 3 * DEPTH + 5)
-WIDTHS = (1, PANEL // 2, PANEL // 2 + 1, PANEL, PANEL + 1, 3 * PANEL + 9)
+DEPTHS = (1, 7, KC - 1, KC, KC + 1, 3 * KC + 5)
+WIDTHS = (1, NR // 2, NR // 2 + 1, NR, NR + 1, 3 * NR + 9)
 
 
 def draw(*shape, seed=0):
@@ -20,10 +20,10 @@ def draw(*shape, seed=0):
 
 
 def multiply(product, rows, x, out, others=(), **options):
-    program = Program()
-    given = {name: input_place(2 + i) if isinstance(i, int) else i for name, i in options.items()}
-    product.add(program, rows, input_place(0), input_place(1), **given)
-    program.compile().run(x, out, *others)
+    plan = Plan()
+    given = {name: input_buffer(2 + i) if isinstance(i, int) else i for name, i in options.items()}
+    product.add(plan, rows, input_buffer(0), input_buffer(1), **given)
+    plan.finish().run(x, out, *others)
 
 
 def check(actual, expected):
@@ -31,7 +31,7 @@ def check(actual, expected):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("rows", [*range(1, ROWS + 2), 40, 313])
+@pytest.mark.parametrize("rows", [*range(1, MR + 2), 40, 313])
 def test_shapes(rows, threads):
     """Nothing is written beyond the result."""
     before = torch.get_num_threads()
@@ -41,7 +41,7 @@ def test_shapes(rows, threads):
             width = WIDTHS[(i + rows) % len(WIDTHS)]
             x, weight, bias = draw(rows, depth), draw(width, depth, seed=1), draw(width, seed=2)
             out = torch.full((rows + 1, width), 7.0)
-            multiply(Product(weight, bias), rows, x, out)
+            multiply(Pointwise(weight, bias), rows, x, out)
             check(out[:rows], F.linear(x.double(), weight.double(), bias.double()))
             assert (out[rows] == 7).all()
     finally:
@@ -49,25 +49,25 @@ def test_shapes(rows, threads):
 
 
 def test_steps():
-    """Scales of two images, gate, other and share, activations; x with a stride."""
+    """Scales of two images, gate, residual and its scale, activations; x with a stride."""
     rows, tokens, depth, width = 26, 13, 37, 41
-    weight, bias, share = draw(width, depth, seed=1), draw(width, seed=2), draw(width, seed=3)
-    wide, scale, gate, other = (
+    weight, bias, residual_scale = draw(width, depth, seed=1), draw(width, seed=2), draw(width, seed=3)
+    wide, scale, gate, residual = (
         draw(rows, 50),
         draw(2, depth, seed=4),
         draw(rows, depth, seed=5),
         draw(rows, width, seed=6),
     )
-    x, out, product = wide[:, :depth], torch.empty(rows, width), Product(weight, bias)
-    program = Program()
+    x, out, product = wide[:, :depth], torch.empty(rows, width), Pointwise(weight, bias)
+    plan = Plan()
     product.add(
-        program, rows, input_place(0), input_place(1), stride=50, scale=input_place(2), tokens=tokens,
-        gate=input_place(3), other=input_place(4), share=share,
+        plan, rows, input_buffer(0), input_buffer(1), x_stride=50, scale=input_buffer(2), tokens=tokens,
+        gate=input_buffer(3), residual=input_buffer(4), residual_scale=residual_scale,
     )  # fmt: skip
-    program.compile().run(wide, out, scale, gate, other)
+    plan.finish().run(wide, out, scale, gate, residual)
     scaled = x.double() * scale.double().repeat_interleave(tokens, 0) * gate.double()
-    check(out, F.linear(scaled, weight.double(), bias.double()) + share.double() * other.double())
-    program = Program()
-    product.add(program, rows, input_place(0), input_place(1), stride=50, after=SILU)
-    program.compile().run(wide, out)
+    check(out, F.linear(scaled, weight.double(), bias.double()) + residual_scale.double() * residual.double())
+    plan = Plan()
+    product.add(plan, rows, input_buffer(0), input_buffer(1), x_stride=50, activation=SILU)
+    plan.finish().run(wide, out)
     check(out, F.silu(F.linear(x.double(), weight.double(), bias.double())))

@@ -7,8 +7,7 @@ import logging
 
 import pytest
 
-from overlock.kernels.numba import cache
-from overlock.kernels.numba import runtime as threads
+from overlock.kernels.numba import cache, runtime
 
 SOURCE = "def nothing(call, thread, threads):\n    pass\n"
 
@@ -29,30 +28,34 @@ def empty_folder(caplog, monkeypatch, tmp_path):
     """Of kernels; nothing was told yet."""
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "kept"))
     caplog.set_level(logging.INFO, logger="overlock")
-    threads._tell.cache_clear()
+    runtime._tell.cache_clear()
+
+
+def compile_anew(function):
+    return runtime.kernel()(function).compiled
 
 
 def test_notes_of_compiling(function, caplog):
     """Of the first time alone; what is kept is taken as it is."""
-    assert not threads.kernel(function).was_kept
+    assert not compile_anew(function).was_kept
     assert "compiling kernels for this processor" in caplog.text
     caplog.clear()
-    threads._tell.cache_clear()
-    assert threads.kernel(function).was_kept
+    runtime._tell.cache_clear()
+    assert compile_anew(function).was_kept
     assert not caplog.text
 
 
 def test_one_note_for_all(function, caplog, monkeypatch, tmp_path):
-    threads.kernel(function)
+    compile_anew(function)
     monkeypatch.setenv(cache.ENVIRONMENT_VARIABLE, str(tmp_path / "other"))
-    assert not threads.kernel(function).was_kept
+    assert not compile_anew(function).was_kept
     assert len(caplog.records) == 1
 
 
 def test_without_a_place_to_write(function, caplog, monkeypatch):
     """Compiled all the same, with a hint at what would spare it."""
     monkeypatch.setattr(cache, "is_writable", lambda _: False)
-    compiled = threads.kernel(function)
+    compiled = compile_anew(function)
     assert compiled.address
     assert not compiled.is_kept
     assert cache.ENVIRONMENT_VARIABLE in caplog.text
@@ -64,21 +67,21 @@ def test_a_full_disk_costs_no_kernel(function, tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.replace", refuse)
     monkeypatch.setattr(cache, "folders", lambda: [tmp_path / "kept"])
-    compiled = threads.kernel(function)
+    compiled = compile_anew(function)
     assert compiled.address
     assert not compiled.is_kept
     assert not [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
 
 
 def test_a_file_cut_short_is_compiled_anew(function):
-    threads.kernel(function)
+    compile_anew(function)
     (path,) = cache.kept_files()
     path.write_bytes(path.read_bytes()[:100])
-    assert not threads.kernel(function).was_kept
-    assert threads.kernel(function).was_kept
+    assert not compile_anew(function).was_kept
+    assert compile_anew(function).was_kept
 
 
 def test_a_folder_that_cannot_be_written_is_read(function, monkeypatch):
-    threads.kernel(function)
+    compile_anew(function)
     monkeypatch.setattr(cache, "is_writable", lambda _: False)
-    assert threads.kernel(function).was_kept
+    assert compile_anew(function).was_kept

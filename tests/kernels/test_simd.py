@@ -39,8 +39,8 @@ def test_parts(lanes):
 
     @njit
     def copy(x, out, lanes):
-        v.store(out, 0, v.load_part(x, 1, lanes))
-        v.store_part(out, LANES + 1, v.load(x, 1), lanes)
+        v.store(out, 0, v.masked_load(x, 1, lanes))
+        v.masked_store(out, LANES + 1, v.load(x, 1), lanes)
 
     x, out = np.arange(1, LANES + 2, dtype=np.float32), np.full(2 * LANES + 1, -1, np.float32)
     copy(x, out, lanes)
@@ -54,7 +54,7 @@ def test_no_lanes_below_zero(lanes):
 
     @njit
     def read(x, out, lanes):
-        v.store(out, 0, v.load_part(x, 0, lanes))
+        v.store(out, 0, v.masked_load(x, 0, lanes))
 
     out = np.ones(LANES, np.float32)
     read(numbers(), out, lanes)
@@ -75,21 +75,21 @@ def test_arithmetic():
 def test_across_lanes():
     @njit
     def both(x):
-        return v.total(v.load(x, 0)), v.largest(v.load(x, 0))
+        return v.reduce_sum(v.load(x, 0)), v.reduce_max(v.load(x, 0))
 
     x = numbers()
-    total, largest = both(x)
+    total, reduce_max = both(x)
     assert math.isclose(total, x.astype(np.float64).sum(), rel_tol=1e-5)
-    assert largest == x.max()
+    assert reduce_max == x.max()
 
 
 def test_limits_keep_nan():
-    """at_least and at_most pass on a NaN in their first."""
+    """maximum and minimum pass on a NaN in their first."""
 
     @njit
     def limit(x, low, high):
-        v.store(low, 0, v.at_least(v.load(x, 0), v.spread(np.float32(0))))
-        v.store(high, 0, v.at_most(v.load(x, 0), v.spread(np.float32(0))))
+        v.store(low, 0, v.maximum(v.load(x, 0), v.broadcast(np.float32(0))))
+        v.store(high, 0, v.minimum(v.load(x, 0), v.broadcast(np.float32(0))))
 
     x, low, high = numbers(), np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     x[1] = np.nan
@@ -117,7 +117,7 @@ def test_exp2():
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "_gelu_by_formula"])
 def test_activations(name):
-    """Against PyTorch's in float64, to 5e-7 of the largest number or to 5e-7 of the input."""
+    """Against PyTorch's in float64, to 5e-7 of the reduce_max number or to 5e-7 of the input."""
     function = torch.nn.functional.silu if name == "silu" else torch.nn.functional.gelu
     for limit in (1, 10, 1e4, 1e30):
         x = torch.linspace(-limit, limit, 100_003)

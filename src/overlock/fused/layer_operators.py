@@ -64,9 +64,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     if not _has_kernels(x, weight, bias):
         return _filter(x, weight, bias, gelu)
-    from overlock.kernels.numba.depthwise import GELU_AFTER, filter_tokens  # noqa: PLC0415
+    from overlock.kernels.numba.depthwise import filter_tokens  # noqa: PLC0415
+    from overlock.kernels.numba.flags import GELU  # noqa: PLC0415
 
-    return to_images(filter_tokens(to_tokens(x), weight, bias, GELU_AFTER if gelu else 0))
+    return to_images(filter_tokens(to_tokens(x), weight, bias, epilogue=GELU if gelu else 0))
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:

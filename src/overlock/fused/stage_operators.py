@@ -1,8 +1,8 @@
 """Whole blocks of the fused network as one operation each, on CPU in float32 without gradients.
 
 An operation takes the parameters of a folded block as one tensor, and prepares them once for its kernels
-(kernel_plans.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient, and says so where one
-is asked for. Images are (B, C, H, W) in channels_last.
+(stage_plans.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient, and says so where one is
+asked for. Images are (B, C, H, W) in channels_last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from overlock.ops.dispatch import AUTO, asked_for
 from overlock.ops.gradients import register_no_gradients
 
 CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
-PROGRAMS = 64  # sizes of images that a block keeps its calls for
+PLANS = 64  # sizes of images that a block keeps its calls for
 
 
 Layer = Any  # a module with a weight and a bias, or the two; where it has none, or is absent, they are None
@@ -90,19 +90,19 @@ def _layers(tensors: list[Tensor | None]) -> Iterator[Parameters]:
 
 
 class _Prepared:
-    """A block of kernel_plans.py made of parameters, and its programs for the sizes of images that came."""
+    """A stage of stage_plans.py made of parameters, and its plans for the sizes of images that came."""
 
     def __init__(self, block: Any, key: tuple[int, int], held: Tensor):
         self.block, self.key, self.held = block, key, held
-        self._programs: dict[Any, Any] = {}
+        self._plans: dict[Any, Any] = {}
 
-    def program(self, *size: Any) -> Any:
+    def plan(self, *size: Any) -> Any:
         """As the threads are now."""
-        known = self._programs.get((size, torch.get_num_threads()))
+        known = self._plans.get((size, torch.get_num_threads()))
         if known is None:
-            if len(self._programs) >= PROGRAMS:
-                self._programs.clear()
-            known = self._programs[size, torch.get_num_threads()] = self.block.program(*size)
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            known = self._plans[size, torch.get_num_threads()] = self.block.plan(*size)
         return known
 
 
@@ -134,15 +134,15 @@ def _as_tokens(x: Tensor) -> tuple[Tensor, int]:
 
 def _run(prepared: _Prepared, out: Tensor, inputs: list[Tensor], *rest: Any) -> Tensor:
     """Some images at a time, so that what they need beside input and output stays in the cache."""
-    from overlock.fused.kernel_plans import Size  # noqa: PLC0415
+    from overlock.fused.layer_plans import Size  # noqa: PLC0415
 
     batch, _, height, width = inputs[0].shape
-    one = 4 * prepared.program(Size(1, height, width), *rest).peak
+    one = 4 * prepared.plan(Size(1, height, width), *rest).peak
     parts = -(-batch // max(1, CHUNK // max(1, one)))
     for i in range(parts):
         first, last = batch * i // parts, batch * (i + 1) // parts
         part = [x[first:last] for x in (*inputs, out)] if parts > 1 else (*inputs, out)
-        prepared.program(Size(last - first, height, width), *rest).run(*part)
+        prepared.plan(Size(last - first, height, width), *rest).run(*part)
     return out
 
 
@@ -152,13 +152,13 @@ def _bias(layer: Parameters) -> Tensor:
 
 def _basic_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int], eps: float) -> Tensor:
     def make() -> Any:
-        from overlock.fused import kernel_plans as cpu  # noqa: PLC0415
+        from overlock.fused import stage_plans as plans  # noqa: PLC0415
 
         layers = list(_layers(unpack(packed, layout)))
         convolutions: Any = zip(layers, strides, strict=False)
         blocks = _parts(layers[len(strides) :], BasicLayers)
-        return cpu.BasicStack(
-            [cpu.Convolution(p.weight, _bias(p), stride) for p, stride in convolutions],
+        return plans.BasicStage(
+            [plans.Convolution(p.weight, _bias(p), stride) for p, stride in convolutions],
             [_basic_block(p, eps) for p in blocks],
         )
 
@@ -182,11 +182,12 @@ def _parts(tensors: list[Any], kind: Any) -> list[Any]:
 
 
 def _basic_block(p: BasicLayers, eps: float) -> Any:
-    from overlock.fused import kernel_plans as cpu  # noqa: PLC0415
+    from overlock.fused import stage_plans as plans  # noqa: PLC0415
 
-    return cpu.BasicBlock(
-        cpu.LocalNorm(cpu.Filter(*p.local), p.norm, eps), cpu.Filter(*p.large), cpu.Excite(p.reduce, p.excite),
-        _feed_forward(p.expand, p.hidden, p.response, p.project, eps), _share(p.residual, p.norm),
+    return plans.BasicBlock(
+        plans.LocalConvNorm(plans.Depthwise(*p.local), p.norm, eps), plans.Depthwise(*p.large),
+        plans.SqueezeExcite(p.reduce, p.excite), _conv_ffn(p.expand, p.hidden, p.response, p.project, eps),
+        _residual_scale(p.residual, p.norm),
     )  # fmt: skip
 
 
@@ -197,10 +198,10 @@ def _mixer_stack(
     beside = 0 if context is None else context.shape[1]
 
     def make() -> Any:
-        from overlock.fused import kernel_plans as cpu  # noqa: PLC0415
+        from overlock.fused import stage_plans as plans  # noqa: PLC0415
 
         blocks = _parts(list(_layers(unpack(packed, layout))), MixerLayers)
-        return cpu.MixerStack([_mixer_block(p, beside, scale, region_grid, eps) for p in blocks])
+        return plans.MixerStage([_mixer_block(p, beside, scale, region_grid, eps) for p in blocks])
 
     prepared = _prepare_once(packed, make)
     given = [y for y in (x, context, prior) if y is not None]
@@ -209,37 +210,41 @@ def _mixer_stack(
 
 
 def _mixer_block(p: MixerLayers, beside: int, scale: float, region_grid: int, eps: float) -> Any:
-    from overlock.fused import kernel_plans as cpu  # noqa: PLC0415
+    from overlock.fused import stage_plans as plans  # noqa: PLC0415
 
     fusion, update, value = None, None, None
     if p.fusion.weight is not None:
-        fusion = cpu.Fusion(cpu.Filter(*p.fusion), cpu.Product(*p.fusion_project), p.fusion_norm, eps)
+        fusion = plans.ContextFusion(plans.Depthwise(*p.fusion), plans.Pointwise(*p.fusion_project), p.fusion_norm, eps)
     if p.alpha.weight is not None:
-        update = cpu.Update(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
+        update = plans.ContextUpdate(*(x.flatten().contiguous() for x in (p.alpha.weight, *p.beta)))
     if p.value.weight is not None:
-        value = cpu.Product(*p.value)
-    query = cpu.Product(p.query.weight * scale, p.query.bias * scale)
+        value = plans.Pointwise(*p.value)
+    query = plans.Pointwise(p.query.weight * scale, p.query.bias * scale)
     rpbs = [rpb for rpb in p.rpbs if rpb is not None]
-    mix = cpu.Mix(query, cpu.Product(*p.key), value, p.kernels, rpbs, region_grid)
-    return cpu.MixerBlock(
-        update=update, local1=cpu.LocalNorm(cpu.Filter(*p.local1), p.norm1, eps), fusion=fusion, mix=mix,
-        out=cpu.Product(*p.out), large=cpu.Filter(*p.large), excite=cpu.Excite(p.reduce, p.excite),
-        gate=cpu.Product(*p.gate), project=cpu.Product(*p.project), share1=_share(p.residual1, p.norm1),
-        local2=cpu.LocalNorm(cpu.Filter(*p.local2), p.norm2, eps),
-        ffn=_feed_forward(p.expand, p.hidden, p.response, p.ffn_project, eps), share2=_share(p.residual2, p.norm2),
-        context_channels=beside,
+    mix = plans.ContMix(query, plans.Pointwise(*p.key), value, p.kernels, rpbs, region_grid)
+    aggregator = plans.Aggregator(
+        mix=mix, out=plans.Pointwise(*p.out), large=plans.Depthwise(*p.large),
+        squeeze_excite=plans.SqueezeExcite(p.reduce, p.excite), gate=plans.Pointwise(*p.gate),
+        project=plans.Pointwise(*p.project),
+    )  # fmt: skip
+    return plans.MixerBlock(
+        local1=plans.LocalConvNorm(plans.Depthwise(*p.local1), p.norm1, eps), fusion=fusion, aggregator=aggregator,
+        residual_scale1=_residual_scale(p.residual1, p.norm1),
+        local2=plans.LocalConvNorm(plans.Depthwise(*p.local2), p.norm2, eps),
+        ffn=_conv_ffn(p.expand, p.hidden, p.response, p.ffn_project, eps),
+        residual_scale2=_residual_scale(p.residual2, p.norm2), update=update, context_channels=beside,
     )  # fmt: skip
 
 
-def _feed_forward(expand: Layer, hidden: Layer, response: Layer, project: Layer, eps: float) -> Any:
-    from overlock.fused import kernel_plans as cpu  # noqa: PLC0415
+def _conv_ffn(expand: Layer, hidden: Layer, response: Layer, project: Layer, eps: float) -> Any:
+    from overlock.fused import stage_plans as plans  # noqa: PLC0415
 
-    return cpu.FeedForward(
-        cpu.Product(*expand), cpu.Filter(*hidden), response.weight, eps, cpu.Product(*project)
+    return plans.ConvFFN(
+        plans.Pointwise(*expand), plans.Depthwise(*hidden), response.weight, eps, plans.Pointwise(*project)
     )  # fmt: skip
 
 
-def _share(residual: Layer, norm: Layer) -> Tensor:
+def _residual_scale(residual: Layer, norm: Layer) -> Tensor:
     """What a residual keeps of the identity."""
     return torch.ones_like(norm.weight) if residual.weight is None else residual.weight.flatten().contiguous()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 ENVIRONMENT_VARIABLE = "OVERLOCK_CACHE"
 """Names a folder for compiled kernels; NUMBA_CACHE_DIR is taken where it is not set."""
 SUFFIX = ".kernel"
-INFERENCE = ("channel_statistics", "contmix_kernels", "depthwise", "expand_filter", "gemm", "layer_norm")
+INFERENCE = ("channel_statistics", "context", "contmix_kernels", "depthwise", "expand_filter", "gemm", "layer_norm")
 """Modules of kernels that a fused network calls."""
 TRAINING = ("contmix_gradients", "depthwise_gradients", "grn")
 """Those that training needs beside them."""

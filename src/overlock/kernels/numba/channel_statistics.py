@@ -1,6 +1,6 @@
-"""The numba code of channel attention and response norm: sums over the tokens (B, T, C) and the scales made of them.
+"""Sums over the tokens (B, T, C) on CPU, and the scales made of them: channel attention and global response norm.
 
-Each image is cut into as many pieces as keep all threads busy.
+Each image is cut into as many splits as keep all threads busy.
 """
 
 from __future__ import annotations
@@ -9,41 +9,46 @@ import math
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, share
-from overlock.kernels.numba.simd import LANES, load, load_part, spread, store, store_part, zeros
+from overlock.kernels.numba.arguments import FLOAT64, INT64, POINTER
+from overlock.kernels.numba.flags import SUM_SQUARES
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, task_range
+from overlock.kernels.numba.simd import LANES, aligned_zeros, broadcast, load, masked_load, masked_store, store
 
 LONGEST = 64  # tokens summed up in float32 before they join a sum in float64
 
 
-@kernel
-def sum_up(call, thread, threads):
-    """Partial sums (B, pieces, C) of x (B, T, C), or of its squares.
-
-    ``call`` holds from index 2 on: the addresses of x and the sums; B, T, C, pieces, and whether to square.
-    """
-    p = carray(call, 9)
-    batch, tokens, channels, pieces = p[4], p[5], p[6], p[7]
-    x, sums = floats(p[2], (batch * tokens * channels,)), floats(p[3], (batch, pieces, channels))
-    begin, end = share(p, thread, threads)
-    lane, exact = zeros(LANES), np.zeros(channels + LANES, np.float64)
-    for job in range(begin, end):
-        b, piece = job // pieces, job % pieces
-        first, last = tokens * piece // pieces, tokens * (piece + 1) // pieces
+@kernel(
+    x=POINTER,  # (B, T, C)
+    sums=POINTER,  # (B, splits, C)
+    batch=INT64,
+    tokens=INT64,
+    channels=INT64,
+    splits=INT64,  # of the tokens
+    epilogue=INT64,  # SUM or SUM_SQUARES
+)
+def channel_sums(call, thread, threads):
+    """Sums of x, or of its squares, over parts of the tokens. A task is one of these."""
+    batch, tokens, channels, splits = call.batch, call.tokens, call.channels, call.splits
+    x, sums = floats(call.x, (batch * tokens * channels,)), floats(call.sums, (batch, splits, channels))
+    begin, end = task_range(call.tasks, thread, threads)
+    lane, exact = aligned_zeros(LANES), np.zeros(channels + LANES, np.float64)
+    for task in range(begin, end):
+        b, split = task // splits, task % splits
+        first, last = tokens * split // splits, tokens * (split + 1) // splits
         exact[:] = 0
         for start in range(first, last, LONGEST):
             for c in range(0, channels, LANES):
-                width, both = min(LANES, channels - c), spread(np.float32(0))
+                lanes, both = min(LANES, channels - c), broadcast(np.float32(0))
                 for t in range(start, min(start + LONGEST, last)):
-                    place = (b * tokens + t) * channels + c
-                    value = load_part(x, place, width)
-                    both = both + (value * value if p[8] else value)
+                    value = masked_load(x, (b * tokens + t) * channels + c, lanes)
+                    both = both + (value * value if call.epilogue & SUM_SQUARES else value)
                 store(lane, 0, both)
                 for i in range(LANES):
                     exact[c + i] += lane[i]
         for c in range(channels):
-            sums[b, piece, c] = exact[c]
+            sums[b, split, c] = exact[c]
 
 
 @njit(**OPTIONS)
@@ -61,86 +66,108 @@ def excite(means, reduce_weight, reduce_bias, expand_weight, expand_bias, hidden
         scale[c] = np.float32(1) / (np.float32(1) + np.float32(math.exp(-z)))
 
 
-@kernel
-def excite_images(call, thread, threads):
-    """scale (B, C) = sigmoid(W2 gelu(W1 means + b1) + b2), the means from sums (B, parts, C) over the tokens.
-
-    ``call`` holds from index 2 on: the addresses of the sums, the four parameters and the scale; B, T, C, the parts and
-    the hidden width.
-    """
-    p = carray(call, 13)
-    batch, tokens, channels, parts, width = p[8], p[9], p[10], p[11], p[12]
-    sums, scale = floats(p[2], (batch, parts, channels)), floats(p[7], (batch, channels))
-    reduce_weight, reduce_bias = floats(p[3], (width, channels)), floats(p[4], (width,))
-    expand_weight, expand_bias = floats(p[5], (channels, width)), floats(p[6], (channels,))
-    means, hidden = np.empty(channels, np.float32), np.empty(width, np.float32)
-    begin, end = share(p, thread, threads)
+@kernel(
+    sums=POINTER,  # (B, splits, C), over the tokens
+    reduce_weight=POINTER,  # (R, C)
+    reduce_bias=POINTER,  # (R)
+    expand_weight=POINTER,  # (C, R)
+    expand_bias=POINTER,  # (C)
+    scale=POINTER,  # (B, C)
+    batch=INT64,
+    tokens=INT64,
+    channels=INT64,
+    hidden=INT64,  # R
+    splits=INT64,
+)
+def squeeze_excite(call, thread, threads):
+    """scale = sigmoid(W2 gelu(W1 means + b1) + b2), the means from sums. A task is an image."""
+    batch, channels, splits = call.batch, call.channels, call.splits
+    sums, scale = floats(call.sums, (batch, splits, channels)), floats(call.scale, (batch, channels))
+    reduce_weight, reduce_bias = (
+        floats(call.reduce_weight, (call.hidden, channels)),
+        floats(call.reduce_bias, (call.hidden,)),
+    )
+    expand_weight, expand_bias = (
+        floats(call.expand_weight, (channels, call.hidden)),
+        floats(call.expand_bias, (channels,)),
+    )
+    means, hidden = np.empty(channels, np.float32), np.empty(call.hidden, np.float32)
+    begin, end = task_range(call.tasks, thread, threads)
     for b in range(begin, end):
         for c in range(channels):
             both = 0.0
-            for i in range(parts):
+            for i in range(splits):
                 both += sums[b, i, c]
-            means[c] = both / tokens
+            means[c] = both / call.tokens
         excite(means, reduce_weight, reduce_bias, expand_weight, expand_bias, hidden, scale[b])
 
 
 @njit(**OPTIONS)
-def respond(sums, first, parts, weight, eps, scale):
-    """scale (C) = 1 + weight * g / (mean of g + eps), with g the roots of sums (parts, C) from ``first`` on."""
+def response(squares, first, splits, weight, eps, scale):
+    """scale (C) = 1 + weight * g / (mean of g + eps), with g the roots of sums (splits, C) from ``first`` on."""
     channels, mean = weight.size, 0.0
     for c in range(channels):
-        total = 0.0
-        for i in range(parts):
-            total += sums[first + i * channels + c]
-        scale[c] = math.sqrt(total)
+        both = 0.0
+        for i in range(splits):
+            both += squares[first + i * channels + c]
+        scale[c] = math.sqrt(both)
         mean += scale[c] / channels
     for c in range(channels):
         scale[c] = np.float32(1) + weight[c] * scale[c] / (np.float32(mean) + eps)
 
 
-@kernel
+@kernel(
+    squares=POINTER,  # (B, splits, C), sums over the tokens
+    weight=POINTER,  # (C)
+    scale=POINTER,  # (B, C)
+    eps=FLOAT64,
+    batch=INT64,
+    channels=INT64,
+    splits=INT64,
+)
 def response_scale(call, thread, threads):
-    """scale (B, C) = 1 + weight * g / (mean of g + eps), with g the roots of sums (B, parts, C).
-
-    ``call`` holds from index 2 on: the addresses of the sums, weight, eps and scale; B, C and the parts.
-    """
-    p = carray(call, 9)
-    batch, channels, parts = p[6], p[7], p[8]
-    sums, scale = floats(p[2], (batch * parts * channels,)), floats(p[5], (batch, channels))
-    weight, eps = floats(p[3], (channels,)), floats(p[4], (1,))[0]
-    begin, end = share(p, thread, threads)
+    """scale = 1 + weight * g / (mean of g + eps), with g the roots of the summed squares. A task is an image."""
+    batch, channels, splits = call.batch, call.channels, call.splits
+    squares, scale = floats(call.squares, (batch * splits * channels,)), floats(call.scale, (batch, channels))
+    weight, eps = floats(call.weight, (channels,)), np.float32(call.eps)
+    begin, end = task_range(call.tasks, thread, threads)
     for b in range(begin, end):
-        respond(sums, b * parts * channels, parts, weight, eps, scale[b])
+        response(squares, b * splits * channels, splits, weight, eps, scale[b])
 
 
-@kernel
-def scale_by_response(call, thread, threads):
-    """out (B, T, C) = x * (1 + weight * g / (mean of g + eps)) + bias, with g the roots of sums (B, parts, C).
+@kernel(
+    x=POINTER,  # (B, T, C)
+    weight=POINTER,  # (C)
+    bias=POINTER,  # (C)
+    squares=POINTER,  # (B, splits, C), sums over the tokens
+    out=POINTER,  # (B, T, C); may be x
+    eps=FLOAT64,
+    batch=INT64,
+    tokens=INT64,
+    channels=INT64,
+    splits=INT64,  # of the tokens
+)
+def response_norm(call, thread, threads):
+    """out = x * (1 + weight * g / (mean of g + eps)) + bias, with g the roots of the summed squares.
 
-    ``call`` holds from index 2 on: the addresses of x, weight, bias, out, sums and eps; B, T, C, the pieces to
-    work on and those that there are sums of.
+    A task is some tokens of an image.
     """
-    p = carray(call, 13)
-    batch, tokens, channels, pieces, parts = p[8], p[9], p[10], p[11], p[12]
-    numbers = (batch * tokens * channels,)
-    x, weight, bias, out = (
-        floats(p[2], numbers),
-        floats(p[3], (channels,)),
-        floats(p[4], (channels,)),
-        floats(p[5], numbers),
-    )
-    sums, eps = floats(p[6], (batch * parts * channels,)), floats(p[7], (1,))[0]
-    scale, shift = zeros(channels + LANES), zeros(channels + LANES)
+    tokens, channels, splits = call.tokens, call.channels, call.splits
+    numbers = (call.batch * tokens * channels,)
+    x, out, squares = floats(call.x, numbers), floats(call.out, numbers), floats(call.squares, numbers)
+    weight, bias, eps = floats(call.weight, (channels,)), floats(call.bias, (channels,)), np.float32(call.eps)
+    scale, shift = aligned_zeros(channels + LANES), aligned_zeros(channels + LANES)
     shift[:channels] = bias
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        b, piece = job // pieces, job % pieces
-        respond(sums, b * parts * channels, parts, weight, eps, scale)
-        for t in range(tokens * piece // pieces, tokens * (piece + 1) // pieces):
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        b, split = task // splits, task % splits
+        response(squares, b * splits * channels, splits, weight, eps, scale)
+        for t in range(tokens * split // splits, tokens * (split + 1) // splits):
             for c in range(0, channels, LANES):
                 place, lanes = (b * tokens + t) * channels + c, min(LANES, channels - c)
-                store_part(out, place, load_part(x, place, lanes) * load(scale, c) + load(shift, c), lanes)
+                masked_store(out, place, masked_load(x, place, lanes) * load(scale, c) + load(shift, c), lanes)
 
 
-def pieces_of(batch: int, tokens: int) -> int:
+def token_splits(batch: int, tokens: int) -> int:
+    """Into how many parts the tokens of an image are cut."""
     return max(1, min(-(-2 * torch.get_num_threads() // batch), tokens // 8))

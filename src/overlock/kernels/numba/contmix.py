@@ -54,49 +54,36 @@ def forward(
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
     """See kernels/torch/reference.py; (B, G, C, H, W) in the layout of ``value``, if that has flat rows."""
+    from overlock.kernels.numba.contmix_kernels import contmix  # noqa: PLC0415
+    from overlock.kernels.numba.runtime import run  # noqa: PLC0415
+
     batch, groups, channels, height, width = value.shape
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = value.new_empty(value.shape)
     queries, values = query.flatten(3), value.flatten(3)
-    tensors = (queries, key, values, *prepare(weight, bias, rpb, groups, kernel_height, kernel_width), out)
-    sizes = (batch, groups, query.shape[2], channels, height, width, kernel_height, kernel_width)
-    mix_into(
-        tensors,
-        sizes,
-        weight.shape[1],
-        (*queries.stride(), *values.stride(), *out.flatten(3).stride(), *tensors[1].stride()),
-    )
+    splits = map_splits(batch * groups, height * width)
+    run(
+        contmix, batch * groups * splits, queries=queries, keys=key, values=values, out=out,
+        **prepare(weight, bias, rpb, groups, kernel_height, kernel_width),
+        groups=groups, depth=query.shape[2], channels=channels, height=height, width=width,
+        kernel_height=kernel_height, kernel_width=kernel_width, regions=weight.shape[1], splits=splits,
+        query_strides=queries.stride(), key_strides=key.stride(), value_strides=values.stride(),
+        out_strides=out.flatten(3).stride(),
+    )  # fmt: skip
     return out
 
 
 def prepare(
     weight: Tensor, bias: Tensor | None, rpb: Tensor | None, groups: int, kernel_height: int, kernel_width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Weight (S^2, N), bias (N) and relative position bias as the kernel reads them."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
     if rpb is None:
         rpb = weight.new_zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)
-    return weight.t().contiguous(), bias, rpb.contiguous()
+    return dict(weight=weight.t().contiguous(), bias=bias, rpb=rpb.contiguous())
 
 
-def mix_into(tensors: tuple[Tensor | int, ...], sizes: tuple[int, ...], regions: int, strides: tuple[int, ...]) -> None:
-    """Run the kernel.
-
-    Args:
-        tensors: queries, keys, values, weight, bias, rpb and out, or their addresses.
-        sizes: B, G, D, C, H, W, Kh, Kw.
-        regions: S^2.
-        strides: of queries, values and out as (B, G, D or C, H W), and of keys as (B, G, D, S^2).
-    """
-    from overlock.kernels.numba.contmix_kernels import mix  # noqa: PLC0415
-    from overlock.kernels.numba.runtime import run  # noqa: PLC0415
-
-    maps = sizes[0] * sizes[1]
-    pieces = map_pieces(maps, sizes[4] * sizes[5])
-    run(mix, maps * pieces, *tensors, *sizes, regions, pieces, *strides)
-
-
-def map_pieces(maps: int, positions: int) -> int:
-    """Into how many each map is cut: only where they are too few for the threads, for each folds the key anew."""
+def map_splits(maps: int, positions: int) -> int:
+    """Into how many parts each map is cut: only where they are too few for the threads, for each folds the key anew."""
     return max(1, min(2 * torch.get_num_threads() // maps, positions // 64))

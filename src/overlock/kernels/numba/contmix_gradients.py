@@ -2,8 +2,8 @@
 
 Four tokens at a time, everything that has the size of their kernels stays in the first-level cache: kernels P again,
 their gradients dP = grad . value, those of the logits dL = P (dP - sum P dP), and what these give to each input. Taps
-are in the lanes where a token's taps are computed, channels where sums over taps or tokens are. A job is one map of one
-group, or a piece of it, with sums of its own, so that the result does not depend on which thread took it.
+are in the lanes where a token's taps are computed, channels where sums over taps or tokens are. A task is one map of
+one group, or a part of it, with sums of its own, so that the result does not depend on which thread took it.
 
 Letters as in kernels/torch/reference.py; a line is a row of taps, or all of them where a window is as wide as the map.
 """
@@ -11,24 +11,25 @@ Letters as in kernels/torch/reference.py; a line is a row of taps, or all of the
 from __future__ import annotations
 
 import numpy as np
-import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
+from overlock.kernels.numba.arguments import INT64, POINTER, STRIDES
+from overlock.kernels.numba.contmix import map_splits
 from overlock.kernels.numba.contmix_kernels import LOG2_E, PAIR, four_logits, no_biases, read_token, tap_biases
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, share
+from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, run, task_range
 from overlock.kernels.numba.simd import (
     LANES,
-    at_least,
+    broadcast,
     exp2,
-    largest,
     load,
-    load_part,
-    load_spread,
-    spread,
+    load_broadcast,
+    masked_load,
+    masked_store,
+    maximum,
+    reduce_max,
+    reduce_sum,
     store,
-    store_part,
-    total,
 )
 
 ZERO = np.float32(0)
@@ -58,23 +59,23 @@ def four_kernel_gradients(planes, plane, grad, channels, window, width, lines, l
     first, second, third, fourth = window[0], window[1], window[2], window[3]
     for k in range(lines):
         for j in range(0, line, LANES):
-            a = b = c = d = spread(ZERO)
+            a = b = c = d = broadcast(ZERO)
             for i in range(channels):
                 x = i * plane + k * width + j
                 a, b = (
-                    a + load_spread(grad, i) * load(planes, x + first),
-                    b + load_spread(grad, channels + i) * load(planes, x + second),
+                    a + load_broadcast(grad, i) * load(planes, x + first),
+                    b + load_broadcast(grad, channels + i) * load(planes, x + second),
                 )
-                c = c + load_spread(grad, 2 * channels + i) * load(planes, x + third)
-                d = d + load_spread(grad, 3 * channels + i) * load(planes, x + fourth)
+                c = c + load_broadcast(grad, 2 * channels + i) * load(planes, x + third)
+                d = d + load_broadcast(grad, 3 * channels + i) * load(planes, x + fourth)
             to = k * line + j
             store(out, to, a)
             store(out, to + step, b)
             store(out, to + 2 * step, c)
             store(out, to + 3 * step, d)
     for to in range(used, used + 4 * step, step):
-        store(out, to, spread(ZERO))
-        store(out, to + LANES, spread(ZERO))
+        store(out, to, broadcast(ZERO))
+        store(out, to + LANES, broadcast(ZERO))
 
 
 @njit(**OPTIONS)
@@ -85,17 +86,17 @@ def softmax_gradient(logits, first, grads, at, taps):
     """
     top = load(logits, first)
     for n in range(first + LANES, first + taps, LANES):
-        top = at_least(load(logits, n), top)
-    top = spread(largest(top))
-    both = weighted = spread(ZERO)
+        top = maximum(load(logits, n), top)
+    top = broadcast(reduce_max(top))
+    both = weighted = broadcast(ZERO)
     for n in range(0, taps, LANES):
-        power = exp2((load(logits, first + n) - top) * spread(LOG2_E))
+        power = exp2((load(logits, first + n) - top) * broadcast(LOG2_E))
         both, weighted = both + power, weighted + power * load(grads, at + n)
         store(logits, first + n, power)
-    scale = np.float32(1) / total(both)
-    mean = spread(total(weighted) * scale)
+    scale = np.float32(1) / reduce_sum(both)
+    mean = broadcast(reduce_sum(weighted) * scale)
     for n in range(0, taps, LANES):
-        store(grads, at + n, load(logits, first + n) * spread(scale) * (load(grads, at + n) - mean))
+        store(grads, at + n, load(logits, first + n) * broadcast(scale) * (load(grads, at + n) - mean))
     return scale
 
 
@@ -114,25 +115,25 @@ def add_to_table(grads, step, offset, count, kernel_height, kernel_width, table)
         for k in range(kernel_height):
             source, to = i * step + k * kernel_width, (offset[i, 0] + k) * side + offset[i, 1]
             for j in range(0, kernel_width, LANES):
-                store(table, to + j, load(table, to + j) + load_part(grads, source + j, kernel_width - j))
+                store(table, to + j, load(table, to + j) + masked_load(grads, source + j, kernel_width - j))
 
 
 @njit(**OPTIONS)
 def four_through_tap_keys(grads, step, used, columns, query, depth, block, key_sums, out):
     """Four queries' gradients out (4, LANES) = grads (4, N) @ columns (N, LANES); adds grads^T @ query to the keys'."""
     left = depth - block * LANES
-    first, second = load_part(query, block * LANES, left), load_part(query, depth + block * LANES, left)
-    third = load_part(query, 2 * depth + block * LANES, left)
-    fourth = load_part(query, 3 * depth + block * LANES, left)
-    a = b = c = d = spread(ZERO)
+    first, second = masked_load(query, block * LANES, left), masked_load(query, depth + block * LANES, left)
+    third = masked_load(query, 2 * depth + block * LANES, left)
+    fourth = masked_load(query, 3 * depth + block * LANES, left)
+    a = b = c = d = broadcast(ZERO)
     for n in range(used):
         place = (block * used + n) * LANES
         x = load(columns, place)
         p, q, r, s = (
-            load_spread(grads, n),
-            load_spread(grads, n + step),
-            load_spread(grads, n + 2 * step),
-            load_spread(grads, n + 3 * step),
+            load_broadcast(grads, n),
+            load_broadcast(grads, n + step),
+            load_broadcast(grads, n + 2 * step),
+            load_broadcast(grads, n + 3 * step),
         )
         a, b, c, d = a + p * x, b + q * x, c + r * x, d + s * x
         store(key_sums, place, load(key_sums, place) + p * first + q * second + r * third + s * fourth)
@@ -149,7 +150,7 @@ def give_one(sums, kernel, at, y, window, width, lines, line):
         place, n = (window + k * width) * LANES, at + k * line
         for j in range(line):
             to = place + j * LANES
-            store(sums, to, load(sums, to) + load_spread(kernel, n + j) * y)
+            store(sums, to, load(sums, to) + load_broadcast(kernel, n + j) * y)
 
 
 @njit(**OPTIONS)
@@ -159,8 +160,8 @@ def give_four_at_one_place(sums, kernel, taps, a, b, c, d, window, width, lines,
         place, n = (window + k * width) * LANES, k * line
         for j in range(n, n + line):
             to = place + (j - n) * LANES
-            x = load(sums, to) + load_spread(kernel, j) * a + load_spread(kernel, j + taps) * b
-            store(sums, to, x + load_spread(kernel, j + 2 * taps) * c + load_spread(kernel, j + 3 * taps) * d)
+            x = load(sums, to) + load_broadcast(kernel, j) * a + load_broadcast(kernel, j + taps) * b
+            store(sums, to, x + load_broadcast(kernel, j + 2 * taps) * c + load_broadcast(kernel, j + 3 * taps) * d)
 
 
 @njit(**OPTIONS)
@@ -169,24 +170,24 @@ def give_four_in_a_row(sums, kernel, taps, a, b, c, d, window, width, lines, lin
     for k in range(lines):
         to, n = (window + k * width) * LANES, k * line
         p, q, r, s = n, n + taps - 1, n + 2 * taps - 2, n + 3 * taps - 3
-        store(sums, to, load(sums, to) + load_spread(kernel, p) * a)
+        store(sums, to, load(sums, to) + load_broadcast(kernel, p) * a)
         to += LANES
-        store(sums, to, load(sums, to) + load_spread(kernel, p + 1) * a + load_spread(kernel, q + 1) * b)
+        store(sums, to, load(sums, to) + load_broadcast(kernel, p + 1) * a + load_broadcast(kernel, q + 1) * b)
         to += LANES
-        x = load(sums, to) + load_spread(kernel, p + 2) * a
-        store(sums, to, x + load_spread(kernel, q + 2) * b + load_spread(kernel, r + 2) * c)
+        x = load(sums, to) + load_broadcast(kernel, p + 2) * a
+        store(sums, to, x + load_broadcast(kernel, q + 2) * b + load_broadcast(kernel, r + 2) * c)
         for j in range(3, line):
             to += LANES
-            x = load(sums, to) + load_spread(kernel, p + j) * a + load_spread(kernel, q + j) * b
-            store(sums, to, x + load_spread(kernel, r + j) * c + load_spread(kernel, s + j) * d)
+            x = load(sums, to) + load_broadcast(kernel, p + j) * a + load_broadcast(kernel, q + j) * b
+            store(sums, to, x + load_broadcast(kernel, r + j) * c + load_broadcast(kernel, s + j) * d)
         to += LANES
-        x = load(sums, to) + load_spread(kernel, q + line) * b
-        store(sums, to, x + load_spread(kernel, r + line) * c + load_spread(kernel, s + line) * d)
+        x = load(sums, to) + load_broadcast(kernel, q + line) * b
+        store(sums, to, x + load_broadcast(kernel, r + line) * c + load_broadcast(kernel, s + line) * d)
         to += LANES
-        x = load(sums, to) + load_spread(kernel, r + line + 1) * c
-        store(sums, to, x + load_spread(kernel, s + line + 1) * d)
+        x = load(sums, to) + load_broadcast(kernel, r + line + 1) * c
+        store(sums, to, x + load_broadcast(kernel, s + line + 1) * d)
         to += LANES
-        store(sums, to, load(sums, to) + load_spread(kernel, s + line + 2) * d)
+        store(sums, to, load(sums, to) + load_broadcast(kernel, s + line + 2) * d)
 
 
 @njit(**OPTIONS)
@@ -195,10 +196,10 @@ def give(sums, positions, kernel, taps, grad, channels, scale, window, in_a_row,
     first, second, third, fourth = window[0], window[1], window[2], window[3]
     for at in range(0, channels, LANES):
         part, left = sums[at * positions :], channels - at
-        a, b = load_part(grad, at, left), load_part(grad, at + channels, left)
-        c, d = load_part(grad, at + 2 * channels, left), load_part(grad, at + 3 * channels, left)
-        a, b = a * load_spread(scale, 0), b * load_spread(scale, 1)
-        c, d = c * load_spread(scale, 2), d * load_spread(scale, 3)
+        a, b = masked_load(grad, at, left), masked_load(grad, at + channels, left)
+        c, d = masked_load(grad, at + 2 * channels, left), masked_load(grad, at + 3 * channels, left)
+        a, b = a * load_broadcast(scale, 0), b * load_broadcast(scale, 1)
+        c, d = c * load_broadcast(scale, 2), d * load_broadcast(scale, 3)
         if first == second and first == third and first == fourth:
             give_four_at_one_place(part, kernel, taps, a, b, c, d, first, width, lines, line)
         elif in_a_row and line >= 3 and second == first + 1 and third == first + 2 and fourth == first + 3:
@@ -231,7 +232,7 @@ def locate(token, base, height, width, kernel_height, kernel_width, bias, table,
 def write_block(vectors, count, channels, block, out, first, by_token):
     """A block of some tokens' channels to their places."""
     for i in range(count):
-        store_part(out, first + i * by_token + block * LANES, load(vectors, i * LANES), channels - block * LANES)
+        masked_store(out, first + i * by_token + block * LANES, load(vectors, i * LANES), channels - block * LANES)
 
 
 @njit(**OPTIONS)
@@ -240,7 +241,7 @@ def write_values(sums, positions, channels, out, first, by_position):
     for t in range(positions):
         for c in range(0, channels, LANES):
             x = load(sums, c * positions + t * LANES)
-            store_part(out, first + t * by_position + c, x, channels - c)
+            masked_store(out, first + t * by_position + c, x, channels - c)
 
 
 @njit(**OPTIONS)
@@ -251,66 +252,88 @@ def write_tap_keys(sums, depth, used, out):
             out[d, n] = sums[(d // LANES * used + n) * LANES + d % LANES]
 
 
-@kernel
-def mix_backward(call, thread, threads):
-    """Gradients from queries (B, G, D, H W), values and grads (B, G, C, H W) of any strides.
-
-    ``call`` holds from index 2 on: the addresses of queries, values, grads, tap keys (B G, D, N), bias (N) and rpb
-    (G, 2 Kh - 1, 2 Kw - 1); those of the gradients of queries (B, H W, G, D), values (P, B, H W, G, C), tap keys
-    (B G, P, D, N), bias (B G, P, N) and rpb (B G, P, 2 Kh - 1, 2 Kw - 1); B, G, D, C, H, W, Kh, Kw and the P pieces
-    that a map is cut into; strides of queries, values and grads.
-    """
-    p = carray(call, 34)
-    batch, groups, depth, channels, height, width = p[13], p[14], p[15], p[16], p[17], p[18]
-    kernel_height, kernel_width, pieces = p[19], p[20], p[21]
-    everything, size, used = (1 << 60,), height * width, kernel_height * kernel_width
-    queries, values, grads = floats(p[2], everything), floats(p[3], everything), floats(p[4], everything)
+@kernel(
+    queries=POINTER,  # (B, G, D, H W)
+    values=POINTER,  # (B, G, C, H W)
+    grads=POINTER,  # (B, G, C, H W)
+    tap_keys=POINTER,  # (B G, D, N)
+    bias=POINTER,  # (N)
+    rpb=POINTER,  # (G, 2 Kh - 1, 2 Kw - 1)
+    query_grads=POINTER,  # (B, H W, G, D)
+    value_grads=POINTER,  # (splits, B, H W, G, C)
+    key_grads=POINTER,  # (B G, splits, D, N)
+    bias_grads=POINTER,  # (B G, splits, N)
+    rpb_grads=POINTER,  # (B G, splits, 2 Kh - 1, 2 Kw - 1)
+    batch=INT64,
+    groups=INT64,
+    depth=INT64,
+    channels=INT64,
+    height=INT64,
+    width=INT64,
+    kernel_height=INT64,
+    kernel_width=INT64,
+    splits=INT64,  # of a map
+    query_strides=STRIDES,
+    value_strides=STRIDES,
+    grad_strides=STRIDES,
+)
+def contmix_backward(call, thread, threads):
+    """All gradients of the dynamic convolution. A task is a part of one map of one group."""
+    batch, groups, depth, channels, splits = call.batch, call.groups, call.depth, call.channels, call.splits
+    height, width, kernel_height, kernel_width = call.height, call.width, call.kernel_height, call.kernel_width
+    of_query, of_value, of_grad = call.query_strides, call.value_strides, call.grad_strides
+    size, used = height * width, kernel_height * kernel_width
+    queries, values, grads = floats(call.queries, ANY), floats(call.values, ANY), floats(call.grads, ANY)
     taps, side = (used + PAIR - 1) // PAIR * PAIR, (2 * kernel_height - 1) * (2 * kernel_width - 1)
-    step, jobs, plane = taps + PAIR, batch * groups * pieces, size + LANES
-    tap_keys, biases = floats(p[5], (batch * groups, depth * used)), floats(p[6], (used,))
-    tables, query_grads = floats(p[7], (groups, side)), floats(p[8], everything)
-    value_grads, key_grads = floats(p[9], everything), floats(p[10], (jobs, depth, used))
-    bias_grads, table_grads = floats(p[11], (jobs, used)), floats(p[12], (jobs, side))
+    step, tasks, plane = taps + PAIR, batch * groups * splits, size + LANES
+    tap_keys, biases = floats(call.tap_keys, (batch * groups, depth * used)), floats(call.bias, (used,))
+    tables, query_grads = floats(call.rpb, (groups, side)), floats(call.query_grads, ANY)
+    value_grads, key_grads = floats(call.value_grads, ANY), floats(call.key_grads, (tasks, depth, used))
+    bias_grads, table_grads = floats(call.bias_grads, (tasks, used)), floats(call.rpb_grads, (tasks, side))
     lines, line = (1, used) if kernel_width == width else (kernel_height, kernel_width)
     depth_blocks, blocks = (depth + LANES - 1) // LANES, (channels + LANES - 1) // LANES
-    rows, columns = np.zeros(depth * taps, np.float32), np.zeros(depth_blocks * used * LANES, np.float32)
-    key_sums, planes = np.zeros(columns.size, np.float32), np.zeros(channels * plane + LANES, np.float32)
-    bias, table = np.zeros(used + LANES, np.float32), np.zeros(side + LANES, np.float32)
-    bias[:used] = biases
-    bias_sums, table_sums = np.zeros(taps, np.float32), np.zeros(side + LANES, np.float32)
+    rows, planes = np.zeros(depth * taps, np.float32), np.zeros(channels * plane + LANES, np.float32)
+    columns, key_sums = (
+        np.zeros(depth_blocks * used * LANES, np.float32),
+        np.zeros(depth_blocks * used * LANES, np.float32),
+    )
+    bias, table, table_sums = (
+        np.zeros(used + LANES, np.float32),
+        np.zeros(side + LANES, np.float32),
+        np.zeros(side + LANES, np.float32),
+    )
+    bias[:used], bias_sums = biases, np.zeros(taps, np.float32)
     sums, mixed = np.zeros(blocks * size * LANES, np.float32), np.zeros(4 * LANES, np.float32)
     query, grad = np.zeros(4 * depth + LANES, np.float32), np.zeros(4 * channels + LANES, np.float32)
     start, logits = no_biases(used, taps), np.zeros(4 * taps, np.float32)
     kernel_grads, scale = np.zeros(4 * step, np.float32), np.zeros(4, np.float32)
     window, held = np.zeros(4, np.int64), np.zeros((4, 2), np.int64)
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        b, g, piece = job // pieces // groups, job // pieces % groups, job % pieces
-        first, last = size * piece // pieces, size * (piece + 1) // pieces
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        b, g, split = task // splits // groups, task // splits % groups, task % splits
+        first, last = size * split // splits, size * (split + 1) // splits
         base = window_start(first // width, height, kernel_height)
         here = (window_start((last - 1) // width, height, kernel_height) + kernel_height - base) * width
-        read_tap_keys(tap_keys[job // pieces], depth, used, taps, rows, columns)
-        read_planes(values, b * p[26] + g * p[27] + base * width * p[29], p[28], p[29], channels, here, plane, planes)
+        read_tap_keys(tap_keys[task // splits], depth, used, taps, rows, columns)
+        first_value = b * of_value[0] + g * of_value[1] + base * width * of_value[3]
+        read_planes(values, first_value, of_value[2], of_value[3], channels, here, plane, planes)
         held[:], table[:side] = -1, tables[g]
         key_sums[:], bias_sums[:], table_sums[:], sums[:] = 0, 0, 0, 0
         for t in range(first, last, 4):
             count = min(4, last - t)
             for i in range(count):
                 window[i] = locate(
-                    t + i,
-                    base,
-                    height,
-                    width,
-                    kernel_height,
-                    kernel_width,
-                    bias,
-                    table,
-                    held[i],
-                    start,
+                    t + i, base, height, width, kernel_height, kernel_width, bias, table, held[i], start,
                     i * (taps + LANES),
-                )
-                read_token(queries, b * p[22] + g * p[23] + (t + i) * p[25], p[24], depth, query, i * depth)
-                read_token(grads, b * p[30] + g * p[31] + (t + i) * p[33], p[32], channels, grad, i * channels)
+                )  # fmt: skip
+                read_token(
+                    queries, b * of_query[0] + g * of_query[1] + (t + i) * of_query[3], of_query[2], depth, query,
+                    i * depth,
+                )  # fmt: skip
+                read_token(
+                    grads, b * of_grad[0] + g * of_grad[1] + (t + i) * of_grad[3], of_grad[2], channels, grad,
+                    i * channels,
+                )  # fmt: skip
             # Tokens without a query and a gradient, beside the last ones, add nothing.
             query[count * depth :], grad[count * channels :], window[count:] = 0, 0, window[count - 1]
             four_logits(query, depth, rows, taps, start, logits)
@@ -327,10 +350,10 @@ def mix_backward(call, thread, threads):
 
         write_values(
             sums, here, channels, value_grads,
-            (((piece * batch + b) * size + base * width) * groups + g) * channels, groups * channels,
+            (((split * batch + b) * size + base * width) * groups + g) * channels, groups * channels,
         )  # fmt: skip
-        write_tap_keys(key_sums, depth, used, key_grads[job])
-        bias_grads[job], table_grads[job] = bias_sums[:used], table_sums[:side]
+        write_tap_keys(key_sums, depth, used, key_grads[task])
+        bias_grads[task], table_grads[task] = bias_sums[:used], table_sums[:side]
 
 
 def backward(
@@ -348,19 +371,19 @@ def backward(
     tables = weight.new_zeros(groups, *sides) if rpb is None else rpb.contiguous()
     queries, values, grads = query.flatten(3), value.flatten(3), grad.flatten(3)
 
-    # A map is cut only where there are too few for the threads.
-    pieces = max(1, min(2 * torch.get_num_threads() // maps, positions // 64))
+    splits = map_splits(maps, positions)
     query_grads = query.new_empty(batch, height, width, groups, depth)
-    value_grads = (value.new_empty if pieces == 1 else value.new_zeros)(pieces, batch, height, width, groups, channels)
-    key_grads, bias_grads = key.new_empty(maps, pieces, depth, taps), key.new_empty(maps * pieces, taps)
-    table_grads = key.new_empty(batch, groups, pieces, *sides)
+    value_grads = (value.new_empty if splits == 1 else value.new_zeros)(splits, batch, height, width, groups, channels)
+    key_grads, bias_grads = key.new_empty(maps, splits, depth, taps), key.new_empty(maps * splits, taps)
+    table_grads = key.new_empty(batch, groups, splits, *sides)
     run(
-        mix_backward, maps * pieces, queries, values, grads, tap_keys, biases, tables,
-        query_grads, value_grads, key_grads, bias_grads, table_grads,
-        batch, groups, depth, channels, height, width, kernel_height, kernel_width, pieces,
-        *queries.stride(), *values.stride(), *grads.stride(),
+        contmix_backward, maps * splits, queries=queries, values=values, grads=grads, tap_keys=tap_keys, bias=biases,
+        rpb=tables, query_grads=query_grads, value_grads=value_grads, key_grads=key_grads, bias_grads=bias_grads,
+        rpb_grads=table_grads, batch=batch, groups=groups, depth=depth, channels=channels, height=height, width=width,
+        kernel_height=kernel_height, kernel_width=kernel_width, splits=splits, query_strides=queries.stride(),
+        value_strides=values.stride(), grad_strides=grads.stride(),
     )  # fmt: skip
-    key_grad, value_grad = (x.squeeze(i) if pieces == 1 else x.sum(i) for x, i in ((key_grads, 1), (value_grads, 0)))
+    key_grad, value_grad = (x.squeeze(i) if splits == 1 else x.sum(i) for x, i in ((key_grads, 1), (value_grads, 0)))
     by_tap = key_grad.view(maps * depth, taps)
     return (
         query_grads.permute(0, 3, 4, 1, 2),

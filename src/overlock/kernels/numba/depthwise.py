@@ -1,29 +1,38 @@
-"""Depthwise filters on CPU by numba, with what comes before and after them in one pass over memory."""
+"""Depthwise convolutions on CPU, with a prologue and an epilogue in the same pass over memory."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, share
-from overlock.kernels.numba.simd import LANES, gelu, gelu_gradient, load, load_part, prefetch, store, store_part, zeros
-
-# What is done in the same pass, added up.
-GELU_BEFORE, GELU_AFTER, SQUARES, SUMS, GELU_GRADIENT = 1, 2, 4, 8, 16
+from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.flags import GELU, GELU_GRADIENT, SUM, SUM_SQUARES
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.simd import (
+    LANES,
+    aligned_zeros,
+    gelu,
+    gelu_gradient,
+    load,
+    masked_load,
+    masked_store,
+    prefetch,
+    store,
+)
 
 
 @njit(**OPTIONS)
-def read_row(images, first, channels, width, lanes, steps, line, place):
+def read_row(images, first, channels, width, lanes, prologue, line, place):
     """One row of up to LANES channels into ``line``, whose margins stay zero.
 
     The row below, whose numbers lie too far apart for the machine to foresee, is on its way to the cache meanwhile.
     """
     prefetch_row(images, first + width * channels, channels, width)
     for x in range(width):
-        value = load_part(images, first + x * channels, lanes)
-        store(line, place + x * LANES, gelu(value) if steps & GELU_BEFORE else value)
+        value = masked_load(images, first + x * channels, lanes)
+        store(line, place + x * LANES, gelu(value) if prologue & GELU else value)
 
 
 @njit(**OPTIONS)
@@ -166,69 +175,82 @@ def filter_rows(lines, weights, order, begin, end, size, dilation, stride, width
 
 
 @njit(**OPTIONS)
-def write_row(row, begin, width, lanes, steps, out, first, channels, squares, others):
-    """A filtered row to its place, and its squares to those of the rows before."""
-    both = load(squares, 0)
+def write_row(row, begin, width, lanes, epilogue, out, first, channels, sums, before_gelu):
+    """A filtered row, after the epilogue, to its place, and its sum, or that of its squares, to those before."""
+    both = load(sums, 0)
     for x in range(width):
         value = load(row, begin + x * LANES)
-        if steps & GELU_AFTER:
+        if epilogue & GELU:
             value = gelu(value)
-        if steps & GELU_GRADIENT:
-            value = value * gelu_gradient(load_part(others, first + x * channels, lanes))
-        if steps & SQUARES:
+        if epilogue & GELU_GRADIENT:
+            value = value * gelu_gradient(masked_load(before_gelu, first + x * channels, lanes))
+        if epilogue & SUM_SQUARES:
             both = both + value * value
-        if steps & SUMS:
+        if epilogue & SUM:
             both = both + value
-        store_part(out, first + x * channels, value, lanes)
-    store(squares, 0, both)
+        masked_store(out, first + x * channels, value, lanes)
+    store(sums, 0, both)
 
 
-@kernel
+@kernel(
+    x=POINTER,  # (B, H, W, C)
+    weight=POINTER,  # (K K, C)
+    bias=POINTER,  # (C)
+    out=POINTER,  # (B, H, W, C); may be x, where the rows are not split
+    sums=POINTER,  # (B, splits, C), of the results or their squares
+    before_gelu=POINTER,  # (B, H, W, C), which GELU_GRADIENT reads
+    batch=INT64,
+    height=INT64,
+    width=INT64,
+    channels=INT64,
+    kernel_size=INT64,
+    dilation=INT64,
+    prologue=INT64,
+    epilogue=INT64,
+    splits=INT64,  # of the rows
+)
 def depthwise(call, thread, threads):
-    """Filter images (B, H, W, C) with weights (K K, C) and bias (C), zeros around them, into out (B, H, W, C).
+    """out = epilogue(convolution of prologue(x)), zeros around the images. A task is LANES channels of some rows.
 
-    ``call`` holds from index 2 on: the addresses of images, weights, bias, out and sums (B, pieces, C), which takes
-    the sums of the results or of their squares; B, H, W, C, K, the steps, and the pieces that the rows are cut into, 1
-    where ``out`` is ``images``; the dilation; and the address of other images, which GELU_GRADIENT reads. LANES
-    channels of the rows that a filter spans are kept at hand, so that it can write over what it reads.
+    The rows of x that the filter spans are kept at hand, so that it can write over what it reads.
     """
-    p = carray(call, 16)
-    batch, height, width, channels, size, steps, pieces = p[7], p[8], p[9], p[10], p[11], p[12], p[13]
-    dilation, others = p[14], floats(p[15], (batch * height * width * channels,))
-    images, out = floats(p[2], (batch * height * width * channels,)), floats(p[5], (batch * height * width * channels,))
-    weights, bias, sums = (
-        floats(p[3], (size * size * channels,)),
-        floats(p[4], (channels,)),
-        floats(p[6], (batch, pieces, channels)),
+    batch, height, width, channels = call.batch, call.height, call.width, call.channels
+    size, dilation, splits, prologue, epilogue = (
+        call.kernel_size,
+        call.dilation,
+        call.splits,
+        call.prologue,
+        call.epilogue,
     )
+    numbers = (batch * height * width * channels,)
+    images, out, before_gelu = floats(call.x, numbers), floats(call.out, numbers), floats(call.before_gelu, numbers)
+    weights, bias = floats(call.weight, (size * size * channels,)), floats(call.bias, (channels,))
+    sums = floats(call.sums, (batch, splits, channels))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
-    lines, order = zeros((held + 1) * stride), np.zeros(size + 1, np.int64)  # the last line stays zero
-    rows, taps = zeros(2 * width * LANES), zeros((size * size + 1) * LANES)
-    squares, sum_of_squares = zeros(LANES), np.zeros(LANES, np.float64)
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        b, piece, block = job // (blocks * pieces), job // blocks % pieces, job % blocks
-        lanes, first_row, last_row = (
-            min(LANES, channels - block * LANES),
-            height * piece // pieces,
-            height * (piece + 1) // pieces,
-        )
+    lines, order = aligned_zeros((held + 1) * stride), np.zeros(size + 1, np.int64)  # the last line stays zero
+    rows, taps = aligned_zeros(2 * width * LANES), aligned_zeros((size * size + 1) * LANES)
+    row_sums, exact = aligned_zeros(LANES), np.zeros(LANES, np.float64)
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        b, split, block = task // (blocks * splits), task // blocks % splits, task % blocks
+        lanes = min(LANES, channels - block * LANES)
+        first_row, last_row = height * split // splits, height * (split + 1) // splits
         for n in range(size * size):
-            store(taps, n * LANES, load_part(weights, n * channels + block * LANES, lanes))
-        store(taps, size * size * LANES, load_part(bias, block * LANES, lanes))
+            store(taps, n * LANES, masked_load(weights, n * channels + block * LANES, lanes))
+        store(taps, size * size * LANES, masked_load(bias, block * LANES, lanes))
         origin = b * height * width * channels + block * LANES
-        sum_of_squares[:] = 0
+        exact[:] = 0
         ready, y = max(first_row - half, 0), first_row
         while y < last_row:
             count = 2 if paired and y + 1 < last_row else 1
             while ready < min(y + half + count, height):
                 read_row(
-                    images, origin + ready * width * channels, channels, width, lanes, steps, lines,
+                    images, origin + ready * width * channels, channels, width, lanes, prologue, lines,
                     ready % held * stride + half * LANES,
                 )  # fmt: skip
                 ready += 1
-            if p[5] != p[2]:
+            if call.out != call.x:
                 prefetch_row(out, origin + y * width * channels, channels, count * width)
             top = max(-((y - half) // dilation), 0)
             bottom = min(size + count - 1, (height - 1 - y + half) // dilation + 1)
@@ -236,31 +258,38 @@ def depthwise(call, thread, threads):
                 row = y - half + k * dilation
                 order[k] = row % held if 0 <= row < height else held
             filter_rows(lines, taps, order, top, bottom, size, dilation, stride, width, count, rows)
-            squares[:] = 0
+            row_sums[:] = 0
             for i in range(count):
                 at = origin + (y + i) * width * channels
-                write_row(rows, i * width * LANES, width, lanes, steps, out, at, channels, squares, others)
+                write_row(rows, i * width * LANES, width, lanes, epilogue, out, at, channels, row_sums, before_gelu)
             for c in range(LANES):
-                sum_of_squares[c] += squares[c]
+                exact[c] += row_sums[c]
             y += count
-        if steps & (SQUARES | SUMS):
+        if epilogue & (SUM_SQUARES | SUM):
             for c in range(lanes):
-                sums[b, piece, block * LANES + c] = sum_of_squares[c]
+                sums[b, split, block * LANES + c] = exact[c]
 
 
 def filter_tokens(
-    tokens: Tensor, weight: Tensor, bias: Tensor, steps: int = 0, dilation: int = 1, before_gelu: Tensor | None = None
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, *, prologue: int = 0, epilogue: int = 0, dilation: int = 1,
+    before_gelu: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Filter tokens (B, H, W, C) with weight (K, K, C) and bias (C).
 
     Args:
-        steps: GELU_BEFORE, GELU_AFTER or both, added up.
+        x: the tokens.
+        weight, bias: of the filter.
+        prologue, epilogue: GELU, or 0 for nothing.
         dilation: distance of a filter's neighbours.
         before_gelu: (B, H, W, C); multiply the result by GELU's derivative there.
     """
-    out, jobs = torch.empty_like(tokens), tokens.shape[0] * -(-tokens.shape[3] // LANES)
-    pieces = max(1, min(2 * torch.get_num_threads() // jobs, tokens.shape[1] // 8))
-    steps = steps if before_gelu is None else steps | GELU_GRADIENT
-    sizes = (*tokens.shape, weight.shape[0], steps, pieces, dilation, tokens if before_gelu is None else before_gelu)
-    run(depthwise, jobs * pieces, tokens, weight.contiguous(), bias.contiguous(), out, out, *sizes)
+    (batch, height, width, channels), out = x.shape, torch.empty_like(x)
+    blocks = batch * -(-channels // LANES)
+    splits = max(1, min(2 * torch.get_num_threads() // blocks, height // 8))
+    run(
+        depthwise, blocks * splits, x=x, weight=weight.contiguous(), bias=bias.contiguous(), out=out, sums=None,
+        before_gelu=before_gelu, batch=batch, height=height, width=width, channels=channels,
+        kernel_size=weight.shape[0], dilation=dilation, prologue=prologue,
+        epilogue=epilogue if before_gelu is None else epilogue | GELU_GRADIENT, splits=splits,
+    )  # fmt: skip
     return out

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 
+from overlock.kernels.numba.arguments import INT64, POINTER
 from overlock.kernels.numba.contmix import to_images, to_tokens
-from overlock.kernels.numba.depthwise import GELU_BEFORE, filter_tokens, read_row
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, share
-from overlock.kernels.numba.simd import LANES, load, spread, store, store_part, zeros
+from overlock.kernels.numba.depthwise import filter_tokens, read_row
+from overlock.kernels.numba.flags import GELU
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.simd import LANES, aligned_zeros, broadcast, load, masked_store, store
 
 ZERO = np.float32(0)
 
@@ -25,7 +27,7 @@ def add(sums, to, value):
 @njit(**OPTIONS)
 def correlate_three(row, above, here, below, step, width, sums):
     """Add a row of gradients times the nine values around each place to the nine sums."""
-    a = b = c = d = e = f = g = h = i = spread(ZERO)
+    a = b = c = d = e = f = g = h = i = broadcast(ZERO)
     for x in range(0, width * LANES, LANES):
         y = load(row, x)
         a, b, c = a + y * load(above, x), b + y * load(above, x + step), c + y * load(above, x + 2 * step)
@@ -45,7 +47,7 @@ def correlate_three(row, above, here, below, step, width, sums):
 @njit(**OPTIONS)
 def correlate_five(row, line, first, step, width, sums, to):
     """Add a row of gradients times five neighbours in a row of values to five sums."""
-    a = b = c = d = e = spread(ZERO)
+    a = b = c = d = e = broadcast(ZERO)
     for x in range(0, width * LANES, LANES):
         y, at = load(row, x), first + x
         a, b = a + y * load(line, at), b + y * load(line, at + step)
@@ -61,7 +63,7 @@ def correlate_five(row, line, first, step, width, sums, to):
 @njit(**OPTIONS)
 def correlate_seven(row, line, first, step, width, sums, to):
     """The same for seven."""
-    a = b = c = d = e = f = g = spread(ZERO)
+    a = b = c = d = e = f = g = broadcast(ZERO)
     for x in range(0, width * LANES, LANES):
         y, at = load(row, x), first + x
         a, b = a + y * load(line, at), b + y * load(line, at + step)
@@ -92,40 +94,46 @@ def correlate_row(row, lines, order, begin, end, size, padded, step, stride, wid
                 n += 7
 
 
-@kernel
+@kernel(
+    x=POINTER,  # (B, H, W, C)
+    grads=POINTER,  # (B, H, W, C)
+    out=POINTER,  # (splits, K K + 1, C): gradients of the weights, and last of the biases
+    batch=INT64,
+    height=INT64,
+    width=INT64,
+    channels=INT64,
+    kernel_size=INT64,
+    dilation=INT64,
+    prologue=INT64,
+    splits=INT64,  # of the batch
+)
 def correlate(call, thread, threads):
-    """Gradients (pieces, K K + 1, C) of depthwise filters, and last of biases, from images and gradients (B, H, W, C).
+    """Gradients of depthwise filters from prologue(x) and gradients. A task is LANES channels of some images.
 
-    Around the images are zeros.
-
-    ``call`` holds from index 2 on: the addresses of images, gradients and out; B, H, W, C, K, the dilation, the pieces
-    that the images are cut into, each with sums of its own, and GELU_BEFORE if that is done to the images. The rows
-    that a filter spans are kept at hand.
+    Around the images are zeros. The rows that a filter spans are kept at hand.
     """
-    p = carray(call, 13)
-    batch, height, width, channels, size, dilation, pieces = p[5], p[6], p[7], p[8], p[9], p[10], p[11]
-    images, grads = (
-        floats(p[2], (batch * height * width * channels,)),
-        floats(p[3], (batch * height * width * channels,)),
-    )
-    out = floats(p[4], (pieces * (size * size + 1) * channels,))
+    batch, height, width, channels = call.batch, call.height, call.width, call.channels
+    size, dilation, splits = call.kernel_size, call.dilation, call.splits
+    numbers = (batch * height * width * channels,)
+    images, grads = floats(call.x, numbers), floats(call.grads, numbers)
+    out = floats(call.out, (splits * (size * size + 1) * channels,))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     step, padded = dilation * LANES, size + 6
     biases = size * padded * LANES
     stride = (width + span - 1 + 6 * dilation) * LANES
-    lines, order = zeros((span + 1) * stride), np.zeros(size, np.int64)
-    row, sums = zeros(width * LANES), zeros((size * padded + 1) * LANES)
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        piece, block = job // blocks, job % blocks
+    lines, order = aligned_zeros((span + 1) * stride), np.zeros(size, np.int64)
+    row, sums = aligned_zeros(width * LANES), aligned_zeros((size * padded + 1) * LANES)
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        split, block = task // blocks, task % blocks
         lanes = min(LANES, channels - block * LANES)
         sums[:] = 0
-        for b in range(batch * piece // pieces, batch * (piece + 1) // pieces):
+        for b in range(batch * split // splits, batch * (split + 1) // splits):
             origin, ready = b * height * width * channels + block * LANES, 0
             for y in range(height):
                 while ready < min(y + half + 1, height):
-                    first = origin + ready * width * channels
-                    read_row(images, first, channels, width, lanes, p[12], lines, ready % span * stride + half * LANES)
+                    first, place = origin + ready * width * channels, ready % span * stride + half * LANES
+                    read_row(images, first, channels, width, lanes, call.prologue, lines, place)
                     ready += 1
                 read_row(grads, origin + y * width * channels, channels, width, lanes, 0, row, 0)
                 both = load(sums, biases)
@@ -136,8 +144,8 @@ def correlate(call, thread, threads):
                     at = y - half + k * dilation
                     order[k] = at % span if 0 <= at < height else span  # the last line holds zeros
                 if size == 3:
-                    a, b_, c = order[0] * stride, order[1] * stride, order[2] * stride
-                    correlate_three(row, lines[a:], lines[b_:], lines[c:], step, width, sums)
+                    above, here, below = order[0] * stride, order[1] * stride, order[2] * stride
+                    correlate_three(row, lines[above:], lines[here:], lines[below:], step, width, sums)
                 else:
                     top, bottom = 0, size
                     while top < size and order[top] == span:
@@ -145,12 +153,12 @@ def correlate(call, thread, threads):
                     while bottom > top and order[bottom - 1] == span:
                         bottom -= 1
                     correlate_row(row, lines, order, top, bottom, size, padded, step, stride, width, sums)
-        to = piece * (size * size + 1) * channels + block * LANES
+        to = split * (size * size + 1) * channels + block * LANES
         for k in range(size):
             for n in range(size):
                 at = (k * size + n if size == 3 else k * padded + n) * LANES
-                store_part(out, to + (k * size + n) * channels, load(sums, at), lanes)
-        store_part(out, to + size * size * channels, load(sums, biases), lanes)
+                masked_store(out, to + (k * size + n) * channels, load(sums, at), lanes)
+        masked_store(out, to + size * size * channels, load(sums, biases), lanes)
 
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
@@ -159,15 +167,17 @@ def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> 
     return to_images(filter_tokens(to_tokens(x), weight.permute(1, 2, 0), bias, **settings))
 
 
-def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, steps: int = 0) -> tuple[Tensor, Tensor]:
+def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, prologue: int = 0) -> tuple[Tensor, Tensor]:
     """Gradients of the weights (C, 1, K, K) and biases (C) that x (B, C, H, W) is filtered with."""
     grads, images = to_tokens(grad), to_tokens(x)
     batch, height, width, channels = images.shape
     blocks = -(-channels // LANES)
-    pieces = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
-    out = images.new_empty(pieces, size * size + 1, channels)
-    sizes = (batch, height, width, channels, size, dilation, pieces, steps)
-    run(correlate, pieces * blocks, images, grads, out, *sizes)
+    splits = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
+    out = images.new_empty(splits, size * size + 1, channels)
+    run(
+        correlate, splits * blocks, x=images, grads=grads, out=out, batch=batch, height=height, width=width,
+        channels=channels, kernel_size=size, dilation=dilation, prologue=prologue, splits=splits,
+    )  # fmt: skip
     both = out.sum(dim=0)
     return both[:-1].view(size, size, channels).permute(2, 0, 1)[:, None], both[-1]
 
@@ -196,10 +206,10 @@ def _with_residual(weight: Tensor) -> Tensor:
 
 def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """See overlock.ops.local_conv; channels last."""
-    return _filter(x, _with_residual(weight), bias, steps=GELU_BEFORE if gelu else 0)
+    return _filter(x, _with_residual(weight), bias, prologue=GELU if gelu else 0)
 
 
 def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of local_conv with respect to x, channels last, weight and bias."""
     of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
-    return of_x, *_correlate(grad, x, weight.shape[3], 1, GELU_BEFORE if gelu else 0)
+    return of_x, *_correlate(grad, x, weight.shape[3], 1, GELU if gelu else 0)

@@ -1,117 +1,145 @@
-"""The first half of a ConvFFN on CPU by numba: a product, GELU and a 3 x 3 filter, a few rows of the images at once.
+"""The first half of a ConvFFN on CPU: a matrix product, GELU and a 3 x 3 filter, a few rows of the images at once.
 
-The product of those rows stays in the second cache, from which the filter reads it; of all rows it would be four times
-as large as the images, to be written to memory and read again. The weights are read anew for every few rows, so that
-this is for those that stay in the cache too.
+The product of those rows stays in the second-level cache, from which the filter reads it; of all rows it would be four
+times as large as the images, to be written to memory and read again. The weights are read anew for every few rows, so
+that this is for those that stay in the cache too.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
-from numba import carray, njit
+from numba import njit
 
-from overlock.kernels.numba.depthwise import SQUARES, filter_three, write_row
-from overlock.kernels.numba.gemm import multiply, pack_row
-from overlock.kernels.numba.gemm_microkernel import DEPTH, PANEL, ROWS, STRIDE
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, share
-from overlock.kernels.numba.simd import LANES, gelu, load, load_part, room, store, zeros
+from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.depthwise import filter_three, write_row
+from overlock.kernels.numba.flags import SUM_SQUARES
+from overlock.kernels.numba.gemm import multiply_panel, pack_row
+from overlock.kernels.numba.gemm_microkernel import KC, MR, NR, ROW_STRIDE
+from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
+from overlock.kernels.numba.simd import LANES, aligned_empty, aligned_zeros, gelu, load, masked_load, store
 
-LARGEST_WEIGHT = 1 << 17  # numbers: half of a second cache
-FEWEST_ROWS = 24  # of a piece, for those that its neighbours make a second time not to count
+LARGEST_WEIGHT = 1 << 17  # numbers: half of a second-level cache
+FEWEST_ROWS = 24  # of a split, for those that its neighbours make a second time not to count
 TOKENS = 256  # at once
 
 
-@njit(**OPTIONS)
-def expand_rows(
-    x, first, count, scale, scale_first, depth, steps, packed, weight, channels, tile, lines, step, line, ring, row,
-    width, out, out_bytes,
-):  # fmt: skip
-    """GELU(x @ weight) of ``count`` tokens from ``first`` on, a row of the ring and those below, into the lines.
+class Ring(NamedTuple):
+    """Some rows of a map, the oldest written over by the next: blocks of LANES channels, with margins of zeros."""
 
-    A block of LANES channels is ``step`` numbers from the one before, a row ``line`` numbers. Meanwhile the next tokens
-    begin to come to the second cache, and ``out_bytes`` bytes from the address ``out`` on, which are written next.
-    """
-    size, panels = (depth + DEPTH - 1) // DEPTH * ROWS * STRIDE, (channels + PANEL - 1) // PANEL
-    packed_at, tile_at, tiles = packed.ctypes.data, tile.ctypes.data, (count + ROWS - 1) // ROWS
+    lines: Any
+    block: Any  # numbers from one block to the next
+    line: Any  # numbers of a row
+    rows: Any
+    width: Any
+
+
+@njit(**OPTIONS)
+def pack_tokens(x, first, count, scale, scale_first, depth, prologue, packed):
+    """Tokens from ``first`` on, after the prologue, to the microkernel's layout."""
+    size = (depth + KC - 1) // KC * MR * ROW_STRIDE
     for r in range(count):
-        place = r // ROWS * size + r % ROWS * STRIDE
-        pack_row(x, (first + r) * depth, scale, scale_first, x, 0, depth, steps, packed, place)
-    out_step = out_bytes // (max(panels - 1, 1) * tiles * depth) + 1
+        place = r // MR * size + r % MR * ROW_STRIDE
+        pack_row(x, (first + r) * depth, scale, scale_first, x, 0, depth, prologue, packed, place)
+
+
+@njit(**OPTIONS)
+def expand_tokens(packed, count, depth, weight, channels, tile, ring, row, following, result, result_bytes):
+    """GELU(x @ weight) of ``count`` packed tokens, to the ring's rows from one on.
+
+    Meanwhile memory from the address ``following`` on begins to come to the second-level cache, which holds the tokens
+    that are packed next, and then ``result_bytes`` bytes from ``result`` on, which are written next.
+    """
+    size, panels = (depth + KC - 1) // KC * MR * ROW_STRIDE, (channels + NR - 1) // NR
+    packed_at, tile_at, tiles = packed.ctypes.data, tile.ctypes.data, (count + MR - 1) // MR
+    result_step = result_bytes // (max(panels - 1, 1) * tiles * depth) + 1
     for panel in range(panels):
-        used, at = min(PANEL, channels - panel * PANEL), weight + 4 * panel * (depth + 1) * PANEL
+        used, at = min(NR, channels - panel * NR), weight + 4 * panel * (depth + 1) * NR
         y, column = row, 0
         for n in range(tiles):
-            rows = min(ROWS, count - n * ROWS)
-            later, later_step = x.ctypes.data + 4 * (first + count + n * ROWS) * depth, 4 * ROWS
+            rows = min(MR, count - n * MR)
+            ahead, ahead_step = following + 4 * n * MR * depth, 4 * MR
             if panel > 0:
-                later, later_step = out + ((panel - 1) * tiles + n) * depth * out_step, out_step
-            multiply(rows, packed_at + 4 * n * size, depth, DEPTH, at, used, tile_at, tile_at, PANEL, later, later_step)
+                ahead, ahead_step = result + ((panel - 1) * tiles + n) * depth * result_step, result_step
+            multiply_panel(rows, packed_at + 4 * n * size, depth, KC, at, used, tile_at, tile_at, NR, ahead, ahead_step)
             for r in range(rows):
-                place = panel * (PANEL // LANES) * step + y * line + (column + 1) * LANES
+                place = panel * (NR // LANES) * ring.block + y * ring.line + (column + 1) * LANES
                 for c in range(0, used, LANES):
-                    store(lines, place, gelu(load(tile, r * PANEL + c)))
-                    place += step
+                    store(ring.lines, place, gelu(load(tile, r * NR + c)))
+                    place += ring.block
                 column += 1
-                if column == width:
-                    y, column = (y + 1) % ring, 0
+                if column == ring.width:
+                    y, column = (y + 1) % ring.rows, 0
 
 
-@kernel
+@kernel(
+    x=POINTER,  # (B, H, W, K)
+    scale=POINTER,  # (B, K)
+    weight=POINTER,  # the panels of pack_panels, which hold the bias too
+    filter_weight=POINTER,  # (9, N)
+    filter_bias=POINTER,  # (N)
+    out=POINTER,  # (B, H, W, N)
+    sums=POINTER,  # (B, splits, N), of the squares of the results
+    height=INT64,
+    width=INT64,
+    depth=INT64,  # K
+    channels=INT64,  # N
+    prologue=INT64,
+    splits=INT64,  # of the rows
+    band=INT64,  # rows that are filtered at once
+)
 def expand_and_filter(call, thread, threads):
-    """out = filter(GELU(scale * x @ weight + bias)) of images (B, H, W, K) to (B, H, W, N), and its squares' sums.
-
-    ``call`` holds from index 2 on: the addresses of x, scale (B, K), the packed weight and bias, the filter's weights
-    (9, N) and bias (N), out, and the sums (B, pieces, N); B, H, W, K, N, the steps before the product; the pieces that
-    rows are cut into, and the rows to filter at once.
-    """
-    p = carray(call, 17)
-    height, width, depth, channels = p[10], p[11], p[12], p[13]
-    pieces, band, everything = p[15], p[16], (1 << 60,)
-    x, scale, out = floats(p[2], everything), floats(p[3], everything), floats(p[7], everything)
-    weights, bias, sums = floats(p[5], everything), floats(p[6], everything), floats(p[8], everything)
-    ring, line = band + 2, (width + 2) * LANES
-    step, blocks = (ring + 1) * line, (channels + PANEL - 1) // PANEL * (PANEL // LANES)
-    lines = zeros(blocks * step)  # margins and the last line of a block stay zero
-    packed = room((ring * width + ROWS - 1) // ROWS * ((depth + DEPTH - 1) // DEPTH) * ROWS * STRIDE)
-    taps, tile, row = room(10 * LANES), room(ROWS * PANEL), room(width * LANES)
-    squares, exact = zeros(LANES), np.zeros(blocks * LANES, np.float64)
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        image, piece = job // pieces, job % pieces
-        top, bottom = height * piece // pieces, height * (piece + 1) // pieces
+    """out = filter(GELU(prologue(x) @ weight + bias)). A task is some rows of an image."""
+    height, width, depth, channels = call.height, call.width, call.depth, call.channels
+    splits, band = call.splits, call.band
+    x, scale, out, sums = floats(call.x, ANY), floats(call.scale, ANY), floats(call.out, ANY), floats(call.sums, ANY)
+    weights, bias = floats(call.filter_weight, ANY), floats(call.filter_bias, ANY)
+    line, blocks = (width + 2) * LANES, (channels + NR - 1) // NR * (NR // LANES)
+    block_size = (band + 3) * line  # the last line of a block stays zero
+    ring = Ring(aligned_zeros(blocks * block_size), block_size, line, band + 2, width)
+    packed = aligned_empty((ring.rows * width + MR - 1) // MR * ((depth + KC - 1) // KC) * MR * ROW_STRIDE)
+    taps, tile, row = aligned_empty(10 * LANES), aligned_empty(MR * NR), aligned_empty(width * LANES)
+    squares, exact = aligned_zeros(LANES), np.zeros(blocks * LANES, np.float64)
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        image, split = task // splits, task % splits
+        top, bottom = height * split // splits, height * (split + 1) // splits
         exact[:] = 0
         ready = max(top - 1, 0)
         for y in range(top, bottom, band):
             stop = min(y + band, bottom)
             until = min(stop + 1, height)
-            expand_rows(
-                x, (image * height + ready) * width, (until - ready) * width, scale, image * depth, depth, p[14],
-                packed, p[4], channels, tile, lines, step, line, ring, ready % ring, width,
-                p[7] + 4 * (image * height + y) * width * channels, 4 * (stop - y) * width * channels,
+            first, count = (image * height + ready) * width, (until - ready) * width
+            pack_tokens(x, first, count, scale, image * depth, depth, call.prologue, packed)
+            expand_tokens(
+                packed, count, depth, call.weight, channels, tile, ring, ready % ring.rows,
+                call.x + 4 * (first + count) * depth, call.out + 4 * (image * height + y) * width * channels,
+                4 * (stop - y) * width * channels,
             )  # fmt: skip
             ready = until
             for channel in range(0, channels, LANES):
-                lanes, place = min(LANES, channels - channel), channel // LANES * step
+                lanes, place = min(LANES, channels - channel), channel // LANES * ring.block
                 for n in range(9):
-                    store(taps, n * LANES, load_part(weights, n * channels + channel, lanes))
-                store(taps, 9 * LANES, load_part(bias, channel, lanes))
+                    store(taps, n * LANES, masked_load(weights, n * channels + channel, lanes))
+                store(taps, 9 * LANES, masked_load(bias, channel, lanes))
                 squares[:] = 0
                 for r in range(y, stop):
-                    above = place + ((r - 1) % ring if r > 0 else ring) * line
-                    below = place + ((r + 1) % ring if r + 1 < height else ring) * line
-                    filter_three(lines, taps, above, place + r % ring * line, below, width, row, 0)
+                    above = place + ((r - 1) % ring.rows if r > 0 else ring.rows) * line
+                    below = place + ((r + 1) % ring.rows if r + 1 < height else ring.rows) * line
+                    filter_three(ring.lines, taps, above, place + r % ring.rows * line, below, width, row, 0)
                     to = (image * height + r) * width * channels + channel
-                    write_row(row, 0, width, lanes, SQUARES, out, to, channels, squares, out)
+                    write_row(row, 0, width, lanes, SUM_SQUARES, out, to, channels, squares, out)
                 for c in range(LANES):
                     exact[channel + c] += squares[c]
         for c in range(channels):
-            sums[job * channels + c] = exact[c]
+            sums[task * channels + c] = exact[c]
 
 
-def plan(batch: int, height: int, width: int, weight: int) -> tuple[int, int] | None:
-    """Pieces of the rows and rows to filter at once for packed weights of some numbers; None where it does not pay."""
-    pieces = -(-torch.get_num_threads() // batch)
-    if weight > LARGEST_WEIGHT or height < FEWEST_ROWS * pieces:
+def splits_and_band(batch: int, height: int, width: int, weight: int) -> tuple[int, int] | None:
+    """Splits of the rows and rows to filter at once for packed weights of some numbers; None where it does not pay."""
+    splits = -(-torch.get_num_threads() // batch)
+    if weight > LARGEST_WEIGHT or height < FEWEST_ROWS * splits:
         return None
-    return pieces, max(1, TOKENS // width)
+    return splits, max(1, TOKENS // width)

@@ -1,54 +1,65 @@
-"""Products of tokens and weights for numba, with what comes before and after them in the same pass.
+"""Matrix products of tokens and weights on CPU, with a prologue and an epilogue in the same pass over memory.
 
-A piece of the tokens is packed for the inner loop (gemm_microkernel.py), and there is multiplied with one panel of the
-weights after another; each tile of the result passes through its last steps while it is in the cache. A convolution is
-such a product too, of the windows of an image, which are made while it is packed.
+Blocked as in BLIS: a part of the tokens is packed for the microkernel (gemm_microkernel.py), and there is multiplied
+with one panel of the weights after another. The prologue is done to tokens while they are packed, the epilogue to each
+tile of the result while it is in the cache. A convolution is such a product too, of the windows of an image, which are
+made while it is packed (im2col without the columns in memory).
 """
 
 from __future__ import annotations
 
 import torch
-from numba import carray, njit
+from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.flags import GATE, GELU, RESIDUAL, SCALE, SILU
 from overlock.kernels.numba.gemm_microkernel import (
-    DEPTH,
-    HALF,
-    HALF_ROWS,
-    PANEL,
-    ROWS,
-    STRIDE,
+    HALF_MR,
+    HALF_VECTOR,
+    KC,
+    MR,
+    NR,
+    ROW_STRIDE,
     multiply_half,
-    multiply_panel,
     multiply_three_halves,
+    multiply_two_vectors,
     multiply_vector,
 )
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, share
-from overlock.kernels.numba.simd import LANES, gelu, load, load_part, prefetch, room, silu, store, store_part
+from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
+from overlock.kernels.numba.simd import (
+    LANES,
+    aligned_empty,
+    gelu,
+    load,
+    masked_load,
+    masked_store,
+    prefetch,
+    silu,
+    store,
+)
 
-# What is done in the same pass, added up: to x before the product, then to the result, in this order.
-SCALED, GATED, RESIDUAL, SILU, GELU = 1, 2, 4, 8, 16
 LINE = 64  # bytes of the cache
-ROOM = 1 << 16  # numbers of packed tokens: half of a second cache, with weights and results beside them
+PACKED_NUMBERS = 1 << 16  # of tokens: half of a second-level cache, with weights and results beside them
 
 
 @njit(**OPTIONS)
-def pack_row(x, first, scale, scale_first, gate, gate_first, depth, steps, packed, place):
-    """One row of x, scaled and gated where asked for, to the tiles' layout."""
+def pack_row(x, first, scale, scale_first, gate, gate_first, depth, prologue, packed, place):
+    """One row of x, after the prologue, to the microkernel's layout."""
     for k in range(0, depth, LANES):
         lanes = min(LANES, depth - k)
-        value = load_part(x, first + k, lanes)
-        if steps & SCALED:
-            value = value * load_part(scale, scale_first + k, lanes)
-        if steps & GATED:
-            value = value * load_part(gate, gate_first + k, lanes)
-        store(packed, place + k // DEPTH * ROWS * STRIDE + k % DEPTH, value)
+        value = masked_load(x, first + k, lanes)
+        if prologue & SCALE:
+            value = value * masked_load(scale, scale_first + k, lanes)
+        if prologue & GATE:
+            value = value * masked_load(gate, gate_first + k, lanes)
+        store(packed, place + k // KC * MR * ROW_STRIDE + k % KC, value)
 
 
 @njit(**OPTIONS)
 def pack_window(x, image, top, left, height, width, channels, size, span, chunk, packed, place):
-    """One window of an image (H, W, C), whose rows are counted from ``image`` on, to the tiles' layout.
+    """One window of an image (H, W, C), whose rows are counted from ``image`` on, to the microkernel's layout.
 
     Zeros are packed for what is outside of the image. A row of the window is packed by spans of ``span`` numbers, the
     channels of one tap or a part of them, or whole, and as many spans together as ``chunk`` has numbers.
@@ -65,16 +76,16 @@ def pack_window(x, image, top, left, height, width, channels, size, span, chunk,
             while start < length:  # a range of an unknown step would be a division
                 for c in range(0, step, LANES):
                     lanes = min(step - c, length - start - c) if inside else 0
-                    store(packed, place + c, load_part(x, first + start + c, lanes))  # the next goes over the rest
+                    store(packed, place + c, masked_load(x, first + start + c, lanes))  # the next goes over the rest
                 place += step
                 if place == end:
-                    place += ROWS * STRIDE - chunk
+                    place += MR * ROW_STRIDE - chunk
                     end = place + chunk
                 start += step
 
 
 @njit(**OPTIONS)
-def pack_windows_of(x, first, last, height, width, channels, size, stride, span, chunk, packed, place):
+def pack_windows(x, first, last, height, width, channels, size, stride, span, chunk, packed, place):
     """The windows of some places of a convolution's result, counted over all images."""
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     row, column = first // out_width, first % out_width
@@ -82,7 +93,7 @@ def pack_windows_of(x, first, last, height, width, channels, size, stride, span,
     for _ in range(first, last):
         top, left = row * stride - size // 2, column * stride - size // 2
         pack_window(x, image, top, left, height, width, channels, size, span, chunk, packed, place)
-        place += STRIDE
+        place += ROW_STRIDE
         column += 1
         if column == out_width:
             column, row = 0, row + 1
@@ -91,148 +102,182 @@ def pack_windows_of(x, first, last, height, width, channels, size, stride, span,
 
 
 @njit(**OPTIONS)
-def multiply(rows, packed, depth, chunk, panel, width, tile, out, out_step, later, later_step):
-    """out (rows, PANEL) = bias + packed rows @ a panel of the weights, of whose columns ``width`` are used.
+def multiply_panel(rows, packed, depth, chunk, panel, columns, tile, out, out_step, ahead, ahead_step):
+    """out (rows, NR) = bias + packed rows @ a panel of the weights, of which the first ``columns`` are used.
 
-    All are addresses; the tile has room for the sums of a part of the depth, which is packed by chunks. Meanwhile the
-    lines from ``later`` on, by ``later_step`` bytes for each step of the depth, begin to come to the second cache.
+    All are addresses; the tile holds the sums of a part of the depth, which is packed by chunks. Meanwhile the lines
+    from ``ahead`` on, by ``ahead_step`` bytes for each step of the depth, begin to come to the second-level cache.
     """
     start, start_step = panel, 0  # the bias comes first, the same for all rows
-    x, weight = packed, panel + 4 * PANEL
+    x, weight = packed, panel + 4 * NR
     while depth > 0:  # a range of an unknown step would be a division
-        steps = min(chunk, depth)
-        to, to_step = (out, out_step) if depth <= chunk else (tile, PANEL)
-        if width > 3 * HALF:
-            multiply_panel(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
-        elif width > LANES:
-            for r in range(0, rows, HALF_ROWS):
-                here, begin, end = min(HALF_ROWS, rows - r), start + 4 * r * start_step, to + 4 * r * to_step
+        count = min(chunk, depth)
+        to, to_step = (out, out_step) if depth <= chunk else (tile, NR)
+        if columns > 3 * HALF_VECTOR:
+            multiply_two_vectors(rows, x, weight, count, start, start_step, to, to_step, ahead, ahead_step)
+        elif columns > LANES:
+            for r in range(0, rows, HALF_MR):
+                here, begin, end = min(HALF_MR, rows - r), start + 4 * r * start_step, to + 4 * r * to_step
                 multiply_three_halves(
-                    here, x + 4 * r * STRIDE, weight, steps, begin, start_step, end, to_step, later, later_step
+                    here, x + 4 * r * ROW_STRIDE, weight, count, begin, start_step, end, to_step, ahead, ahead_step
                 )
-        elif width > HALF:
-            multiply_vector(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
+        elif columns > HALF_VECTOR:
+            multiply_vector(rows, x, weight, count, start, start_step, to, to_step, ahead, ahead_step)
         else:
-            multiply_half(rows, x, weight, steps, start, start_step, to, to_step, later, later_step)
-        start, start_step, later = tile, PANEL, later + chunk * later_step
-        x, weight, depth = x + 4 * ROWS * STRIDE, weight + 4 * chunk * PANEL, depth - chunk
+            multiply_half(rows, x, weight, count, start, start_step, to, to_step, ahead, ahead_step)
+        start, start_step, ahead = tile, NR, ahead + chunk * ahead_step
+        x, weight, depth = x + 4 * MR * ROW_STRIDE, weight + 4 * chunk * NR, depth - chunk
 
 
 @njit(**OPTIONS)
-def write_tile(tile, rows, width, other, other_first, other_step, share, column, out, out_first, out_step, steps):
-    """The last steps of a tile of the result, and then to its place."""
-    for c in range(0, min(PANEL, width), LANES):
-        lanes = min(LANES, width - c)
-        part = load_part(share, column + c, lanes)
+def write_tile(
+    tile, rows, columns, residual, residual_first, residual_stride, residual_scale, column,
+    out, out_first, out_stride, epilogue,
+):  # fmt: skip
+    """A tile of the result, after the epilogue, to its place."""
+    for c in range(0, min(NR, columns), LANES):
+        lanes = min(LANES, columns - c)
+        factor = masked_load(residual_scale, column + c, lanes)
         for r in range(rows):
-            value = load(tile, r * PANEL + c)
-            if steps & RESIDUAL:
-                value = value + load_part(other, other_first + r * other_step + c, lanes) * part
-            if steps & SILU:
+            value = load(tile, r * NR + c)
+            if epilogue & RESIDUAL:
+                value = value + masked_load(residual, residual_first + r * residual_stride + c, lanes) * factor
+            if epilogue & SILU:
                 value = silu(value)
-            if steps & GELU:
+            if epilogue & GELU:
                 value = gelu(value)
-            store_part(out, out_first + r * out_step + c, value, lanes)
+            masked_store(out, out_first + r * out_stride + c, value, lanes)
 
 
 @njit(**OPTIONS)
-def prefetch_tile(out, first, last, step, column, width):
+def prefetch_tile(numbers, first, last, stride, column, columns):
     for r in range(first, last):
-        for c in range(0, min(PANEL, width), LANES):
-            prefetch(out, r * step + column + c)
+        for c in range(0, min(NR, columns), LANES):
+            prefetch(numbers, r * stride + column + c)
 
 
-@kernel
-def product(call, thread, threads):
-    """out (M, N) = x (M, K) @ weight (K, N) + bias, with steps before and after.
-
-    ``call`` holds from index 2 on: the addresses of x; scale (images, K); gate; the packed weight and bias; other,
-    which is added times its share (N); its share; and out. Then M, K, N, the tokens of an image, the strides of
-    rows of x, gate, other and out, the steps, and the pieces that rows and panels are cut into. A convolution's x are
-    images: their height, width and channels, the size of its windows (0 for a plain product) and stride, the span and
-    the chunk that they are packed by.
-    """
-    p = carray(call, 27)
-    rows, depth, width, tokens, steps = p[9], p[10], p[11], p[12], p[17]
-    everything, panels = (1 << 60,), (width + PANEL - 1) // PANEL
-    x, scale, gate, weight = floats(p[2], everything), floats(p[3], everything), floats(p[4], everything), p[5]
-    other, part, out = floats(p[6], everything), floats(p[7], everything), floats(p[8], everything)
-    chunk = p[26]
-    size = (depth + chunk - 1) // chunk * ROWS * STRIDE
-    held = max(1, ROOM // size)  # blocks of rows
-    packed, tile = room(held * size), room(ROWS * PANEL)
+@kernel(
+    x=POINTER,  # (rows, depth), or the images of a convolution
+    scale=POINTER,  # (images, depth)
+    gate=POINTER,  # (rows, depth)
+    weight=POINTER,  # the panels of pack_panels, which hold the bias too
+    residual=POINTER,  # (rows, columns)
+    residual_scale=POINTER,  # (columns)
+    out=POINTER,  # (rows, columns)
+    rows=INT64,
+    depth=INT64,
+    columns=INT64,
+    tokens=INT64,  # rows of an image, that have a scale together
+    x_stride=INT64,
+    gate_stride=INT64,
+    residual_stride=INT64,
+    out_stride=INT64,
+    prologue=INT64,
+    epilogue=INT64,
+    row_splits=INT64,
+    panel_splits=INT64,
+    window=INT64,  # size of a convolution's, 0 for a plain product; what follows is the convolution's
+    stride=INT64,
+    height=INT64,
+    width=INT64,
+    channels=INT64,
+    span=INT64,  # numbers of a window that are packed together
+    chunk=INT64,  # numbers of the depth that are packed at one place
+)
+def gemm(call, thread, threads):
+    """out = epilogue(prologue(x) @ weight + bias). A task is a part of the rows, or of the panels."""
+    x, scale, gate, weight = floats(call.x, ANY), floats(call.scale, ANY), floats(call.gate, ANY), call.weight
+    residual, out = floats(call.residual, ANY), floats(call.out, ANY)
+    residual_scale = floats(call.residual_scale, ANY)
+    rows, depth, columns, chunk, window = call.rows, call.depth, call.columns, call.chunk, call.window
+    row_splits, panel_splits, epilogue = call.row_splits, call.panel_splits, call.epilogue
+    panels, size = (columns + NR - 1) // NR, (depth + chunk - 1) // chunk * MR * ROW_STRIDE
+    held = max(1, PACKED_NUMBERS // size)  # blocks of MR rows
+    packed, tile = aligned_empty(held * size), aligned_empty(MR * NR)
     packed_at, tile_at = packed.ctypes.data, tile.ctypes.data
     # Numbers of x from what is read for one row to that for the next, and of a window below its middle.
-    advance, below = (p[24] * p[24] * p[22], p[23] // 2 * p[21] * p[22]) if p[23] else (p[13], 0)
-    later_step = min(LINE, 4 * ROWS * advance // depth + 1)
-    begin, end = share(p, thread, threads)
-    for job in range(begin, end):
-        row_piece, panel_piece = job // p[19], job % p[19]
-        top, bottom = rows * row_piece // p[18], rows * (row_piece + 1) // p[18]
-        blocks = (bottom - top + ROWS - 1) // ROWS
+    advance, below = call.x_stride, 0
+    if window:
+        advance = call.stride * call.stride * call.channels
+        below = window // 2 * call.width * call.channels
+    ahead_step = min(LINE, 4 * MR * advance // depth + 1)
+    begin, end = task_range(call.tasks, thread, threads)
+    for task in range(begin, end):
+        row_split, panel_split = task // panel_splits, task % panel_splits
+        top, bottom = rows * row_split // row_splits, rows * (row_split + 1) // row_splits
+        first_panel, last_panel = panels * panel_split // panel_splits, panels * (panel_split + 1) // panel_splits
+        blocks = (bottom - top + MR - 1) // MR
         for start in range(0, blocks, held):
             stop = min(blocks, start + held)
-            ahead = (bottom - top) * stop // blocks - (bottom - top) * start // blocks
+            rows_here = (bottom - top) * stop // blocks - (bottom - top) * start // blocks
             for block in range(start, stop):
                 first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                 place = (block - start) * size
-                if p[23]:
-                    pack_windows_of(x, first, last, p[20], p[21], p[22], p[23], p[24], p[25], chunk, packed, place)
+                if window:
+                    pack_windows(
+                        x, first, last, call.height, call.width, call.channels, window, call.stride, call.span, chunk,
+                        packed, place,
+                    )  # fmt: skip
                 else:
                     for r in range(first, last):
-                        pack_row(x, r * p[13], scale, r // tokens * depth, gate, r * p[14], depth, steps, packed, place)
-                        place += STRIDE
-            first_panel, last_panel = panels * panel_piece // p[19], panels * (panel_piece + 1) // p[19]
+                        pack_row(
+                            x, r * call.x_stride, scale, r // call.tokens * depth, gate, r * call.gate_stride, depth,
+                            call.prologue, packed, place,
+                        )  # fmt: skip
+                        place += ROW_STRIDE
             for panel in range(first_panel, last_panel):
-                column = panel * PANEL
-                used = width - column
-                at_once = steps & (RESIDUAL | SILU | GELU) == 0 and (used >= PANEL or used % HALF == 0)
+                column = panel * NR
+                used = columns - column
+                in_place = epilogue == 0 and (used >= NR or used % HALF_VECTOR == 0)
                 for block in range(start, stop):
                     first, last = top + (bottom - top) * block // blocks, top + (bottom - top) * (block + 1) // blocks
                     # While these are multiplied, the rows of the next blocks arrive, and the lines of the result.
-                    later = p[2] + 4 * ((first + ahead) * advance + below) if panel == first_panel else tile_at
-                    prefetch_tile(out, first, last, p[16], column, used)
-                    if steps & RESIDUAL:
-                        prefetch_tile(other, first, last, p[15], column, used)
-                    to, to_step = (p[8] + 4 * (first * p[16] + column), p[16]) if at_once else (tile_at, PANEL)
-                    multiply(
+                    ahead = call.x + 4 * ((first + rows_here) * advance + below) if panel == first_panel else tile_at
+                    prefetch_tile(out, first, last, call.out_stride, column, used)
+                    if epilogue & RESIDUAL:
+                        prefetch_tile(residual, first, last, call.residual_stride, column, used)
+                    to, to_step = tile_at, NR
+                    if in_place:
+                        to, to_step = call.out + 4 * (first * call.out_stride + column), call.out_stride
+                    multiply_panel(
                         last - first, packed_at + 4 * (block - start) * size, depth, chunk,
-                        weight + 4 * panel * (depth + 1) * PANEL, used, tile_at, to, to_step,
-                        later, later_step if panel == first_panel else 0,
+                        weight + 4 * panel * (depth + 1) * NR, used, tile_at, to, to_step,
+                        ahead, ahead_step if panel == first_panel else 0,
                     )  # fmt: skip
-                    if not at_once:
+                    if not in_place:
                         write_tile(
-                            tile, last - first, used, other, first * p[15] + column, p[15], part, column,
-                            out, first * p[16] + column, p[16], steps,
+                            tile, last - first, used, residual, first * call.residual_stride + column,
+                            call.residual_stride, residual_scale, column, out, first * call.out_stride + column,
+                            call.out_stride, epilogue,
                         )  # fmt: skip
 
 
-def pack_weight(weight: Tensor, bias: Tensor) -> Tensor:
-    """Weight (N, K) and bias (N) as panels (ceil(N / PANEL), 1 + K, PANEL), the bias first, zeros beyond N."""
+def pack_panels(weight: Tensor, bias: Tensor) -> Tensor:
+    """Weight (N, K) and bias (N) as panels (ceil(N / NR), 1 + K, NR), the bias first, zeros beyond N."""
     width, depth = weight.shape
-    panels = -(-width // PANEL)
-    packed = weight.new_zeros(panels * PANEL, 1 + depth)
+    panels = -(-width // NR)
+    packed = weight.new_zeros(panels * NR, 1 + depth)
     packed[:width, 0], packed[:width, 1:] = bias, weight
-    return packed.view(panels, PANEL, 1 + depth).transpose(1, 2).contiguous()
+    return packed.view(panels, NR, 1 + depth).transpose(1, 2).contiguous()
 
 
 def spans_of(channels: int, size: int) -> tuple[int, int]:
     """How a convolution's windows are packed: by whole rows or equal spans of a tap's channels; and chunks of those."""
-    span = size * channels if size * channels <= DEPTH else -(-channels // -(-channels // DEPTH))
-    return span, DEPTH // span * span
+    span = size * channels if size * channels <= KC else -(-channels // -(-channels // KC))
+    return span, KC // span * span
 
 
-def pack_windows(weight: Tensor, bias: Tensor) -> Tensor:
+def pack_convolution(weight: Tensor, bias: Tensor) -> Tensor:
     """A convolution's weight (N, C, K, K) and bias (N) as panels, its depth as the windows are packed."""
     span, _ = spans_of(*weight.shape[1:3])
     padded = F.pad(weight.permute(0, 2, 3, 1), (0, -weight.shape[1] % min(span, weight.shape[1])))
-    return pack_weight(padded.flatten(1), bias)
+    return pack_panels(padded.flatten(1), bias)
 
 
-def cut(rows: int, chunks: int, width: int) -> tuple[int, int]:
-    """Pieces of the rows and of the panels of a product, enough for all threads."""
-    threads, panels = torch.get_num_threads(), -(-width // PANEL)
-    if rows < ROWS * threads:
+def splits_of(rows: int, chunks: int, columns: int) -> tuple[int, int]:
+    """Into how many parts the rows and the panels of a product are cut, enough for all threads."""
+    threads, panels = torch.get_num_threads(), -(-columns // NR)
+    if rows < MR * threads:
         return 1, min(threads, panels)
-    rows_at_once = max(1, ROOM // (chunks * ROWS * STRIDE)) * ROWS
+    rows_at_once = max(1, PACKED_NUMBERS // (chunks * MR * ROW_STRIDE)) * MR
     return -(-max(1, -(-rows // rows_at_once)) // threads) * threads, 1

@@ -1,8 +1,9 @@
-"""The inner loop of a matrix product as a numba value: a tile of the result that stays in registers.
+"""The microkernel of a matrix product as a numba value: a tile of the result that stays in registers.
 
-ROWS x PANEL numbers of the result are as many vectors as there are registers, less those for the operands. Each step
-reads PANEL weights and one number of each row, so a tile's arithmetic covers its reads from the second cache. Rows are
-STRIDE numbers apart, so that all of them are reached from one address.
+MR, NR and KC are those of BLIS: MR x NR numbers of the result are as many vectors as there are registers, less those
+for the operands, and KC steps of the depth are packed at one place. Each step reads NR weights and one number of each
+row, so a tile's arithmetic covers its reads from the second-level cache. Packed rows are ROW_STRIDE numbers apart, so
+that all of them are reached from one address.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from overlock.kernels.numba.simd import LANES, _spread
+from overlock.kernels.numba.simd import LANES, _broadcast
 
-ROWS = 12 if LANES == 16 else 6
-PANEL = 2 * LANES
-DEPTH = 256  # of rows at one place
-STRIDE = DEPTH + LANES  # no power of two, or rows would share lines of the cache
+MR = 12 if LANES == 16 else 6
+NR = 2 * LANES
+KC = 256  # of rows at one place
+ROW_STRIDE = KC + LANES  # no power of two, or rows would share lines of the cache
 INDEX = ir.IntType(64)
 
 
@@ -53,10 +54,10 @@ class _Builder:
         """Numbers from a place to a vector of a row of those ``step`` apart."""
         return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * self.lanes))
 
-    def spread(self, place: Any, offset: Any) -> Any:
+    def broadcast(self, place: Any, offset: Any) -> Any:
         """The number at an address, in all lanes."""
         number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
-        return _spread(self.builder, self.builder.load(number), self.kind)
+        return _broadcast(self.builder, self.builder.load(number), self.kind)
 
     def prefetch(self, address: Any) -> None:
         """Begin to bring a line to the second cache."""
@@ -67,7 +68,7 @@ class _Builder:
         call = known or ir.Function(self.builder.module, kind, "llvm.prefetch.p0i8")
         self.builder.call(call, [place, number(0), number(2), number(1)])
 
-    def multiply(self, rows: int, vectors: int, end: Any) -> Any:
+    def accumulate(self, rows: int, vectors: int, end: Any) -> Any:
         """A loop over the depth for a count of rows; returns the block that begins it."""
         builder, places = self.builder, [(r, v) for r in range(rows) for v in range(vectors)]
         begin, loop, done = (builder.append_basic_block(name) for name in ("begin", "loop", "done"))
@@ -77,12 +78,12 @@ class _Builder:
 
         builder.position_at_end(loop)
         step, held = builder.phi(INDEX), [builder.phi(self.kind) for _ in places]
-        weights = self.at(self.weight, builder.mul(step, INDEX(PANEL)))
+        weights = self.at(self.weight, builder.mul(step, INDEX(NR)))
         columns = [self.load(weights, v * self.lanes) for v in range(vectors)]
         x = self.at(self.x, step)
         added = []
         for r in range(rows):
-            number = self.spread(x, r * STRIDE)
+            number = self.broadcast(x, r * ROW_STRIDE)
             for v in range(vectors):
                 added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
         self.prefetch(builder.add(self.later, builder.mul(step, self.later_step)))
@@ -93,13 +94,13 @@ class _Builder:
         builder.cbranch(builder.icmp_signed("<", following, self.depth), loop, done)
 
         builder.position_at_end(done)
-        for (r, v), total in zip(places, added, strict=True):
-            self.store(total, self.out, self.row(r, self.out_step, v))
+        for (r, v), result in zip(places, added, strict=True):
+            self.store(result, self.out, self.row(r, self.out_step, v))
         builder.branch(end)
         return begin
 
 
-def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
+def _microkernel(rows: int, vectors: int, lanes: int) -> Any:
     """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
 
     @intrinsic
@@ -108,7 +109,7 @@ def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
             loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
             choice = builder.switch(arguments[0], end)
             for case in range(1, rows + 1):
-                choice.add_case(INDEX(case), loops.multiply(case, vectors, end))
+                choice.add_case(INDEX(case), loops.accumulate(case, vectors, end))
             builder.position_at_end(end)
             return context.get_dummy_value()
 
@@ -117,9 +118,9 @@ def _tile_product(rows: int, vectors: int, lanes: int) -> Any:
     return multiply
 
 
-# out (rows, PANEL) = start (rows, PANEL) + x (rows, depth) @ weight (depth, PANEL), each at an address; x's rows are
-# STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= ROWS and depth >= 1. The others do the
+# out (rows, NR) = start (rows, NR) + x (rows, depth) @ weight (depth, NR), each at an address; x's rows are
+# ROW_STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= MR and depth >= 1. The others do the
 # first columns alone: three halves of a vector, for as many rows as there are registers, a whole one, and a half.
-HALF, HALF_ROWS = LANES // 2, ROWS // 2
-multiply_panel, multiply_three_halves = _tile_product(ROWS, 2, LANES), _tile_product(HALF_ROWS, 3, HALF)
-multiply_vector, multiply_half = _tile_product(ROWS, 1, LANES), _tile_product(ROWS, 1, HALF)
+HALF_VECTOR, HALF_MR = LANES // 2, MR // 2
+multiply_two_vectors, multiply_three_halves = _microkernel(MR, 2, LANES), _microkernel(HALF_MR, 3, HALF_VECTOR)
+multiply_vector, multiply_half = _microkernel(MR, 1, LANES), _microkernel(MR, 1, HALF_VECTOR)

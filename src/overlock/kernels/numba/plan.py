@@ -1,72 +1,78 @@
-"""Kernels called one after another over one workspace, with all arguments prepared for a size of images."""
+"""Plans: kernels called one after another over one workspace, with all arguments prepared for a size of images."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import mmap
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from overlock.kernels.numba.runtime import run_all
+from overlock.kernels.numba.arguments import CONSTANT, INPUTS, WORKSPACE, BufferRef
+from overlock.kernels.numba.runtime import Kernel, run_all
 
-SLOTS = 40  # 64-bit numbers of a call
 ALIGNMENT = 64  # bytes, a line of the cache
 KEPT = 256 << 20  # bytes of workspace that a thread keeps between calls
-CONSTANT, WORKSPACE, INPUTS = 0, 1, 2  # what a number of a call is counted from; inputs by their order
 
 
-class Place(NamedTuple):
-    """Bytes from the begin of the workspace or of an input."""
-
-    base: int
-    offset: int = 0
-
-    def __add__(self, numbers: object) -> Place:
-        """The place some float32 numbers on."""
-        return Place(self.base, self.offset + 4 * int(numbers))  # type: ignore[call-overload]
+def input_buffer(index: int) -> BufferRef:
+    """The begin of one of the tensors that a plan is run with."""
+    return BufferRef(INPUTS + index)
 
 
-def input_place(index: int) -> Place:
-    """The begin of one of the tensors that a program is run with."""
-    return Place(INPUTS + index)
-
-
-class Program:
-    """Calls of kernels, and the workspace that they share.
+class Plan:
+    """A list of kernel calls, and the workspace that they share.
 
     Tensors among the arguments are constants; they are held, and must not move.
     """
 
     def __init__(self) -> None:
-        self.numbers = self.peak = 0
-        self._values: list[list[int]] = []
+        self.peak = 0  # float32 numbers of the workspace
+        self._used = 0
+        self._records: list[bytes] = []
         self._bases: list[list[int]] = []
-        self._held: list[Tensor] = []
+        self._constants: list[Tensor] = []
 
-    def room(self, *shape: int) -> Place:
-        """Take room for float32 numbers in the workspace; to give back what was taken last, lower ``numbers``."""
-        place = Place(WORKSPACE, 4 * self.numbers)
-        self.numbers += -(-int(np.prod(shape)) * 4 // ALIGNMENT) * ALIGNMENT // 4
-        self.peak = max(self.peak, self.numbers)
-        return place
+    def alloc(self, *shape: int) -> BufferRef:
+        """Take float32 numbers of the workspace."""
+        buffer = BufferRef(WORKSPACE, 4 * self._used)
+        self._used += -(-math.prod(shape) * 4 // ALIGNMENT) * ALIGNMENT // 4
+        self.peak = max(self.peak, self._used)
+        return buffer
 
-    def call(self, compiled: Any, jobs: int, *arguments: Place | Tensor | int) -> None:
-        """Add a call with arguments as those of :func:`overlock.kernels.numba.runtime.run`."""
-        values, bases = [compiled.address, jobs], [CONSTANT, CONSTANT]
-        for x in arguments:
-            values.append(x.offset if isinstance(x, Place) else x.data_ptr() if isinstance(x, Tensor) else int(x))
-            bases.append(x.base if isinstance(x, Place) else CONSTANT)
-        self._held += [x for x in arguments if isinstance(x, Tensor)]
-        self._values.append(values + [0] * (SLOTS - len(values)))
-        self._bases.append(bases + [CONSTANT] * (SLOTS - len(bases)))
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Give back at the end what is taken inside: later calls may write over it."""
+        used = self._used
+        yield
+        self._used = used
 
-    def compile(self) -> Program:
+    def add(self, kernel: Kernel, tasks: int, /, **arguments: Any) -> None:
+        """Add a call, with arguments as those of :func:`overlock.kernels.numba.runtime.run`, or buffers.
+
+        Raises:
+            TypeError: where a name is missing or unknown, or a value is not of its argument's kind.
+        """
+        bases, values = [CONSTANT, CONSTANT], [kernel.address, tasks]
+        for x in kernel.arguments.flatten(arguments):
+            bases.append(x.base if isinstance(x, BufferRef) else CONSTANT)
+            values.append(x.offset if isinstance(x, BufferRef) else x.data_ptr() if isinstance(x, Tensor) else x)
+        self._constants += [x for x in arguments.values() if isinstance(x, Tensor)]
+        self._records.append(kernel.arguments.layout.pack(*values))
+        self._bases.append(bases)
+
+    def finish(self) -> Plan:
         """End the list of calls."""
-        self._template, self._counted = np.array(self._values, np.int64), np.array(self._bases)
-        self._most = int(self._template[:, 1].max())
+        slots = max(map(len, self._bases))
+        records = b"".join(record.ljust(8 * slots, b"\0") for record in self._records)
+        self._template = np.frombuffer(records, np.int64).reshape(-1, slots)
+        self._base_of = np.array([bases + [CONSTANT] * (slots - len(bases)) for bases in self._bases])
+        self._most_tasks = int(self._template[:, 1].max())
         self._last: tuple[list[int], np.ndarray] = ([], self._template)
         return self
 
@@ -76,13 +82,13 @@ class Program:
         bases = [0, *map(Tensor.data_ptr, (workspace, *inputs))]
         known, calls = self._last  # memory given back and taken again often lies where it did
         if known != bases:
-            calls = self._template + np.array(bases)[self._counted]
+            calls = self._template + np.array(bases)[self._base_of]
             self._last = bases, calls
-        run_all(calls, self._most)
+        run_all(calls, self._most_tasks)
 
 
 class _Workspace(threading.local):
-    """Memory of a thread for one program after another, kept from call to call.
+    """Memory of a thread for one plan after another, kept from call to call.
 
     Fresh memory comes page by page from the system: at 800 x 1280 pixels that was a seventh of the network's time.
     """
@@ -90,7 +96,7 @@ class _Workspace(threading.local):
     held: Tensor | None = None
 
     def take(self, numbers: int) -> Tensor:
-        """Room for float32 numbers, until the next call."""
+        """Memory for float32 numbers, until the next call."""
         if self.held is None or self.held.numel() < numbers:
             self.held = None  # before there is more
             taken = _large_pages(numbers)

@@ -4,7 +4,8 @@ A second pool of threads would fight with PyTorch's for the cores: OpenMP's thre
 operation, waiting for the next. GNU's and Intel's OpenMP, which PyTorch on Linux loads for the whole process to see,
 start a parallel region for anyone who asks; where neither is found (macOS, Windows), plain threads do the work.
 
-A kernel is compiled for one signature, void(call, thread, threads); ``call`` holds the addresses and sizes it needs.
+A kernel is compiled for one C signature, void(call, thread, threads); ``call`` points at the record of its arguments
+(arguments.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from overlock.kernels.numba import cache
+from overlock.kernels.numba.arguments import Arguments, Kind
 from overlock.kernels.numba.kept import KeptFunction
 
 logger = logging.getLogger(__name__)
@@ -33,15 +35,50 @@ logger = logging.getLogger(__name__)
 OPTIONS: dict[str, Any] = dict(
     fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", nogil=True, forceinline=True
 )
-CALL = types.CPointer(types.int64)
-KERNEL = types.void(CALL, types.int64, types.int64)
+RECORD = types.CPointer(types.int64)
+ANY = (1 << 60,)  # shape of an array whose size the kernel knows by its other arguments
 C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Compile now for the one signature, and cache where there is a place to write."""
+class Kernel(NamedTuple):
+    """A compiled function and the arguments that its calls have."""
+
+    compiled: Any
+    arguments: Arguments
+
+    @property
+    def address(self) -> int:
+        return self.compiled.address
+
+
+def kernel(**kinds: Kind) -> Callable[[Callable[..., None]], Kernel]:
+    """Declare a kernel's arguments; the function is called with their record, a thread's number, and how many threads.
+
+    It reads the arguments as ``call.name``, and how many tasks there are as ``call.tasks``; :func:`task_range` says
+    which of them are the thread's own.
+
+    Example:
+        >>> @kernel(x=POINTER, count=INT64)
+        ... def double(call, thread, threads):
+        ...     x = floats(call.x, (call.count,))
+        ...     begin, end = task_range(call.tasks, thread, threads)
+        ...     for i in range(begin, end):
+        ...         x[i] *= 2
+        >>> run(double, len(x), x=x, count=len(x))
+    """
+
+    def declare(function: Callable[..., None]) -> Kernel:
+        arguments = Arguments(function.__name__, kinds)
+        signature = types.void(arguments.record_type, types.int64, types.int64)  # a record is handed on as a pointer
+        return Kernel(_compile(function, signature), arguments)
+
+    return declare
+
+
+def _compile(function: Callable[..., None], signature: Any) -> Any:
+    """Compile now, or take what is kept."""
     options = {name: OPTIONS[name] for name in ("fastmath", "error_model")}  # a C function never holds the lock
-    compiled = KeptFunction(function, KERNEL, options)
+    compiled = KeptFunction(function, signature, options)
     if not compiled.is_kept:
         _tell(f"compiling kernels anew, since there is no place to keep them; set {cache.ENVIRONMENT_VARIABLE} to one")
     elif not compiled.was_kept:
@@ -55,22 +92,27 @@ def _tell(note: str) -> None:
     logger.info(note)
 
 
-def run(compiled: Any, jobs: int, *arguments: Tensor | int) -> None:
-    """Call a kernel on as many threads as PyTorch uses, at most one a job.
+def run(kernel: Kernel, tasks: int, /, **arguments: Any) -> None:
+    """Call a kernel on as many threads as PyTorch uses, at most one a task.
 
     Args:
-        compiled: made by :func:`kernel`; it divides the jobs by :func:`share`.
-        jobs: how many there are.
-        arguments: tensors, handed on as addresses, and integers; the kernel finds them in ``call`` from index 2 on.
+        kernel: made by :func:`kernel`.
+        tasks: into how many its work is cut.
+        arguments: those that it declared, each by its name; tensors are handed on as addresses.
+
+    Raises:
+        TypeError: where a name is missing or unknown, or a value is not of its argument's kind.
     """
-    numbers = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    call = (ctypes.c_int64 * (2 + len(numbers)))(compiled.address, jobs, *numbers)
-    start(compiled.address, jobs, ctypes.addressof(call))
+    layout = kernel.arguments.layout
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in kernel.arguments.flatten(arguments)]
+    call = (ctypes.c_int64 * (layout.size // 8))()
+    layout.pack_into(call, 0, kernel.address, tasks, *values)
+    start(kernel.address, tasks, ctypes.addressof(call))
 
 
-def start(address: int, jobs: int, call: int) -> None:
-    """Call the kernel at an address with the call at another, as :func:`run` does."""
-    threads = max(1, min(torch.get_num_threads(), jobs))
+def start(address: int, tasks: int, call: int) -> None:
+    """Call the kernel at an address with the record at another, as :func:`run` does."""
+    threads = max(1, min(torch.get_num_threads(), tasks))
     region = _parallel_region()
     if region is not None:
         region.begin(region.one.address, call, threads, 0)
@@ -83,11 +125,12 @@ def start(address: int, jobs: int, call: int) -> None:
         other.result()
 
 
-def run_all(calls: np.ndarray, most: int) -> None:
-    """Make calls (N, SLOTS), one after another; without a new start of the threads for each where OpenMP is there.
+def run_all(calls: np.ndarray, most_tasks: int) -> None:
+    """Make calls (N, slots), one after another; without a new start of the threads for each where OpenMP is there.
 
     Args:
-        most: the largest number of jobs of a call.
+        calls: records as int64 numbers, of the length of the longest.
+        most_tasks: the largest number of tasks of a call.
     """
     count, slots = calls.shape
     region, first = _parallel_region(), calls.ctypes.data
@@ -96,14 +139,14 @@ def run_all(calls: np.ndarray, most: int) -> None:
             start(int(calls[i, 0]), int(calls[i, 1]), first + 8 * slots * i)
         return
     order = (ctypes.c_int64 * 3)(first, count, slots)
-    threads = max(1, min(torch.get_num_threads(), most))
+    threads = max(1, min(torch.get_num_threads(), most_tasks))
     region.begin(region.several.address, ctypes.addressof(order), threads, 0)
 
 
 @njit(**OPTIONS)
-def share(call, thread, threads):
-    """First and last (exclusive) job of a thread."""
-    return call[1] * thread // threads, call[1] * (thread + 1) // threads
+def task_range(tasks, thread, threads):
+    """First and last (exclusive) task of a thread."""
+    return tasks * thread // threads, tasks * (thread + 1) // threads
 
 
 def _pointer(kind: Any) -> Any:
@@ -171,7 +214,7 @@ def _parallel_region() -> _Region | None:
             _call_address(carray(call, 1)[0], call, types.int64(number()), types.int64(count()))
             wait()
 
-    return _Region(begin, *(KeptFunction(function, types.void(CALL), {}) for function in (one, several)))
+    return _Region(begin, *(KeptFunction(function, types.void(RECORD), {}) for function in (one, several)))
 
 
 def prepare_threads() -> None:

@@ -38,7 +38,7 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, VECTOR)
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def _address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
 
@@ -48,7 +48,7 @@ def load(_typing_context, array, index):  # noqa: ARG001
     """The vector that begins at an index of a flat array."""
 
     def generate(context, builder, signature, arguments):
-        loaded = builder.load(_place(context, builder, signature.args[0], *arguments))
+        loaded = builder.load(_address_of(context, builder, signature.args[0], *arguments))
         loaded.align = 4
         return loaded
 
@@ -60,7 +60,7 @@ def store(_typing_context, array, index, value):  # noqa: ARG001
     """Write a vector to a flat array from an index on."""
 
     def generate(context, builder, signature, arguments):
-        stored = builder.store(arguments[2], _place(context, builder, signature.args[0], *arguments[:2]))
+        stored = builder.store(arguments[2], _address_of(context, builder, signature.args[0], *arguments[:2]))
         stored.align = 4
         return context.get_dummy_value()
 
@@ -69,11 +69,11 @@ def store(_typing_context, array, index, value):  # noqa: ARG001
 
 def _mask(builder: Any, lanes: Any) -> Any:
     """True in the first lanes."""
-    count = _spread(builder, builder.trunc(lanes, ir.IntType(32)), INTEGERS)
+    count = _broadcast(builder, builder.trunc(lanes, ir.IntType(32)), INTEGERS)
     return builder.icmp_signed("<", ir.Constant(INTEGERS, list(range(LANES))), count)
 
 
-def _spread(builder: Any, number: Any, kind: Any) -> Any:
+def _broadcast(builder: Any, number: Any, kind: Any) -> Any:
     nothing = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(nothing, number, ir.Constant(ir.IntType(32), 0))
     order = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), [0] * kind.count)
@@ -88,11 +88,11 @@ def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
 
 
 @intrinsic
-def load_part(_typing_context, array, index, lanes):  # noqa: ARG001
+def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
     """A vector of which the first lanes are read; zeros in the others."""
 
     def generate(context, builder, signature, arguments):
-        place = _place(context, builder, signature.args[0], *arguments[:2])
+        place = _address_of(context, builder, signature.args[0], *arguments[:2])
         zeros, align = ir.Constant(VECTOR, [0.0] * LANES), ir.Constant(ir.IntType(32), 4)
         return _masked(builder, "load", VECTOR, [place, align, _mask(builder, arguments[2]), zeros])
 
@@ -100,11 +100,11 @@ def load_part(_typing_context, array, index, lanes):  # noqa: ARG001
 
 
 @intrinsic
-def store_part(_typing_context, array, index, value, lanes):  # noqa: ARG001
+def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
     """Write the first lanes of a vector."""
 
     def generate(context, builder, signature, arguments):
-        place = _place(context, builder, signature.args[0], *arguments[:2])
+        place = _address_of(context, builder, signature.args[0], *arguments[:2])
         align, mask = ir.Constant(ir.IntType(32), 4), _mask(builder, arguments[3])
         _masked(builder, "store", ir.VoidType(), [arguments[2], place, align, mask])
         return context.get_dummy_value()
@@ -117,7 +117,9 @@ def prefetch(_typing_context, array, index):  # noqa: ARG001
     """Begin to bring a line to the cache that is read later; it may lie beyond the array."""
 
     def generate(context, builder, signature, arguments):
-        place = builder.bitcast(_place(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer())
+        place = builder.bitcast(
+            _address_of(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer()
+        )
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
         known = builder.module.globals.get("llvm.prefetch.p0i8")
@@ -129,28 +131,28 @@ def prefetch(_typing_context, array, index):  # noqa: ARG001
 
 
 @intrinsic
-def spread(_typing_context, number):  # noqa: ARG001
+def broadcast(_typing_context, number):  # noqa: ARG001
     """One number in all lanes."""
 
     def generate(_context, builder, _signature, arguments):
-        return _spread(builder, arguments[0], VECTOR)
+        return _broadcast(builder, arguments[0], VECTOR)
 
     return vector(types.float32), generate
 
 
 @intrinsic
-def load_spread(_typing_context, array, index):  # noqa: ARG001
+def load_broadcast(_typing_context, array, index):  # noqa: ARG001
     """The number at an index of a flat array in all lanes; no index counts from the end, which saves the check."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return _spread(builder, builder.load(builder.gep(data, [arguments[1]])), VECTOR)
+        return _broadcast(builder, builder.load(builder.gep(data, [arguments[1]])), VECTOR)
 
     return vector(array, types.int64), generate
 
 
 @intrinsic
-def at_least(_typing_context, value, low):  # noqa: ARG001
+def maximum(_typing_context, value, low):  # noqa: ARG001
     """The larger of two in each lane; a NaN in the first stays."""
 
     def generate(_context, builder, _signature, arguments):
@@ -161,7 +163,7 @@ def at_least(_typing_context, value, low):  # noqa: ARG001
 
 
 @intrinsic
-def at_most(_typing_context, value, high):  # noqa: ARG001
+def minimum(_typing_context, value, high):  # noqa: ARG001
     """The smaller of two in each lane; a NaN in the first stays."""
 
     def generate(_context, builder, _signature, arguments):
@@ -172,7 +174,7 @@ def at_most(_typing_context, value, high):  # noqa: ARG001
 
 
 @intrinsic
-def where_negative(_typing_context, value, then, otherwise):  # noqa: ARG001
+def select_negative(_typing_context, value, then, otherwise):  # noqa: ARG001
     """A choice in each lane."""
 
     def generate(_context, builder, _signature, arguments):
@@ -183,7 +185,7 @@ def where_negative(_typing_context, value, then, otherwise):  # noqa: ARG001
 
 
 @intrinsic
-def power_of_two(_typing_context, shifted):  # noqa: ARG001
+def exp2_integer(_typing_context, shifted):  # noqa: ARG001
     """2 to a whole number from -126 to 127, given as the last bits of a float32: as the number plus SHIFT."""
 
     def generate(_context, builder, _signature, arguments):
@@ -194,7 +196,7 @@ def power_of_two(_typing_context, shifted):  # noqa: ARG001
 
 
 @intrinsic
-def magnitude(_typing_context, value):  # noqa: ARG001
+def absolute(_typing_context, value):  # noqa: ARG001
     def generate(_context, builder, _signature, arguments):
         name, kind = f"llvm.fabs.v{LANES}f32", ir.FunctionType(VECTOR, [VECTOR])
         known = builder.module.globals.get(name)
@@ -279,15 +281,15 @@ def _across(name: str) -> Any:
     return combine
 
 
-total, largest = _across("sum"), _across("largest")
+reduce_sum, reduce_max = _across("sum"), _across("largest")
 
 LOWEST = np.float32(-100)  # 2^-100 is nothing beside the largest term of a softmax, 1
 SHIFT = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
 
 
 @njit(error_model="numpy", nogil=True)
-def room(count):
-    """Room for numbers, from the begin of a page on.
+def aligned_empty(count):
+    """Memory for numbers, from the begin of a page on.
 
     A vector that straddles two lines of the cache takes two reads; and with buffers at the begin of any line, four of
     nine processes took an eighth longer for the whole network than the others, against one of eight.
@@ -298,9 +300,9 @@ def room(count):
 
 
 @njit(error_model="numpy", nogil=True)
-def zeros(count):
-    """Zeros in such room."""
-    numbers = room(count)
+def aligned_zeros(count):
+    """Zeros in such memory."""
+    numbers = aligned_empty(count)
     numbers[:] = 0
     return numbers
 
@@ -308,49 +310,49 @@ def zeros(count):
 @njit(error_model="numpy", nogil=True)
 def exp2(x):
     """2^x for x <= 0 (2^-100 below -100): 2^whole from a float's bits times a polynomial, relative error 1.6e-7."""
-    x = at_least(x, spread(LOWEST))
-    shifted = x + spread(SHIFT)
-    f = x - (shifted - spread(SHIFT))
-    p = spread(np.float32(1.5353361e-4)) * f + spread(np.float32(1.3398875e-3))
-    p = p * f + spread(np.float32(9.6184374e-3))
-    p = p * f + spread(np.float32(5.5503325e-2))
-    p = p * f + spread(np.float32(2.4022648e-1))
-    p = p * f + spread(np.float32(6.931472e-1))
-    return (p * f + spread(np.float32(1))) * power_of_two(shifted)
+    x = maximum(x, broadcast(LOWEST))
+    shifted = x + broadcast(SHIFT)
+    f = x - (shifted - broadcast(SHIFT))
+    p = broadcast(np.float32(1.5353361e-4)) * f + broadcast(np.float32(1.3398875e-3))
+    p = p * f + broadcast(np.float32(9.6184374e-3))
+    p = p * f + broadcast(np.float32(5.5503325e-2))
+    p = p * f + broadcast(np.float32(2.4022648e-1))
+    p = p * f + broadcast(np.float32(6.931472e-1))
+    return (p * f + broadcast(np.float32(1))) * exp2_integer(shifted)
 
 
 @njit(error_model="numpy", nogil=True)
 def silu(x):
     """x / (1 + e^-x)."""
-    below = exp2(where_negative(x, x, spread(np.float32(0)) - x) * spread(np.float32(1.4426950408889634)))
-    one = spread(np.float32(1))
-    return x * where_negative(x, below, one) / (one + below)
+    below = exp2(select_negative(x, x, broadcast(np.float32(0)) - x) * broadcast(np.float32(1.4426950408889634)))
+    one = broadcast(np.float32(1))
+    return x * select_negative(x, below, one) / (one + below)
 
 
 @njit(error_model="numpy", nogil=True)
 def normal_cdf(x):
     """1/2 (1 + erf(x / sqrt(2))), erf as a rational function with relative error 4e-7."""
-    z = at_most(at_least(x * spread(np.float32(0.70710678)), spread(np.float32(-3.9))), spread(np.float32(3.9)))
+    z = minimum(maximum(x * broadcast(np.float32(0.70710678)), broadcast(np.float32(-3.9))), broadcast(np.float32(3.9)))
     u = z * z
-    p = spread(np.float32(2.06647087e-6)) * u + spread(np.float32(2.85063026e-4))
-    p = p * u + spread(np.float32(3.73837491e-3))
-    p = p * u + spread(np.float32(5.26681729e-2))
-    p = p * u + spread(np.float32(1.89667463e-1))
-    p = p * u + spread(np.float32(1.12837911))
-    q = spread(np.float32(3.82700382e-5)) * u + spread(np.float32(1.15738343e-3))
-    q = q * u + spread(np.float32(1.49143348e-2))
-    q = q * u + spread(np.float32(1.13819227e-1))
-    q = q * u + spread(np.float32(5.01421213e-1))
-    q = q * u + spread(np.float32(1))
-    half = spread(np.float32(0.5))
+    p = broadcast(np.float32(2.06647087e-6)) * u + broadcast(np.float32(2.85063026e-4))
+    p = p * u + broadcast(np.float32(3.73837491e-3))
+    p = p * u + broadcast(np.float32(5.26681729e-2))
+    p = p * u + broadcast(np.float32(1.89667463e-1))
+    p = p * u + broadcast(np.float32(1.12837911))
+    q = broadcast(np.float32(3.82700382e-5)) * u + broadcast(np.float32(1.15738343e-3))
+    q = q * u + broadcast(np.float32(1.49143348e-2))
+    q = q * u + broadcast(np.float32(1.13819227e-1))
+    q = q * u + broadcast(np.float32(5.01421213e-1))
+    q = q * u + broadcast(np.float32(1))
+    half = broadcast(np.float32(0.5))
     return half + half * (z * p / q)
 
 
-PIECE = 5.25 / 31  # of a magnitude; GELU differs from max(x, 0) by less than 1e-6 beyond the last
+SEGMENT = 5.25 / 31  # of a absolute; GELU differs from max(x, 0) by less than 1e-6 beyond the last
 
 
-def _gelu_pieces() -> np.ndarray:
-    """Coefficients (4, 32) of |x| normal_cdf(-|x|), by which GELU differs from max(x, 0), about the multiples of PIECE.
+def _gelu_segments() -> np.ndarray:
+    """Coefficients (4, 32) of |x| normal_cdf(-|x|), by which GELU differs from max(x, 0), about multiples of SEGMENT.
 
     The first has no constant, that GELU be 0 at 0, and the last is zero.
     """
@@ -361,9 +363,10 @@ def _gelu_pieces() -> np.ndarray:
     def fit(function: Any, degree: int, begin: float, end: float) -> np.ndarray:
         return Chebyshev.interpolate(function, degree, [begin, end]).convert(kind=Polynomial).coef
 
-    first = [0, *fit(below, 2, 0, PIECE / 2)]
+    first = [0, *fit(below, 2, 0, SEGMENT / 2)]
     others = [
-        fit(lambda x, about=i * PIECE: (x + about) * below(x + about), 3, -PIECE / 2, PIECE / 2) for i in range(1, 31)
+        fit(lambda x, about=i * SEGMENT: (x + about) * below(x + about), 3, -SEGMENT / 2, SEGMENT / 2)
+        for i in range(1, 31)
     ]
     return np.array([first, *others, [0] * 4], np.float32).T
 
@@ -375,22 +378,22 @@ def _gelu_by_formula(x):
 
 @njit(error_model="numpy", nogil=True)
 def _gelu_by_table(x):
-    size, half = magnitude(x), spread(np.float32(0.5))
-    short = at_most(size, spread(np.float32(31 * PIECE)))
-    shifted = short * spread(np.float32(1 / PIECE)) + spread(SHIFT)
-    f = short - (shifted - spread(SHIFT)) * spread(np.float32(PIECE))
+    size, half = absolute(x), broadcast(np.float32(0.5))
+    short = minimum(size, broadcast(np.float32(31 * SEGMENT)))
+    shifted = short * broadcast(np.float32(1 / SEGMENT)) + broadcast(SHIFT)
+    f = short - (shifted - broadcast(SHIFT)) * broadcast(np.float32(SEGMENT))
     below = _cubic(shifted) * f + _square(shifted)
     below = (below * f + _linear(shifted)) * f + _constant(shifted)
     return half * x + (half * size - below)
 
 
 if LANES == 16:  # 2.8 in place of 5.0 ns for a vector; absolute error 4e-7 up to 1, relative above
-    _constant, _linear, _square, _cubic = map(_table, _gelu_pieces())
+    _constant, _linear, _square, _cubic = map(_table, _gelu_segments())
 gelu = _gelu_by_table if LANES == 16 else _gelu_by_formula
 
 
 @njit(error_model="numpy", nogil=True)
 def gelu_gradient(x):
     """normal_cdf(x) + x e^(-x^2 / 2) / sqrt(2 pi)."""
-    density = exp2(x * x * spread(np.float32(-0.72134752))) * spread(np.float32(0.39894228))
+    density = exp2(x * x * broadcast(np.float32(-0.72134752))) * broadcast(np.float32(0.39894228))
     return normal_cdf(x) + x * density

@@ -1,0 +1,99 @@
+"""The arguments of a kernel, by name: one declaration makes the record that Python fills and numba reads.
+
+All kernels have one C signature, ``void(call, thread, threads)``, so that any of them can follow any other in a list of
+calls. ``call`` points at a record of named fields: the kernel's own address, into how many tasks its work is cut, and
+the arguments that :func:`overlock.kernels.numba.runtime.kernel` declared. Each field is of eight bytes, or several.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import from_dtype
+from torch import Tensor
+
+CONSTANT, WORKSPACE, INPUTS = 0, 1, 2  # what an address is counted from; inputs by their order
+
+
+class BufferRef(NamedTuple):
+    """An address that is known when a plan runs: bytes from the begin of its workspace, or of one of its inputs."""
+
+    base: int
+    offset: int = 0
+
+    def __add__(self, numbers: object) -> BufferRef:
+        """The address some float32 numbers on."""
+        return BufferRef(self.base, self.offset + 4 * int(numbers))  # type: ignore[call-overload]
+
+
+Pointer = Tensor | BufferRef
+
+
+class Kind(NamedTuple):
+    """What an argument is: its field in the record, its format for ``struct``, and how values are brought to it."""
+
+    dtype: Any
+    format: str
+    convert: Callable[[Any], tuple[Any, ...]]
+
+
+def _pointer(value: Any) -> tuple[Any, ...]:
+    if value is None:  # what the flags of this call leave unread
+        return (0,)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.float32:
+            raise TypeError(f"a float32 tensor is wanted, got {value.dtype}")
+    elif not isinstance(value, BufferRef):
+        raise TypeError(f"a tensor or a buffer of the plan is wanted, got {type(value).__name__}")
+    return (value,)
+
+
+def _strides(value: Any) -> tuple[Any, ...]:
+    strides = tuple(map(operator.index, value))
+    if len(strides) != 4:
+        raise TypeError(f"four strides are wanted, got {len(strides)}")
+    return strides
+
+
+POINTER = Kind(np.int64, "q", _pointer)  # to float32 numbers
+INT64 = Kind(np.int64, "q", lambda value: (operator.index(value),))
+FLOAT64 = Kind(np.float64, "d", lambda value: (float(value),))
+STRIDES = Kind((np.int64, 4), "4q", _strides)  # of four dimensions, in numbers
+
+
+class Arguments:
+    """Names and kinds of a kernel's arguments.
+
+    Args:
+        kernel: its name, for messages.
+        kinds: of the arguments, in the order of the record.
+    """
+
+    def __init__(self, kernel: str, kinds: Mapping[str, Kind]):
+        self.kernel, self.kinds, self.names = kernel, dict(kinds), set(kinds)
+        self.layout = struct.Struct("=qq" + "".join(kind.format for kind in kinds.values()))
+        fields = [("function", np.int64), ("tasks", np.int64), *((name, kind.dtype) for name, kind in kinds.items())]
+        self.record_type = from_dtype(np.dtype(fields, align=True))
+
+    def flatten(self, given: Mapping[str, Any]) -> list[Any]:
+        """The values in the order of the record; tensors and buffers as they are.
+
+        Raises:
+            TypeError: where a name is missing or unknown, or a value is not of its argument's kind.
+        """
+        if given.keys() != self.names:
+            names = (("lacks", self.names - given.keys()), ("has no", given.keys() - self.names))
+            wrong = ", ".join(f"{what} {', '.join(sorted(which))}" for what, which in names if which)
+            raise TypeError(f"a call of {self.kernel} {wrong}; its arguments are {', '.join(self.kinds)}")
+        values: list[Any] = []
+        for name, kind in self.kinds.items():
+            try:
+                values += kind.convert(given[name])
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"{name} of {self.kernel}: {error}") from None
+        return values
