@@ -65,7 +65,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_parse(line, tmp_path, monkeypatch):
-    words = shlex.split(line)[1:]
+    words = shlex.split(line, comments=True)[1:]
     if "--config" in words:
         monkeypatch.chdir(tmp_path)
         file = tmp_path / words[words.index("--config") + 1]
