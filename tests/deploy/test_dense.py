@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from scenes import CLASSES, make_scene, write_scenes
 
 from overlock.checkpoint import MODEL_FILE, Record, save_model
@@ -204,3 +208,34 @@ def test_pictures():
     place = np.argwhere(labels > 0)[0]
     expected = 0.4 * before[tuple(place)] + 0.6 * np.array(colour_of(int(labels[tuple(place)]) - 1))
     assert np.abs(coloured[tuple(place)] - expected).max() <= 1
+
+
+def test_coco_results_with_the_ids_of_the_data(detector, scenes, tmp_path, capsys):
+    """What evaluate saves is what COCO's own evaluation takes, to the same precision."""
+    words = ("evaluate", str(detector), "--data", str(scenes), "--workers", "0", "--json")
+    assert main([*words, "--save", str(tmp_path / "out")]) == 0
+    measures = json.loads(capsys.readouterr().out)[0]["measures"]
+    (results,) = (tmp_path / "out").glob("*_results.json")
+    with (next((tmp_path / "out").glob("*_classes.csv"))).open() as file:
+        assert [line.partition(",")[0] for line in file] == ["class", *CLASSES]
+    truth = COCO(str(next(scenes.rglob("instances_val.json"))))
+    for kind, name in (("bbox", "box_AP"), ("segm", "mask_AP")):
+        scores = COCOeval(truth, truth.loadRes(str(results)), kind)
+        scores.evaluate()
+        scores.accumulate()
+        scores.summarize()
+        assert scores.stats[0] == pytest.approx(measures[name] if measures[name] is not None else -1, abs=1e-6)
+
+
+def test_evaluation_tells_what_was_skipped_by_its_exit_code(detector, segmenter, scenes, tmp_path, capsys):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    next((data / "val").glob("*.png")).write_bytes(b"no image")
+    words = ["evaluate", str(detector), "--data", str(data), "--workers", "0"]
+    assert main(words) == 1
+    assert "skipped" in capsys.readouterr().err
+    assert main([*words, "--strict"]) == 2
+    assert "not an image" in capsys.readouterr().err
+    assert main([*words, "--batch_size", "0"]) == 2
+    assert "--batch_size must be at least 1, got 0" in capsys.readouterr().err
+    assert main([*words, "--classes", "names.txt"]) == 2
+    assert "--classes: a detector's classes" in capsys.readouterr().err

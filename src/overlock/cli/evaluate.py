@@ -15,8 +15,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from overlock.cli.command import Command, add_runtime
+from overlock.files import Outputs
 from overlock.label_files import LabelFiles
 from overlock.object_files import Format, ObjectFiles
+
+SOME_FAILED = 1  # the exit code where images could not be read
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -68,50 +71,80 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
     parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.add_argument("--save", type=str | None, default=None, help="classify: folder for tables and pictures.")
+    parser.add_argument(
+        "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
+    )
+    parser.add_argument(
+        "--nms_iou", type=float | None, default=None,
+        help="detect: overlap from which on one of two boxes of a class is dropped; 0.5 unless given.",
+    )  # fmt: skip
+    parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
+    parser.add_argument(
+        "--save", type=str | None, default=None,
+        help="Folder for a table of the classes; classify: and a picture of the confusions; detect: and the objects "
+        "as COCO's results, with the ids of the data.",
+    )  # fmt: skip
 
 
-def run(options: Namespace, console: Console) -> None:
+def run(options: Namespace, console: Console) -> int:
     from overlock.checkpoint import load_record  # noqa: PLC0415
 
+    for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
+        value = options[name]
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
     tasks = {
         load_record(source, model=options.model).task if Path(source).exists() else "classify"
         for source in options.models
     }
     if tasks == {"classify"}:
-        _evaluate_classifiers(options, console)
+        unreadable = _evaluate_classifiers(options, console)
     elif len(tasks) == 1:
-        _evaluate_dense(options, console, *tasks)
+        unreadable = _evaluate_dense(options, console, *tasks)
     else:
         raise ValueError(
             "models of different tasks have no table in common; evaluate classifiers, detectors and "
             "segmenters each by themselves"
         )
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    for problem in unreadable:
+        errors.print(f"skipped {problem}")
+    return SOME_FAILED if unreadable else 0
 
 
-def _evaluate_classifiers(options: Namespace, console: Console) -> None:
+def _claim(outputs: Outputs, folder: str, source: str, ending: str) -> Path:
+    """A file for the results of a model."""
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/"))
+    return outputs.claim(Path(folder) / f"{stem}_{ending}")
+
+
+def _evaluate_classifiers(options: Namespace, console: Console) -> tuple[str, ...]:
+    """Returns what could not be read."""
     from overlock.data import load_test_data  # noqa: PLC0415
     from overlock.deploy.evaluate import draw_confusion, evaluate, write_per_class  # noqa: PLC0415
 
     data = load_test_data(
         options.data, held_out=options.held_out, seed=options.seed, val_split=options.val_split, classes=options.classes
     )
-    settings = ("model", "image_size", "crop_pct", "workers", "device", "precision")
+    settings = ("model", "image_size", "crop_pct", "workers", "device", "precision", "strict")
+    outputs = Outputs([*options.models, options.data])
     results = []
     for source in options.models:
         result = evaluate(
-            source, data, batch_size=options.batch_size or 64, **{name: options[name] for name in settings}
+            source,
+            data,
+            batch_size=64 if options.batch_size is None else options.batch_size,
+            **{name: options[name] for name in settings},
         )
         results.append(result)
         if options.save:
-            stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/"))
-            write_per_class(result, Path(options.save) / f"{stem}_classes.csv")
-            draw_confusion(result, Path(options.save) / f"{stem}_confusion.png")
+            write_per_class(result, _claim(outputs, options.save, source, "classes.csv"))
+            draw_confusion(result, _claim(outputs, options.save, source, "confusion.png"))
     if options.json:
         fields = ("name", "params", "images", "top1", "top5", "speed", "speed_with_loading", "unreadable")
         rows = [{name: getattr(result, name) for name in fields} for result in results]
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-        return
+        return results[0].unreadable
     table = Table(Column("model", overflow="fold"), title=f"{len(data.test)} images of {len(data.classes)} classes")
     for title in ("parameters, M", "top-1, %", "top-5, %", "images/s", "with loading"):
         table.add_column(title, justify="right")
@@ -123,13 +156,13 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> None:
     console.print(table)
     for note in data.notes:
         console.print(note)
-    for problem in results[0].unreadable:
-        console.print(f"not readable: {problem}")
+    return results[0].unreadable
 
 
-def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
+def _evaluate_dense(options: Namespace, console: Console, task: str) -> tuple[str, ...]:
+    """Returns what could not be read."""
     from overlock.checkpoint import load_model  # noqa: PLC0415
-    from overlock.deploy.evaluate_dense import evaluate_dense  # noqa: PLC0415
+    from overlock.deploy.evaluate_dense import evaluate_dense, write_classes, write_coco_results  # noqa: PLC0415
 
     testing: dict[str, Any] = {}
     files: ObjectFiles | LabelFiles
@@ -140,6 +173,9 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
             labels=options.labels, shift=options.shift, ignore_index=options.ignore_index,
         )  # fmt: skip
     else:
+        if options.classes:
+            raise ValueError("--classes: a detector's classes have the names of the data's categories; leave it out")
+        testing = {name: options[name] for name in ("max_detections", "nms_iou")}
         files = ObjectFiles(
             data=options.data, format=options.format, split=options.val_split, annotations=options.annotations,
             images=options.images,
@@ -147,18 +183,25 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     results = [
         evaluate_dense(
             *load_model(source, model=options.model), files, name=source, held_out=options.held_out, seed=options.seed,
-            batch_size=options.batch_size or 1, workers=options.workers, device=options.device,
-            precision=options.precision, show_progress=console.is_terminal, **testing,
+            batch_size=1 if options.batch_size is None else options.batch_size, workers=options.workers,
+            device=options.device, precision=options.precision, show_progress=console.is_terminal,
+            strict=options.strict, keep_found=bool(options.save), **testing,
         )
         for source in options.models
     ]  # fmt: skip
+    outputs = Outputs([*options.models, options.data])
+    for source, result in zip(options.models, results, strict=True) if options.save else ():
+        write_classes(result, _claim(outputs, options.save, source, "classes.csv"))
+        if task == "detect":
+            write_coco_results(result, _claim(outputs, options.save, source, "results.json"))
     if options.json:
-        rows = [dataclasses.asdict(result) for result in results]
+        rows = [dataclasses.asdict(dataclasses.replace(result, found=())) for result in results]
         for row in rows:
+            del row["found"]
             for part in ("measures", "classes"):  # JSON knows no NaN
                 row[part] = {name: None if math.isnan(share) else share for name, share in row[part].items()}
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        return
+        return results[0].unreadable
     columns = (Column(result.name, justify="right", overflow="fold") for result in results)
     table = Table("measure", *columns, title=f"{results[0].images} images")
     table.add_row("parameters, M", *(f"{result.params / 1e6:.2f}" for result in results))
@@ -176,8 +219,7 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> None:
     console.print(table)
     for note in results[0].notes:
         console.print(note)
-    for problem in results[0].unreadable:
-        console.print(f"not readable: {problem}")
+    return results[0].unreadable
 
 
 COMMAND = Command("Accuracy and speed of classifiers, ours and timm's, of detectors and segmenters.", add_options, run)

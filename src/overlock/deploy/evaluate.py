@@ -111,6 +111,7 @@ def evaluate(
     workers: int = 2,
     device: str | None = None,
     precision: Precision = "fp32",
+    strict: bool = False,
 ) -> Evaluation:
     """Evaluate a classifier on the images to test on.
 
@@ -124,9 +125,10 @@ def evaluate(
         workers: processes that load images.
         device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
         precision: of the network's arithmetic.
+        strict: let an image that cannot be read be an error.
 
     Raises:
-        ValueError: for models and data that do not fit, or where no image can be read.
+        ValueError: for models and data that do not fit, or where no image can be read, or ``strict`` one cannot.
     """
     network, record = load_by_name(source, model=model)
     places = match_classes(record.classes, data.classes)
@@ -144,7 +146,7 @@ def evaluate(
     cast = cast_to(precision, where)
     started = time.perf_counter()
     with loader.batches() as batches:
-        counts = _count(network, batches, places, classes=len(record.classes), cast=cast, device=where)
+        counts = _count(network, batches, places, classes=len(record.classes), cast=cast, device=where, strict=strict)
     seconds = time.perf_counter() - started
     count = int(counts.confusion.sum())
     if counts.images is None:
@@ -170,8 +172,9 @@ class _Counts:
 
 
 def _count(
-    network: nn.Module, batches: Iterable[Batch], places: list[int], *, classes: int, cast: Any, device: torch.device
-) -> _Counts:
+    network: nn.Module, batches: Iterable[Batch], places: list[int], *, classes: int, cast: Any, device: torch.device,
+    strict: bool,
+) -> _Counts:  # fmt: skip
     """Go through the images once.
 
     Args:
@@ -181,12 +184,15 @@ def _count(
         classes: of the network.
         cast: context of the arithmetic.
         device: of the network.
+        strict: let an image that cannot be read be an error.
     """
     column = torch.full((classes,), len(places))
     column[torch.tensor(places)] = torch.arange(len(places))
     counts = _Counts(np.zeros((len(places), len(places) + 1), dtype=np.int64))
     for batch in batches:
         counts.unreadable += batch.unreadable
+        if strict and counts.unreadable:
+            raise ValueError(counts.unreadable[0])
         if not len(batch.labels):
             continue
         images = batch.images.to(device, non_blocking=True)
