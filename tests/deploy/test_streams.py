@@ -203,6 +203,15 @@ def test_videos(run, tmp_path, capsys):
     assert "the video is damaged" in capsys.readouterr().err
 
 
+def test_the_limit_of_pixels(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    make_image("red", 0).save(tmp_path / "x.png")
+    assert predict(run, tmp_path / "x.png", "--max_pixels", "100") == 2
+    assert "more pixels than the limit of 100" in capsys.readouterr().err
+    assert predict(run, tmp_path / "x.png", "--max_pixels", "100000") == 0
+    assert predict(run, tmp_path / "x.png", "--max_pixels", "0") == 2
+
+
 def test_items_keep_their_names(run, photos):
     item = Item(image=photos / "x.png", source="camera 1", name="first")
     (result,) = Predictor.from_checkpoint(run, device="cpu").stream([item])

@@ -72,6 +72,9 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="Threads that load images.")
     add_runtime(parser)
+    parser.add_argument(
+        "--max_pixels", type=int | None, default=None, help="Pixels of the largest image; 178956970 unless given."
+    )
     parser.add_argument("--every", type=int, default=1, help="Of a video, take one frame of so many.")
     parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
@@ -90,6 +93,8 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 def run(options: Namespace, console: Console) -> int:
     from overlock.deploy.sources import expand  # noqa: PLC0415
 
+    if options.max_pixels is not None:
+        _raise_limit(options.max_pixels)
     if options.checkpoint is None and options.model is not None:
         raise ValueError(f"--model {options.model} says what a checkpoint holds; give one with --checkpoint")
     if options.checkpoint is None and options.task not in (None, "classify"):
@@ -123,6 +128,15 @@ def run(options: Namespace, console: Console) -> int:
     if failed:
         errors.print(f"{failed} of {failed + done} images skipped")
     return 0 if not failed else SOME_FAILED if done else ALL_FAILED
+
+
+def _raise_limit(pixels: int) -> None:
+    """Pillow refuses images of more than twice its number; the process is the command's own."""
+    from PIL import Image  # noqa: PLC0415
+
+    if pixels < 1:
+        raise ValueError(f"--max_pixels must be at least 1, got {pixels}")
+    Image.MAX_IMAGE_PIXELS = (pixels + 1) // 2
 
 
 def _make_predictor(options: Namespace) -> ImagePredictor[Any]:

@@ -35,7 +35,6 @@ _DAMAGE = (
     IndexError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -62,6 +61,12 @@ def read_image(source: str | os.PathLike[str] | IO[bytes], *, name: str | None =
             return to_rgb(image)
     except ImageRangeError as error:
         raise ValueError(f"{name}: {error}; scale it or remove the file") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(
+            f"{name}: the image has more pixels than the limit of {limit}, which protects the memory; make it smaller, "
+            "or raise the limit: overlock predict --max_pixels N, or half of it as PIL.Image.MAX_IMAGE_PIXELS"
+        ) from None
     except _DAMAGE as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"the image is damaged ({error})"
         raise ValueError(f"{name}: {reason}; replace or remove the file") from None

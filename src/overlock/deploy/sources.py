@@ -115,7 +115,7 @@ def _read(path: Path, name: str, every: int) -> Iterator[Source]:
     try:
         import av  # noqa: PLC0415
     except ImportError:
-        raise ValueError(f"{path}: videos need PyAV; install it with: pip install av") from None
+        raise ValueError(f"{path}: videos need PyAV: pip install 'overlock[video]'") from None
     try:
         with av.open(str(path)) as container:
             for number, frame in enumerate(container.decode(video=0)):

@@ -114,7 +114,9 @@ class _Parquet:
             import pyarrow  # noqa: PLC0415
             from pyarrow import parquet  # noqa: PLC0415
         except ImportError:
-            raise ValueError(f"{path}: Parquet needs pyarrow; install it with: pip install pyarrow") from None
+            raise ValueError(
+                f"{path}: Parquet needs pyarrow; install it with: pip install 'overlock[parquet]'"
+            ) from None
         self.schema = pyarrow.schema([*COLUMNS[task].items(), ("error", "string")])
         self.make, self.writer = pyarrow.Table.from_pylist, parquet.ParquetWriter(path, self.schema)
         self.rows: list[Row] = []
