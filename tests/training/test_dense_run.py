@@ -8,6 +8,8 @@ import math
 import re
 import shutil
 import signal
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from PIL import Image
 from runs import assert_same, launch, run
 from scenes import write_scenes
 
-from overlock.checkpoint import load_model
+from overlock.checkpoint import HEADS, Record, load_model
 from overlock.deploy.evaluate_dense import evaluate_dense
 from overlock.drawing import colour_of
 from overlock.tasks.scores import DetectionScore
@@ -125,7 +127,23 @@ def test_a_run_starts_from_a_classifier_or_another_dense_run(trained, scenes, tm
     assert 0 < len(given) - len(taken) <= 12  # layers of classes alone
     wider = settings(task, scenes, tmp_path, model="overlock_nano")
     with pytest.raises(ValueError, match=r"on overlock_atto has nothing for \d+ weights of the backbone"):
-        start_from(make_network(wider, type(record)(model="overlock_nano", head=record.head, classes=classes)), folder)
+        network = make_network(wider, type(record)(model="overlock_nano", head=record.head, classes=classes))
+        start_from(network, folder, task=task)
+
+
+@pytest.mark.parametrize("model", ["overlock_atto", "resnet18"])
+@pytest.mark.parametrize(("first", "second"), [("faster_rcnn", "upernet"), ("upernet", "faster_rcnn")])
+def test_the_backbone_of_another_task(first, second, model):
+    """A segmenter starts from a detector's backbone, and a detector from a segmenter's."""
+    roots = dict(faster_rcnn="backbone.body", upernet="backbone")
+    narrow = dict(faster_rcnn=dict(hidden_channels=16), upernet=dict(hidden_channels=32))
+    given, started = (HEADS[head](model, num_classes=3, **narrow[head]) for head in (first, second))
+    record = Record(model=model, head=first, classes=("a", "b", "c"), model_args=narrow[first])
+    with patch("overlock.training.dense.load_model", lambda _: (given, record)):
+        start_from(started, Path("given"), task="segment" if second == "upernet" else "detect")
+    theirs, ours = given.get_submodule(roots[first]).state_dict(), started.get_submodule(roots[second]).state_dict()
+    assert any(name in theirs for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
 
 
 @pytest.mark.parametrize("model", ["overlock_atto", "convnext_atto", "resnet18"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from overlock.hub import find_weights
 from overlock.tasks.pyramid import Pyramid
 from overlock.training.config import RunConfig
 
+logger = logging.getLogger(__name__)
+BACKBONES = dict(classify="", detect="backbone.body", segment="backbone")  # where models of each task have theirs
 SAMPLES, SAMPLE_COUNT = "samples.png", 4
 
 
@@ -44,32 +47,42 @@ def make_network(config: RunConfig, record: Record, **only_training: Any) -> nn.
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
     if config.weights is not None:
-        start_from(network, find_weights(config.weights))
+        start_from(network, find_weights(config.weights), task=record.task)
     return network
 
 
-def start_from(network: nn.Module, path: Path) -> None:
-    """Take weights from a classifier for the backbone, or from a dense model for all that is of the same shape.
+def start_from(network: nn.Module, path: Path, *, task: str) -> None:
+    """Take weights from a dense model of the same task for all that is of the same shape, else for the backbone alone.
+
+    Args:
+        network: a detector or segmenter.
+        path: of the weights of a classifier, detector or segmenter.
+        task: of the network.
 
     Raises:
         ValueError: for weights that leave something of the backbone without.
     """
     given, record = load_model(path)
-    root = "backbone.body" if hasattr(network.backbone, "body") else "backbone"  # a detector's or a segmenter's
-    if isinstance(network.get_submodule(root), Pyramid):
+    root, their_root = BACKBONES[task], BACKBONES[record.task]
+    if record.task == "classify" and isinstance(network.get_submodule(root), Pyramid):
         root += ".backbone"
-    prefix = f"{root}." if record.head is None else ""
+    state = given.state_dict()
+    if record.task != task:
+        inside = f"{their_root}." if their_root else ""
+        state = {f"{root}.{name.removeprefix(inside)}": x for name, x in state.items() if name.startswith(inside)}
     # What a classifier of timm calls stages.0 is stages_0 where features are taken from it.
-    held = {f"{prefix}{name}".replace(".", "_"): tensor for name, tensor in given.state_dict().items()}
+    held = {name.replace(".", "_"): tensor for name, tensor in state.items()}
     own = {name: (tensor, held.get(name.replace(".", "_"))) for name, tensor in network.state_dict().items()}
     found = {name: new for name, (old, new) in own.items() if new is not None and new.shape == old.shape}
-    missing = [name for name in own if name.startswith(f"{root}.") and name not in found]
+    needed = f"{root}.backbone." if isinstance(network.get_submodule(root), Pyramid) else f"{root}."
+    missing = [name for name in own if name.startswith(needed) and name not in found]
     if missing:
         raise ValueError(
             f"{path}: its {record.name} has nothing for {len(missing)} weights of the backbone (first: {missing[0]}); "
             f"set --model to its own"
         )
     network.load_state_dict(found, strict=False)
+    logger.info("%s: %d of %d tensors are those of its %s", path, len(found), len(own), record.name)
 
 
 def save_samples(path: Path, draw: Callable[[int], Sequence[Image.Image]], count: int) -> None:

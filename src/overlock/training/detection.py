@@ -97,9 +97,8 @@ def make_job(config: DetectConfig) -> Job:
     def draw(place: int, tested: nn.Module) -> list[Image.Image]:
         image, target = data.test.read(place)
         device = next(tested.parameters()).device
-        (found,) = find_objects(tested, [pil_to_tensor(image).to(device) / 255])
-        kept = {name: part[found["scores"] >= SHOWN] for name, part in found.items()}
-        return [draw_objects(image, target, data.classes), draw_objects(image, kept, data.classes)]
+        (found,) = find_objects(tested, [pil_to_tensor(image).to(device) / 255], threshold=SHOWN)
+        return [draw_objects(image, target, data.classes), draw_objects(image, found, data.classes)]
 
     def finish(folder: Path, tested: nn.Module) -> None:
         save_samples(folder / SAMPLES, lambda place: draw(place, tested), len(data.test))
