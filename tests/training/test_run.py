@@ -330,5 +330,6 @@ def test_no_image_of_a_batch_is_readable(tmp_path):
     root = make_classes(tmp_path / "data", 4)
     for file in root.rglob("*.png"):
         file.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"none of the \d+ images tried for a batch can be read; the first: .*not an image"):
+    told = r"none of the \d+ images tried for a batch can be read; the first: .*not an image"
+    with pytest.raises(ValueError, match=told):
         train(settings(root, tmp_path / "run"))
