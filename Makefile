@@ -13,7 +13,7 @@ ORDINARY := -n 2 -m "not slow and not gpu"
 .PHONY: quickstart test test-oldest lint clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png
+	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png --overwrite
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 
 test: lint

@@ -94,6 +94,10 @@ def test_train_evaluate_predict(tmp_path, capsys):
     assert first["top1"] == second["top1"] == pytest.approx(logged)
     assert first["images"] == 3
     assert len(list((tmp_path / "report").iterdir())) == 4
+    words = ("evaluate", tmp_path / "run", "--data", root, "--save", tmp_path / "report")
+    assert "pass --overwrite" in fails(capsys, *words)  # before it evaluates
+    twice = (words[0], words[1], *words[1:], "--overwrite")
+    assert "has written it already" in fails(capsys, *twice)
     table = succeeds(capsys, "evaluate", tmp_path / "run", "--data", root, "--workers", 0)
     assert "15 images of 3 classes" in table
 
@@ -120,7 +124,18 @@ def test_pack_then_train(tmp_path, capsys):
         "--batch_size", 4,
     )  # fmt: skip
     assert "12 images to train on, 3 held out, 3 classes" in out
-    assert "exists already" in fails(capsys, "pack", root, tmp_path / "shards")
+    assert "not empty" in fails(capsys, "pack", root, tmp_path / "shards")
+    assert "reads the files" in fails(capsys, "pack", root, root, "--overwrite")
+    succeeds(capsys, "pack", root, tmp_path / "shards", "--overwrite")
+
+
+def test_a_run_writes_over_nothing_that_it_reads(run_folder, tmp_path, capsys):
+    root = make_classes(tmp_path / "data", 2)
+    words = ("train", "small", "--data", root, "--overwrite", *QUICK)
+    assert "reads the files of this folder" in fails(capsys, *words, "--output", root)
+    for weights in (run_folder, run_folder / MODEL_FILE):
+        told = fails(capsys, *words, "--output", run_folder, "--weights", weights)
+        assert "choose another" in told
 
 
 def test_predict_prints_a_table_and_saves_a_picture(run_folder, tmp_path, capsys):
@@ -183,12 +198,24 @@ def test_convert_gives_the_same_network(official_file, tmp_path, capsys):
     with torch.no_grad():
         x = images(2, 3, 32, 32)
         torch.testing.assert_close(converted(x), network(x))
-    assert "pass --force" in fails(capsys, "convert", path, tmp_path / "a.safetensors")
+    assert "pass --overwrite" in fails(capsys, "convert", path, tmp_path / "a.safetensors")
+    for words in ((path, path), (tmp_path / "a.safetensors", tmp_path / "a.safetensors")):
+        before = words[0].read_bytes()
+        fails(capsys, "convert", *words, "--overwrite")
+        assert words[0].read_bytes() == before
     succeeds(capsys, "convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--model", "overlock_atto")
     first, second = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    succeeds(capsys, "convert", path, tmp_path / "a.safetensors", "--force")
+    succeeds(capsys, "convert", path, tmp_path / "a.safetensors", "--overwrite")
+
+
+def test_options_of_earlier_names(official_file, tmp_path, capsys):
+    target = tmp_path / "a.safetensors"
+    target.touch()
+    assert main(["convert", str(official_file[0]), str(target), "--force"]) == 0
+    assert capsys.readouterr().err == "note: --force is now called --overwrite\n"
+    assert load_classifier(target)[1].model == "overlock_atto"
 
 
 def test_convert_the_merged_form(tmp_path, capsys):
@@ -223,7 +250,8 @@ def test_average(tmp_path, capsys):
     for name, value in network.state_dict().items():
         expected = torch.stack([state[name].double() for state in weights]).mean(0)
         torch.testing.assert_close(value, expected.to(value.dtype))
-    assert "pass --force" in fails(capsys, "average", *paths, "--output", tmp_path / "mean.safetensors")
+    assert "pass --overwrite" in fails(capsys, "average", *paths, "--output", tmp_path / "mean.safetensors")
+    assert "reads it" in fails(capsys, "average", *paths, "--output", paths[1], "--overwrite")
 
 
 def test_average_of_unlike_checkpoints(tmp_path, capsys):

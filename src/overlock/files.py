@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and never over what a command reads or has written itself."""
+"""Files written whole or not at all, and never over what a command reads, or has not been told to replace."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ def unwritable(path: PathLike, error: OSError) -> ValueError:
 
 
 class Outputs:
-    """The files that a command writes: none that it reads, and none twice.
+    """The files that a command writes: none that it reads, none twice, and none that is there already unasked.
 
     Args:
         inputs: files that the command reads, and folders below which it reads any.
-        results: folder within those that the command does not read.
+        overwrite: replace files that are there already, but for the inputs.
+        results: folder within the inputs that the command does not read.
     """
 
-    def __init__(self, inputs: Iterable[PathLike] = (), *, results: PathLike | None = None):
+    def __init__(self, inputs: Iterable[PathLike] = (), *, overwrite: bool = False, results: PathLike | None = None):
+        self._overwrite = overwrite
         self._results = None if results is None else Path(_key(results))
         self._files: set[str] = set()
         self._folders: list[Path] = []
@@ -67,9 +69,13 @@ class Outputs:
         """Why a file may not be written; None where it may."""
         if hash(_key(path)) in self._written:
             return "this command has written it already; choose another name"
-        if os.path.lexists(path) and self._is_input(path):
+        if not os.path.lexists(path):
+            return None
+        if self._is_input(path):
             return "this command reads it; choose another name"
-        return None
+        if Path(path).is_dir():
+            return "this is a folder; choose the name of a file"
+        return None if self._overwrite else "exists already; choose another name, or pass --overwrite to replace it"
 
     def claim(self, path: PathLike) -> Path:
         """The path of a file that is now to be written.
@@ -83,28 +89,34 @@ class Outputs:
         self._written.add(hash(_key(path)))
         return Path(path)
 
-    def claim_folder(self, path: PathLike, *, force: bool) -> Path:
-        """A folder for results, made where it is not there.
-
-        Args:
-            path: of the folder.
-            force: take one that holds files already; those that are read stay as they are all the same.
+    def claim_folder(self, path: PathLike) -> Path:
+        """A folder for results, made where it is not there; files in it that are read stay as they are.
 
         Raises:
-            ValueError: where it cannot be made, is one that is read, or holds files already, unless forced.
+            ValueError: where it cannot be made, is one that is read, or holds files already that may not be replaced.
+        """
+        folder = self.check_folder(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: the folder cannot be made ({error.strerror}); choose another one") from None
+        return folder
+
+    def check_folder(self, path: PathLike) -> Path:
+        """A folder for results, which need not be there yet.
+
+        Raises:
+            ValueError: as :meth:`claim_folder`, but for one that cannot be made.
         """
         folder = Path(path)
         if Path(_key(folder)) in self._folders:
             raise ValueError(f"{folder}: this command reads the files of this folder; choose another one for results")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            filled = any(folder.iterdir())
-        except OSError as error:
-            raise ValueError(f"{folder}: the folder cannot be made ({error.strerror}); choose another one") from None
-        if filled and not force:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: this is a file; choose the name of a folder")
+        if not self._overwrite and folder.exists() and any(folder.iterdir()):
             raise ValueError(
-                f"{folder}: this folder is not empty; choose another one, or pass --force to add to it and to replace "
-                "earlier results"
+                f"{folder}: this folder is not empty; choose another one, or pass --overwrite to add to it and to "
+                "replace earlier results"
             )
         return folder
 

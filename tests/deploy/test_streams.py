@@ -167,13 +167,21 @@ def test_no_input_is_written_over(run, segmenter, tmp_path, capsys):
     assert "this command reads the files of this folder" in capsys.readouterr().err
     assert predict(run, own / "x.png", "--save", own / "x.png") == 2
     assert "this command reads it" in capsys.readouterr().err
+    assert predict(run, own / "x.png", "--save", own / "x_labels.png") == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    (tmp_path / "rows.csv").write_text("notes")
+    assert predict(run, own / "x.png", "--save", tmp_path / "rows.csv") == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_text() == "notes"
+    for _ in range(2):
+        assert predict(run, own / "x.png", "--save", tmp_path / "rows.csv", "--overwrite") == 0
     assert {path.name: path.read_bytes() for path in own.iterdir()} == before
     out = tmp_path / "out"
     assert predict(segmenter, own, "--save", out) == 0
     assert len(list(out.iterdir())) == 4  # a picture and a map of each
     assert predict(segmenter, own, "--save", out) == 2
     assert "not empty" in capsys.readouterr().err
-    assert predict(segmenter, own, "--save", out, "--force") == 0
+    assert predict(segmenter, own, "--save", out, "--overwrite") == 0
 
 
 def test_outputs_know_links_and_letters(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from overlock.cli.command import Command, add_target, check_target
+from overlock.cli.command import Command, add_target, claim_target
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -29,7 +29,7 @@ def run(options: Namespace, console: Console) -> None:
     first, *others = options.checkpoints
     if not others:
         raise ValueError(f"{first}: a mean takes two checkpoints or more; name the others too")
-    target = check_target(options.output, force=options.force)
+    target = claim_target(options.output, options.checkpoints, overwrite=options.overwrite)
     network, record = load_model(first)
     mean = AveragedModel(network, use_buffers=True)
     mean.update_parameters(network)

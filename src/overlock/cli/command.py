@@ -1,13 +1,15 @@
-"""What a sub-command consists of, and the file of weights that some of them write."""
+"""What a sub-command consists of, and the options that several of them have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
+
+from overlock.files import Outputs
 
 
 class Command(NamedTuple):
@@ -28,22 +30,27 @@ def add_runtime(parser: ArgumentParser) -> None:
     )
 
 
+def add_overwrite(parser: ArgumentParser) -> None:
+    """Leave to replace what a command finds where it writes; see :class:`overlock.files.Outputs`."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Replace files that are there already, but never what is read."
+    )
+
+
 def add_target(parser: ArgumentParser, name: str) -> None:
-    """The options that :func:`check_target` reads: the file to write, and leave to replace it."""
+    """The options that :func:`claim_target` reads: the file to write, and leave to replace it."""
     required = dict(required=True) if name.startswith("--") else {}
     parser.add_argument(name, type=str, metavar="OUT.safetensors", help="File to write.", **required)
-    parser.add_argument("--force", action="store_true", help="Replace a file that is there.")
+    add_overwrite(parser)
 
 
-def check_target(name: str, *, force: bool) -> Path:
-    """The path of a file of weights to write.
+def claim_target(name: str, inputs: Iterable[str], *, overwrite: bool) -> Path:
+    """The path of a file of weights to write, made from others.
 
     Raises:
-        ValueError: where its name has another ending, or, without ``force``, where it exists.
+        ValueError: where its name has another ending, or :class:`overlock.files.Outputs` refuses it.
     """
     path = Path(name)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a file of weights must end in .safetensors")
-    if path.exists() and not force:
-        raise ValueError(f"{path}: exists already; choose another name or pass --force")
-    return path
+    return Outputs(inputs, overwrite=overwrite).claim(path)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from overlock.cli.command import Command, add_target, check_target
+from overlock.cli.command import Command, add_target, claim_target
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 def run(options: Namespace, console: Console) -> None:
     from overlock.checkpoint import load_classifier, save_model  # noqa: PLC0415
 
-    target = check_target(options.target, force=options.force)
+    target = claim_target(options.target, [options.source], overwrite=options.overwrite)
     network, record = load_classifier(options.source, model=options.model)
     save_model(target, network.state_dict(), record)
     console.print(f"{target}: {record.model}, {len(record.classes)} classes")

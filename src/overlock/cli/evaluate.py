@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Column, Table
 
-from overlock.cli.command import Command, add_runtime
+from overlock.cli.command import Command, add_overwrite, add_runtime
 from overlock.files import Outputs
 from overlock.label_files import LabelFiles
 from overlock.object_files import Format, ObjectFiles
@@ -84,6 +84,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="Folder for a table of the classes; classify: and a picture of the confusions; detect: and the objects "
         "as COCO's results, with the ids of the data.",
     )  # fmt: skip
+    add_overwrite(parser)
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -112,10 +113,22 @@ def run(options: Namespace, console: Console) -> int:
     return SOME_FAILED if unreadable else 0
 
 
-def _claim(outputs: Outputs, folder: str, source: str, ending: str) -> Path:
-    """A file for the results of a model."""
-    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/"))
-    return outputs.claim(Path(folder) / f"{stem}_{ending}")
+REPORTS = dict(
+    classify=("classes.csv", "confusion.png"), detect=("classes.csv", "results.json"), segment=("classes.csv",)
+)
+"""What --save writes of each model."""
+
+
+def _claim_reports(options: Namespace, task: str) -> list[dict[str, Path]]:
+    """The files for the results of each model, by their endings; none where nothing is saved."""
+    if options.save is None:
+        return []
+    read = [options.data, options.annotations, options.images, options.classes, options.colours]
+    outputs = Outputs([*options.models, *filter(None, read)], overwrite=options.overwrite)
+    stems = ("".join(c if c.isalnum() or c in "._-" else "_" for c in source.strip("/")) for source in options.models)
+    return [
+        {ending: outputs.claim(Path(options.save) / f"{stem}_{ending}") for ending in REPORTS[task]} for stem in stems
+    ]
 
 
 def _evaluate_classifiers(options: Namespace, console: Console) -> tuple[str, ...]:
@@ -127,7 +140,7 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> tuple[str, ..
         options.data, held_out=options.held_out, seed=options.seed, val_split=options.val_split, classes=options.classes
     )
     settings = ("model", "image_size", "crop_pct", "workers", "device", "precision", "strict")
-    outputs = Outputs([*options.models, options.data])
+    reports = _claim_reports(options, "classify")
     results = []
     for source in options.models:
         result = evaluate(
@@ -137,9 +150,10 @@ def _evaluate_classifiers(options: Namespace, console: Console) -> tuple[str, ..
             **{name: options[name] for name in settings},
         )
         results.append(result)
-        if options.save:
-            write_per_class(result, _claim(outputs, options.save, source, "classes.csv"))
-            draw_confusion(result, _claim(outputs, options.save, source, "confusion.png"))
+        if reports:
+            report = reports[len(results) - 1]
+            write_per_class(result, report["classes.csv"])
+            draw_confusion(result, report["confusion.png"])
     if options.json:
         fields = ("name", "params", "images", "top1", "top5", "speed", "speed_with_loading", "unreadable")
         rows = [{name: getattr(result, name) for name in fields} for result in results]
@@ -180,6 +194,7 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> tuple[st
             data=options.data, format=options.format, split=options.val_split, annotations=options.annotations,
             images=options.images,
         )  # fmt: skip
+    reports = _claim_reports(options, task)
     results = [
         evaluate_dense(
             *load_model(source, model=options.model), files, name=source, held_out=options.held_out, seed=options.seed,
@@ -189,11 +204,10 @@ def _evaluate_dense(options: Namespace, console: Console, task: str) -> tuple[st
         )
         for source in options.models
     ]  # fmt: skip
-    outputs = Outputs([*options.models, options.data])
-    for source, result in zip(options.models, results, strict=True) if options.save else ():
-        write_classes(result, _claim(outputs, options.save, source, "classes.csv"))
+    for report, result in zip(reports, results, strict=False):
+        write_classes(result, report["classes.csv"])
         if task == "detect":
-            write_coco_results(result, _claim(outputs, options.save, source, "results.json"))
+            write_coco_results(result, report["results.json"])
     if options.json:
         rows = [dataclasses.asdict(dataclasses.replace(result, found=())) for result in results]
         for row in rows:

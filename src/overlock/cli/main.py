@@ -22,6 +22,8 @@ from overlock.version import __version__
 
 USER_FAULT, INTERRUPTED = 2, 130
 
+RENAMED = {"--force": "--overwrite"}
+"""Options of earlier versions, which are still taken."""
 COMMANDS = {
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for a fault of the user's, told in one sentence on stderr; 130 after Ctrl-C, and 128 more
         than the signal's number after another one.
     """
-    arguments = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    arguments = [_with_new_name(word, errors) for word in (sys.argv[1:] if arguments is None else arguments)]
     # Names of classes and files are printed as they are, not read as markup.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     subparsers: dict[str, ArgumentParser] = {}
@@ -106,10 +108,15 @@ def _command_of(arguments: Sequence[str]) -> str | None:
     return next((word for word in arguments if not word.startswith("-")), None)
 
 
-def _with_underscores(word: str) -> str:
-    """Options are named as the fields they set; --image-size is taken for --image_size."""
+def _with_new_name(word: str, errors: Console) -> str:
+    """Options are named as the fields they set; --image-size is taken for --image_size, an earlier name with a note."""
+    if not word.startswith("--"):
+        return word
     option, equals, value = word.partition("=")
-    return option[:2] + option[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+    option = option[:2] + option[2:].replace("-", "_")
+    if option in RENAMED:
+        errors.print(f"note: {option} is now called {RENAMED[option]}")
+    return RENAMED.get(option, option) + equals + value
 
 
 def _explain(error: ArgumentError, arguments: Sequence[str], subparsers: dict[str, ArgumentParser]) -> str:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from overlock.cli.command import Command, add_runtime
+from overlock.cli.command import Command, add_overwrite, add_runtime
 
 if TYPE_CHECKING:
     from overlock.deploy.inputs import Failure
@@ -87,7 +87,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         f"FILE.png, a picture of up to {PICTURED} images. detect, segment: a folder for a picture of each image, and "
         "for the objects in COCO's form or the label maps.",
     )
-    parser.add_argument("--force", action="store_true", help="Save into a folder that holds files already.")
+    add_overwrite(parser)
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -166,7 +166,7 @@ def _make_writers(options: Namespace, predictor: ImagePredictor[Any], sources: S
     from overlock.files import Outputs  # noqa: PLC0415
 
     folder = next((Path(name) for name in options.save if not Path(name).suffix), None)
-    outputs = Outputs(sources.inputs, results=folder)
+    outputs = Outputs(sources.inputs, overwrite=options.overwrite, results=folder)
     writers: list[Any] = []
     for name in options.save:
         path = Path(name)
@@ -176,7 +176,7 @@ def _make_writers(options: Namespace, predictor: ImagePredictor[Any], sources: S
             check_picture(path)
             writers.append(_Picture(outputs.claim(path)))
         else:
-            folder = outputs.claim_folder(path, force=options.force)
+            folder = outputs.claim_folder(path)
             writers.append(_Results(ResultFolder(folder, predictor.record.classes, outputs)))
     return writers
 

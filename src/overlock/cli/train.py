@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from overlock.cli.command import Command
+from overlock.files import Outputs
 
 if TYPE_CHECKING:
     from overlock.training import RunConfig
@@ -76,6 +77,7 @@ def run(options: Namespace, console: Console) -> int | None:
     kind = CONFIGS[options.task]
     groups = {field.name: options[field.name] for field in dataclasses.fields(kind)}
     config = kind.from_dict({name: _plain(value) for name, value in groups.items()})
+    _check_inputs(config)
     try:
         from overlock.training.run import train  # noqa: PLC0415
         from overlock.training.stop import RunStoppedError  # noqa: PLC0415
@@ -88,6 +90,16 @@ def run(options: Namespace, console: Console) -> int | None:
     except RunStoppedError as stopped:
         return 128 + stopped.signum
     return None
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Raise ValueError where a run would write into a folder of its data, or over the weights that it starts from."""
+    names = ("data", "weights", "classes", "colours", "annotations", "images", "test_annotations", "test_images")
+    inputs = [path for path in (getattr(config, name, None) for name in names) if path and Path(path).exists()]
+    output = Path(config.output)
+    Outputs(inputs, overwrite=True).check_folder(output)
+    if config.weights and output.resolve() in Path(config.weights).resolve().parents:
+        raise ValueError(f"{output}: the run starts from weights in this folder; choose another output")
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from overlock.data.images import load_folder
-from overlock.files import write_atomically
+from overlock.files import Outputs, write_atomically
 
 
-def pack(source: Path, target: Path, *, shard_images: int = 10_000, seed: int = 0) -> list[Path]:
+def pack(
+    source: Path, target: Path, *, shard_images: int = 10_000, seed: int = 0, overwrite: bool = False
+) -> list[Path]:
     """Write shards of shuffled images, with timm's ``_info.json`` and ``classes.txt`` beside them.
 
     Args:
@@ -22,6 +24,7 @@ def pack(source: Path, target: Path, *, shard_images: int = 10_000, seed: int = 
         target: a new or empty folder.
         shard_images: images a shard.
         seed: of the order, and of the split where the folder has none.
+        overwrite: take a folder that holds files already, and replace shards of the same names.
 
     Returns:
         The shards.
@@ -31,8 +34,7 @@ def pack(source: Path, target: Path, *, shard_images: int = 10_000, seed: int = 
     """
     if shard_images < 1:
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: exists already; choose a new folder")
+    Outputs([source], overwrite=overwrite).check_folder(target)
     data = load_folder(source, seed=seed)
     splits: dict[str, Any] = {}
     shards: list[Path] = []
