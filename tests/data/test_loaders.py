@@ -156,6 +156,65 @@ def test_a_batch_is_empty_where_nothing_can_be_read(tmp_path):
     assert len(set(batch.unreadable)) == 5
 
 
+class Picky:
+    """A preparation that refuses images with these labels, as a transform may that an image is too narrow for."""
+
+    def __init__(self, *refused: int, error: type[Exception] = ValueError):
+        self.refused, self.error = refused, error
+
+    def __call__(self, image, label):
+        if label in self.refused:
+            raise self.error("height and width must be > 0")
+        return TRANSFORM(image, label)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """23 images, each with its number as its label."""
+    paths = [tmp_path / f"{i}.png" for i in range(23)]
+    for i, path in enumerate(paths):
+        make_image("red", i).save(path)
+    return Samples([(path, i) for i, path in enumerate(paths)])
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_an_image_that_cannot_be_prepared_is_named_and_another_stands_in(error, files):
+    batches = list(TrainBatches(files, Picky(5, error=error), ONE, seed=0).epoch(0))
+    whole = drawn(files)
+    labels, undamaged = (torch.cat([batch.labels for batch in part]) for part in (batches, whole))
+    assert 5 not in labels.tolist()
+    assert torch.equal(labels[undamaged != 5], undamaged[undamaged != 5])
+    (told,) = {problem for batch in batches for problem in batch.unreadable}
+    assert told.startswith(f"{files.name(5)}: the image cannot be prepared (height and width must be > 0)")
+    tests = list(make_test_loader(files, Picky(5), batch_size=4))
+    assert [problem for batch in tests for problem in batch.unreadable] == [told]
+    assert sum(len(batch.labels) for batch in tests) == 22
+
+
+def test_a_preparation_that_fails_for_all_images_is_one_sentence(files):
+    fault = Picky(*range(23))
+    match = r"\.png: the image cannot be prepared, nor can others \(height .*\); check the settings"
+    with pytest.raises(ValueError, match=match):
+        next(TrainBatches(files, fault, ONE, seed=0).epoch(0))
+    with pytest.raises(ValueError, match=match):
+        next(iter(make_test_loader(files, fault, batch_size=4)))
+
+
+def test_images_of_a_stream_that_cannot_be_prepared(tmp_path):
+    pytest.importorskip("webdataset")
+    from overlock.data.shards import pack
+
+    pack(make_classes(tmp_path / "data", 20), tmp_path / "shards")
+    data = load_data(f"wds:{tmp_path / 'shards'}")
+    seen = list(TrainBatches(data.train, Picky(2), ONE, seed=0, workers=1).epoch(0))
+    assert all(len(batch.labels) == 4 and 2 not in batch.labels.tolist() for batch in seen)
+    problems = {problem for batch in seen for problem in batch.unreadable}
+    assert problems
+    assert all("cannot be prepared" in problem and "shards" in problem for problem in problems)
+    with pytest.raises(ValueError, match="nor can others"):
+        list(TrainBatches(data.train, Picky(0, 1, 2), ONE, seed=0, workers=1).epoch(0))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_image_is_tested_once(workers):
     labels = [

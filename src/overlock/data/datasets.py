@@ -6,7 +6,8 @@ import hashlib
 import random
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from overlock.data.images import ImageSource
 from overlock.data.readers import ErrorNotes, ImageStream, as_rgb, check_label
 
 STAND_INS = 100  # images tried in the place of an unreadable one
+OTHERS = 2  # images that tell whether a fault is that of an image or of how all are prepared
+# What transforms raise: of images that they were not made for, and of settings that cannot be.
+_FAULTS = (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, OSError)
 Prepare = Callable[[Image.Image, Any], tuple[Any, Any]]
 """From an image and its label to what a batch is joined of."""
 Read = tuple[Any, Any, str] | str
@@ -55,10 +59,55 @@ def seed_transforms(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def prepare_image(
+    prepare: Prepare, content: tuple[Any, Any], name: str, *, others: Iterable[tuple[Any, Any]], seed: int | None
+) -> tuple[Any, Any] | str:
+    """An image and its label, prepared; or, where that fails by the image's own fault, what is wrong with it.
+
+    It is not the image's fault where the same random changes fail with other images too.
+
+    Args:
+        prepare: what does it.
+        content: image and label.
+        name: of the image, for messages.
+        others: images and labels to try; asked for only after a failure.
+        seed: of the random changes; None for none.
+
+    Raises:
+        ValueError: where no image can be prepared, naming this one.
+    """
+
+    def attempt(image: Any, label: Any) -> tuple[Any, Any]:
+        if seed is not None:
+            seed_transforms(seed)
+        return prepare(image, label)
+
+    def works(image: Any, label: Any) -> bool:
+        try:
+            attempt(image, label)
+        except _FAULTS:
+            return False
+        return True
+
+    try:
+        return attempt(*content)
+    except _FAULTS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        cause = error
+    attempts = [works(*other) for other in islice(others, OTHERS)]
+    if len(attempts) == OTHERS and not any(attempts):
+        raise ValueError(
+            f"{name}: the image cannot be prepared, nor can others ({reason}); check the settings of sizes and of "
+            "random changes"
+        ) from cause
+    return f"{name}: the image cannot be prepared ({reason}); replace or remove the file"
+
+
 class ImageDataset(Dataset[Sample]):
     """Images by number, or by :class:`Draw` for training, where another image stands in for an unreadable one.
 
-    Which one follows from the draw's seed, so that it is the same in every process and when a run is resumed.
+    Which one follows from the draw's seed, so that it is the same in every process and when a run is resumed. An image
+    that cannot be prepared by its own fault counts as unreadable.
     """
 
     def __init__(self, source: ImageSource, prepare: Prepare):
@@ -69,15 +118,19 @@ class ImageDataset(Dataset[Sample]):
 
     def __getitem__(self, draw: Draw | int) -> Sample:
         problems: list[str] = []
+        seed = draw.seed if isinstance(draw, Draw) else None
         for place in self._places(draw) if isinstance(draw, Draw) else [draw]:
             try:
-                image, label = self.source.read(place)
+                content = self.source.read(place)
             except ValueError as error:
                 problems.append(str(error))
                 continue
-            if isinstance(draw, Draw):
-                seed_transforms(draw.seed)
-            return Sample(self.prepare(image, label), tuple(problems))
+            prepared = prepare_image(
+                self.prepare, content, self.source.name(place), others=self._others(place), seed=seed
+            )
+            if not isinstance(prepared, str):
+                return Sample(prepared, tuple(problems))
+            problems.append(prepared)
         return Sample(None, tuple(problems))
 
     def _places(self, draw: Draw) -> Iterator[int]:
@@ -85,6 +138,17 @@ class ImageDataset(Dataset[Sample]):
         yield draw.place
         for attempt in range(1, STAND_INS + 1):
             yield derive_seed(draw.seed, attempt) % len(self.source)
+
+    def _others(self, place: int) -> Iterator[tuple[Any, Any]]:
+        """Other readable images, from anywhere."""
+        for attempt in range(STAND_INS):
+            other = derive_seed(place, attempt) % len(self.source)
+            if other == place:
+                continue
+            try:
+                yield self.source.read(other)
+            except ValueError:
+                continue
 
 
 class StreamDataset(IterableDataset[Sample]):
@@ -112,12 +176,13 @@ class StreamDataset(IterableDataset[Sample]):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
 
+        last: deque[Read] = deque(maxlen=10)
+
         def prepare(read: Read, place: int) -> Sample:
-            return self._prepare(read, derive_seed(self.seed, epoch, passes, number, place, salt))
+            return self._prepare(read, derive_seed(self.seed, epoch, passes, number, place, salt), last)
 
         waiting: list[int] = []  # places of unreadable images, for which the next readable one will stand in
         problems: list[str] = []
-        last: deque[Read] = deque(maxlen=10)
         for place, read in enumerate(self._read(number, workers)):
             last.append(read)
             # This process gives every so many-th batch of the loader.
@@ -152,14 +217,27 @@ class StreamDataset(IterableDataset[Sample]):
                 yield image, label, f"{self.source} image {place} of loader {number}"
             yield from errors.take()
 
-    def _prepare(self, read: Read, seed: int) -> Sample:
-        if isinstance(read, str):
-            return Sample(None, (read,))
-        image, label, name = read
+    def _prepare(self, read: Read, seed: int, last: Iterable[Read]) -> Sample:
         try:
-            rgb = as_rgb(image, name)
-            if self.training:
-                seed_transforms(seed)
-            return Sample(self.prepare(rgb, check_label(int(label), self.source.num_classes, name)))
+            content, name = self._decode(read)
         except ValueError as error:
             return Sample(None, (str(error),))
+        prepared = prepare_image(
+            self.prepare, content, name, others=self._others(read, last), seed=seed if self.training else None
+        )
+        return Sample(None, (prepared,)) if isinstance(prepared, str) else Sample(prepared)
+
+    def _decode(self, read: Read) -> tuple[tuple[Image.Image, int], str]:
+        """Image and label, and the name. Raises ValueError where there are none."""
+        if isinstance(read, str):
+            raise ValueError(read)
+        image, label, name = read
+        return (as_rgb(image, name), check_label(int(label), self.source.num_classes, name)), name
+
+    def _others(self, read: Read, last: Iterable[Read]) -> Iterator[tuple[Any, Any]]:
+        for other in last:
+            if other is not read:
+                try:
+                    yield self._decode(other)[0]
+                except ValueError:
+                    continue

@@ -123,6 +123,10 @@ class DetectionImages:
             target["masks"] = tv_tensors.Mask(turn_masks(masks, turn))
         return image, target
 
+    def name(self, index: int) -> str:
+        """The file of an image."""
+        return str(self.annotations.files[self.places[index]])
+
     def _masks(self, objects: Array, boxes: Array, size: tuple[int, int]) -> Tensor | None:
         shapes = self.annotations.shapes
         if shapes is None:

@@ -32,6 +32,10 @@ class ImageSource(Protocol):
         """An image as RGB, and its label. Raises ValueError, naming the image, where it cannot be read."""
         ...
 
+    def name(self, index: int) -> str:
+        """What messages call an image: its file."""
+        ...
+
 
 class Samples(tuple[Sample, ...]):
     """Files or images in memory, with their labels."""
@@ -41,6 +45,10 @@ class Samples(tuple[Sample, ...]):
     def read(self, index: int) -> tuple[Image.Image, int]:
         image, label = self[index]
         return (image if isinstance(image, Image.Image) else read_image(image)), label
+
+    def name(self, index: int) -> str:
+        image = self[index][0]
+        return f"image {index}" if isinstance(image, Image.Image) else str(image)
 
 
 class PackedImages:
@@ -67,7 +75,10 @@ class PackedImages:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         data = self.bytes[self.offsets[index] : self.offsets[index + 1]].tobytes()
-        return read_image(io.BytesIO(data), name=f"{self.path}[{index}]"), int(self.labels[index])
+        return read_image(io.BytesIO(data), name=self.name(index)), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.path}[{index}]"
 
 
 @dataclass(frozen=True, kw_only=True)

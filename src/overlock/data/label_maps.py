@@ -63,6 +63,10 @@ class LabelMaps:
             )
         return image, tv_tensors.Mask(torch.from_numpy(labels))
 
+    def name(self, index: int) -> str:
+        """The file of an image."""
+        return str(self.images[index])
+
     def read_values(self, index: int) -> Labels:
         """The numbers in a map (H, W), as they stand there. Raises ValueError, naming the file."""
         return self.form.read_values(self.maps[index])

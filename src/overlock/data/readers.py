@@ -55,8 +55,11 @@ class ReaderSource:
         except (OSError, AssertionError) as error:
             raise ValueError(f"image {place}: cannot be read ({error})") from None
         with file:
-            name = str(self.reader.filename(place))
+            name = self.name(index)
             return read_image(file, name=name), check_label(int(label), self.num_classes, name)
+
+    def name(self, index: int) -> str:
+        return str(self.reader.filename(int(self.places[index])))
 
 
 @dataclass(frozen=True, kw_only=True)
