@@ -111,8 +111,9 @@ def test_inputs_without_gradient(frozen):
     expected = {name: x.grad for name, x in inputs.items()}
     inputs = {name: x.detach().requires_grad_(name != frozen) for name, x in inputs.items()}
     contmix(**inputs, kernel_size=3).sum().backward()
-    for name, x in inputs.items():
-        assert x.grad is None if name == frozen else torch.equal(x.grad, expected[name])
+    assert inputs.pop(frozen).grad is None
+    for name, x in inputs.items():  # close, since a sum depends on where its numbers lie in memory
+        torch.testing.assert_close(x.grad, expected[name], rtol=1e-12, atol=1e-14)
 
 
 def in_the_open(inputs):

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.fused.stage_operators import is_watched
 from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
-from overlock.ops.dispatch import AUTO, asked_for
+from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
 from overlock.ops.gradients import register_plain_autograd
 
 PACKED_FROM = 15_000_000  # multiply-adds of a product from which on a packed weight outweighs oneDNN's longer call
@@ -91,7 +91,7 @@ def _define(
     operator = getattr(torch.ops.overlock, name).default
 
     def call(*inputs: Any) -> Tensor:
-        in_graph = torch.compiler.is_compiling() and not _want_gradients(inputs)
+        in_graph = torch.compiler.is_compiling() and not (_want_gradients(inputs) or exports_to_onnx())
         return operator(*inputs) if in_graph else implementation(*inputs)
 
     return call

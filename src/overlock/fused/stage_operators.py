@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.fused.packing import shapes_of, unpack
 from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
-from overlock.ops.dispatch import AUTO, asked_for
+from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
 from overlock.ops.gradients import register_no_gradients
 
 CHUNK = 8 << 20  # bytes of workspace for some of a batch's images at a time: a cache's share
@@ -259,7 +259,8 @@ def kernels_apply(tensors: list[Tensor]) -> bool:
     for x in tensors:
         if not x.is_cpu or x.dtype != torch.float32 or (with_gradients and x.requires_grad):
             return False
-    return tensors[0].shape[0] > 0 and _is_wanted() and (torch.compiler.is_compiling() or not is_watched())
+    in_graph = torch.compiler.is_compiling() and not exports_to_onnx()
+    return tensors[0].shape[0] > 0 and _is_wanted() and (in_graph or not is_watched())
 
 
 @torch.compiler.assume_constant_result

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.kernels.torch import reference
-from overlock.ops.dispatch import asked_for, choose
+from overlock.ops.dispatch import asked_for, choose, exports_to_onnx
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register
 
@@ -55,6 +55,8 @@ def contmix(
     """
     if not torch.jit.is_scripting():
         _check(query, key, value, weight, bias, rpb, kernel_size)
+        if exports_to_onnx():
+            return _mix_plainly(query, key, value, weight, bias, rpb, kernel_size, min_side)
     return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size, min_side)
 
 
@@ -161,7 +163,7 @@ def _mix_plainly(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
     kernel_size: int, min_side: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The definition, for gradients of gradients and forward mode; needs N = K^2 times the value's memory."""
+    """The definition, for ONNX and all derivatives but the first; needs N = K^2 times the value's memory."""
     before = height, width = value.shape[3:]
     size = _enlarged(height, width, min_side)
     if size is not None:
@@ -170,7 +172,7 @@ def _mix_plainly(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     result = reference.contmix(query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     if size is not None:
-        result = _shrink(result, *before)
+        result = reference.average_regions(result, *before)
     return result
 
 
@@ -214,6 +216,9 @@ def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tens
 
     (B, C, H, W) -> (B, C, S, S). One operator, because its result has the same size for any map.
     """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - scripts only as a condition of its own
+        if exports_to_onnx():
+            return _centres_plainly(context, region_grid, min_side)
     return torch.ops.overlock.region_centres(context, region_grid, min_side)
 
 
@@ -222,6 +227,13 @@ def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Te
     if size is not None:
         context = F.interpolate(context, size=size, mode="bilinear")
     return F.adaptive_avg_pool2d(context, region_grid).contiguous()
+
+
+def _centres_plainly(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
+    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    if size is not None:
+        context = F.interpolate(context, size=size, mode="bilinear")
+    return reference.average_regions(context, region_grid, region_grid)
 
 
 def _centres_backward(grad: Tensor, _note: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
@@ -247,4 +259,4 @@ register(
     "region_centres", f"({_CENTRES}) -> Tensor", _centres_forward,
     lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), batched=1,
 )  # fmt: skip
-register_backward("region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_forward)
+register_backward("region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_plainly)

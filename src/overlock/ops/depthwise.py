@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.ops.dispatch import AUTO, asked_for, on_use, triton_why_not
+from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx, on_use, triton_why_not
 from overlock.ops.gradients import register_autograd, register_plain_autograd
 from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
@@ -38,11 +38,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     Returns:
         (B, C, H, W) in the dtype of ``x``, from the operator in its layout too. Sums are kept in float32.
     """
-    if x.is_cuda and weight.shape[3] >= 7 and dilation == 1:
-        return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
-    if torch.jit.is_scripting():  # what follows does not script
-        return _convolve(x, weight, bias, dilation)
-    if trains_on_cpu(x, weight):
+    takes_operator = x.is_cuda and weight.shape[3] >= 7 and dilation == 1
+    if not torch.jit.is_scripting():  # what follows does not script
+        takes_operator = not exports_to_onnx() and (takes_operator or trains_on_cpu(x, weight))
+    if takes_operator:
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     return _convolve(x, weight, bias, dilation)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from overlock.kernels.numba import contmix as cpu
@@ -114,6 +115,15 @@ def backend(name: str) -> Iterator[None]:
 def asked_for() -> str:
     """The user's choice, by ``with backend(...)`` or else by the environment variable, or 'auto'."""
     return _chosen.get(None) or _check_name(os.environ.get(ENVIRONMENT_VARIABLE, AUTO), ENVIRONMENT_VARIABLE)
+
+
+def exports_to_onnx() -> bool:
+    """Whether the call is part of an ONNX export, which knows PyTorch's own operations alone.
+
+    Then each operation is its plain form. Other graphs keep the operators. (PyTorch 2.6 and 2.7 tell of their
+    TorchScript exporter only, not of ``dynamo=True``.)
+    """
+    return torch.onnx.is_in_onnx_export()
 
 
 def choose(name: str, *call: Tensor | int | None) -> Backend:

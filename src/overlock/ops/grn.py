@@ -50,7 +50,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _scale(x: Tensor, norms: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     shares = norms / (norms.mean(dim=1, keepdim=True) + eps)
-    scale = torch.addcmul(torch.ones_like(norms), weight.view(1, -1, 1, 1), shares)
+    scale = weight.view(1, -1, 1, 1) * shares + 1
     return torch.addcmul(bias.view(1, -1, 1, 1).to(x.dtype), x, scale.to(x.dtype))
 
 

@@ -15,6 +15,24 @@ def window_starts(size: int, kernel_size: int, device: torch.device | None = Non
     return (torch.arange(size, device=device) - kernel_size // 2).clamp(0, size - kernel_size)
 
 
+def average_regions(x: Tensor, height: int, width: int) -> Tensor:
+    """``F.adaptive_avg_pool2d`` of maps (..., H, W) as two matrix products, of which ONNX knows any size."""
+    exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rows, columns = (_averages(exact, dim, parts) for dim, parts in ((-2, height), (-1, width)))
+    return (rows @ exact @ columns.transpose(0, 1)).to(x.dtype)
+
+
+def _averages(x: Tensor, dim: int, parts: int) -> Tensor:
+    """A matrix (parts, size) that averages over the regions of a dimension, which overlap where they do not divide it.
+
+    A position p belongs to the regions i with i size / parts < p + 1 and p < (i + 1) size / parts.
+    """
+    size = x.shape[dim]
+    position, region = torch.arange(size, device=x.device), torch.arange(parts, device=x.device)[:, None]
+    inside = ((region * size < (position + 1) * parts) & (position * parts < (region + 1) * size)).to(x.dtype)
+    return inside / inside.sum(dim=1, keepdim=True)
+
+
 def contmix(
     query: Tensor,
     key: Tensor,
