@@ -29,7 +29,7 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Any], classes: Sequen
     Args:
         image: as RGB.
         objects: boxes (N, 4) as left, top, right, bottom in the image's pixels, labels (N,) from 1 on, and perhaps
-            scores (N,) and masks, (N, H, W) of booleans or :class:`overlock.tasks.masks.Masks`.
+            scores (N,) and masks, (N, H, W) of booleans or :class:`overlock.data.run_lengths.Masks`.
         classes: names of the labels from 1 on.
     """
     labels = [int(label) for label in objects["labels"]]

@@ -49,7 +49,7 @@ def assert_same(data, expected, *, within=1e-4):
             assert torch.allclose(found[stem]["boxes"], target["boxes"], atol=within)
             assert torch.allclose(found[stem]["area"], target["area"], rtol=1e-4)
             if "masks" in target:
-                assert torch.equal(found[stem]["masks"], target["masks"])
+                assert np.array_equal(found[stem]["masks"], target["masks"])
 
 
 @pytest.mark.parametrize("named", [False, True])

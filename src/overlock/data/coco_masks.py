@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overlock.data.run_lengths import Masks, encode, unpack
+
 Array = np.ndarray[Any, Any]
 CORNERS = 6  # numbers of a polygon with an area
 LARGEST = 1e5  # pixels: no coordinate of an image is beyond; farther ones would take memory without end
@@ -45,8 +47,8 @@ class Shapes:
         own[list(self.runs)] = True
         return own
 
-    def decode(self, number: int, *, size: tuple[int, int], box: Sequence[float]) -> Tensor:
-        """The mask of an object (H, W) of 0 and 1; the box itself where it has none.
+    def runs_of(self, number: int, *, size: tuple[int, int], box: Sequence[float]) -> Array:
+        """The run lengths of an object's mask, as :class:`Masks` takes them; of the box where it has none.
 
         Args:
             number: of the object.
@@ -59,21 +61,26 @@ class Shapes:
         """
         first, last = self.objects[number], self.objects[number + 1]
         if number not in self.runs and first == last:
-            mask = torch.zeros(size, dtype=torch.uint8)
             left, top, right, bottom = (round(x) for x in box)
-            mask[top : max(bottom, top + 1), left : max(right, left + 1)] = 1
-            return mask
-        coco, height, width = _coco(), *size
+            inside = np.ones((max(bottom - top, 1), max(right - left, 1)), dtype=bool)
+            top, left = min(top, size[0] - 1), min(left, size[1] - 1)
+            return encode(inside[: size[0] - top, : size[1] - left], (top, left), size)
         if number in self.runs:
-            encoded = _encode(
+            compressed = _encode(
                 json.loads(self.lengths[self.runs[number]]),
                 size,
                 f"{self.path}: the mask of object {self.names[number]}",
             )
         else:
+            coco = _coco()
             parts = [self.points[self.polygons[i] : self.polygons[i + 1]].tolist() for i in range(first, last)]
-            encoded = coco.merge(coco.frPyObjects(parts, height, width))
-        return torch.from_numpy(np.ascontiguousarray(coco.decode(encoded)))
+            compressed = coco.merge(coco.frPyObjects(parts, *size))
+        return np.array(unpack(compressed["counts"]), dtype=np.int64)
+
+    def decode(self, number: int, *, size: tuple[int, int], box: Sequence[float]) -> Tensor:
+        """The mask of an object (H, W) of 0 and 1; arguments and errors are those of :meth:`runs_of`."""
+        mask = Masks(size, [self.runs_of(number, size=size, box=box)])[0]
+        return torch.from_numpy(np.ascontiguousarray(mask)).to(torch.uint8)
 
 
 def pack_shapes(objects: Sequence[Mapping[str, Any]], path: Path) -> tuple[Shapes, int]:
@@ -200,7 +207,7 @@ def _encode(lengths: Mapping[str, Any], size: tuple[int, int] | None, where: str
         if size is not None and (height, width) != size:
             raise ValueError(f"it is of {height} x {width} pixels, its image of {size[0]} x {size[1]}")
         packed = counts.encode() if isinstance(counts, str) else counts
-        runs = _unpack(packed) if isinstance(packed, bytes) else [int(run) for run in counts]
+        runs = unpack(packed) if isinstance(packed, bytes) else [int(run) for run in counts]
         # pycocotools reads on beyond runs that are too short, and gives whatever lies there.
         if min(runs, default=0) < 0 or sum(runs) != height * width:
             raise ValueError(f"its run lengths come to {sum(runs)} pixels of {height} x {width}")
@@ -209,22 +216,6 @@ def _encode(lengths: Mapping[str, Any], size: tuple[int, int] | None, where: str
         return _coco().frPyObjects(dict(size=[height, width], counts=runs), height, width)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{where} cannot be decoded ({error})") from None
-
-
-def _unpack(packed: bytes) -> list[int]:
-    """The runs of COCO's compressed form: five bits a byte, each run from the third on as its difference to the last
-    but one."""
-    runs: list[int] = []
-    value = shift = 0
-    for byte in packed:
-        bits = byte - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << (shift - 4)
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
 
 
 def _coco() -> Any:

@@ -16,6 +16,7 @@ from overlock.data.files import read_image
 from overlock.data.formats import read_part, read_parts
 from overlock.data.image_sizes import SIDEWAYS, read_orientation, turn_masks
 from overlock.data.images import TEST_SHARE, ImageData
+from overlock.data.run_lengths import Masks, from_tensor
 from overlock.object_files import ObjectFiles
 
 Target = dict[str, Any]
@@ -51,7 +52,7 @@ class DetectionImages:
         training: bool = False,
         background: bool = False,
     ):
-        self.annotations, self.classes = annotations, tuple(classes)
+        self.annotations, self.classes, self.training = annotations, tuple(classes), training
         places = np.arange(len(annotations)) if places is None else np.asarray(places)
         notes = list(annotations.notes)
         labels = {name: label for label, name in enumerate(self.classes, start=1)}
@@ -94,7 +95,8 @@ class DetectionImages:
         """An image as RGB, upright, and its target.
 
         The target has boxes (N, 4) as left, top, right, bottom, labels (N,), iscrowd (N,), area (N,), image_id, and
-        masks (N, H, W) where they were read; boxes and masks as torchvision's tensors, which its transforms follow.
+        masks (N, H, W) where they were read: in training, as the boxes, torchvision's tensors, which its transforms
+        follow; else :class:`overlock.data.run_lengths.Masks`.
 
         Raises:
             ValueError: for an image that cannot be read or is of another size than the file says, or a mask that cannot
@@ -108,7 +110,7 @@ class DetectionImages:
         boxes = self.annotations.boxes[objects].clip(0, [width, height, width, height])
         left = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
         objects, boxes = objects[left], boxes[left]
-        masks = self._masks(objects, boxes, (height, width))
+        masks = self._masks(objects, boxes, (height, width), turn)
         target = dict(
             boxes=tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
                 turn_boxes(torch.from_numpy(boxes).float(), turn, (height, width)), format="XYXY",
@@ -120,21 +122,28 @@ class DetectionImages:
             image_id=self.annotations.image_ids[place],
         )  # fmt: skip
         if masks is not None:
-            target["masks"] = tv_tensors.Mask(turn_masks(masks, turn))
+            target["masks"] = masks
         return image, target
 
     def name(self, index: int) -> str:
         """The file of an image."""
         return str(self.annotations.files[self.places[index]])
 
-    def _masks(self, objects: Array, boxes: Array, size: tuple[int, int]) -> Tensor | None:
+    def _masks(self, objects: Array, boxes: Array, size: tuple[int, int], turn: int) -> Tensor | Masks | None:
         shapes = self.annotations.shapes
         if shapes is None:
             return None
-        masks = torch.zeros(len(objects), *size, dtype=torch.uint8)
-        for i, number in enumerate(objects.tolist()):
-            masks[i] = shapes.decode(number, size=size, box=boxes[i].tolist())
-        return masks
+        places = list(zip(objects.tolist(), boxes.tolist(), strict=True))
+        if self.training:
+            masks = torch.zeros(len(places), *size, dtype=torch.uint8)
+            for mask, (number, box) in zip(masks, places, strict=True):
+                mask.copy_(shapes.decode(number, size=size, box=box))
+            return tv_tensors.Mask(turn_masks(masks, turn))
+        found = Masks(size, [shapes.runs_of(number, size=size, box=box) for number, box in places])
+        if turn == 1:
+            return found
+        turned = [from_tensor(turn_masks(torch.from_numpy(mask)[None], turn)).runs[0] for mask in found]
+        return Masks(size[::-1], turned)
 
     def _chosen(self, places: Array, training: bool, notes: list[str]) -> Array:
         """Which objects count (N,)."""

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import nn
 
 from overlock.checkpoint import Record
 from overlock.data.dense_transforms import (
@@ -135,7 +134,7 @@ def evaluate_dense(
                 if len(batch.labels):
                     with cast_to(precision, where), without_waiting(network):
                         found = find_objects(network, [image.to(where) for image in batch.images], **testing)
-                    score.update([_as_tensors(result) for result in found], batch.labels)
+                    score.update(found, batch.labels)
                     for result, target in zip(found, batch.labels, strict=True) if keep_found else ():
                         kept += _to_coco(result, target["image_id"], source.category_ids)
                 continue
@@ -156,13 +155,6 @@ def evaluate_dense(
         measures=score.measures(), classes=by_class, notes=getattr(source, "notes", ()), speed_with_loading=speed,
         found=tuple(kept),
     )  # fmt: skip
-
-
-def _as_tensors(result: dict[str, Any]) -> dict[str, Tensor]:
-    """Objects as the score takes them, their masks (N, 1, H, W)."""
-    if "masks" not in result:
-        return result
-    return {**result, "masks": torch.from_numpy(np.asarray(result["masks"]))[:, None]}
 
 
 def _to_coco(result: dict[str, Any], image_id: Any, category_ids: Sequence[Any]) -> list[dict[str, Any]]:

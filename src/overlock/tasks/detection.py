@@ -234,7 +234,7 @@ def find_objects(
 
     Returns:
         For each image, on the CPU, boxes (N, 4) as left, top, right, bottom in its pixels, labels (N,) from 1 on,
-        scores (N,), and masks, a :class:`overlock.tasks.masks.Masks`, from detectors that have some.
+        scores (N,), and masks, a :class:`overlock.data.run_lengths.Masks`, from detectors that have some.
 
     Raises:
         ValueError: for a limit that will not do.

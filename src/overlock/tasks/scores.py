@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from overlock.data.label_values import IGNORED
+from overlock.data.run_lengths import Masks, from_tensor
 
-Result = dict[str, Tensor]
+Result = dict[str, Any]
 # What torchmetrics' precisions end in, and ours: at all overlaps, at 0.5 and 0.75, of small, medium and large objects.
 SIZES = {"": "", "_50": "50", "_75": "75", "_small": "S", "_medium": "M", "_large": "L"}
 
@@ -100,20 +101,24 @@ class DetectionScore:
         """Add images.
 
         Args:
-            results: of a detector in evaluation: boxes (N, 4) as left, top, right, bottom, scores, labels, and masks
-                (N, 1, H, W) of shares.
-            targets: boxes, labels, masks (N, H, W), and where known iscrowd and area.
+            results: of a detector in evaluation: boxes (N, 4) as left, top, right, bottom, scores, labels, and masks,
+                (N, 1, H, W) of shares or :class:`overlock.data.run_lengths.Masks`.
+            targets: boxes, labels, masks, (N, H, W) or ``Masks``, and where known iscrowd and area.
         """
         names = ("boxes", "scores", "labels")
         found = [{name: result[name].cpu() for name in names} for result in results]
         given = ("boxes", "labels", "iscrowd", "area")
         wanted = [{name: target[name].cpu() for name in given if name in target} for target in targets]
-        if "segm" in self.kinds:
-            for mine, result in zip(found, results, strict=True):
-                mine["masks"] = result["masks"][:, 0].cpu() > 0.5
-            for mine, target in zip(wanted, targets, strict=True):
-                mine["masks"] = target["masks"].cpu().bool()
+        if "segm" not in self.kinds:
+            self.metric.update(found, wanted)
+            return
+        # torchmetrics takes pixels, gigabytes of a large image, but keeps run lengths, which it is given instead.
+        for item in (*found, *wanted):
+            item["masks"] = torch.zeros(len(item["labels"]), 1, 1, dtype=torch.bool)
         self.metric.update(found, wanted)
+        for state, items in ((self.metric.detection_mask, results), (self.metric.groundtruth_mask, targets)):
+            if items:
+                state[-len(items) :] = [_run_lengths(item["masks"]) for item in items]
 
     def state(self) -> dict[str, list[Any]]:
         """All that has been added so far, for :meth:`merge`."""
@@ -150,6 +155,13 @@ class DetectionScore:
         if len(self.kinds) == 1:
             return [("", "box")]
         return [("bbox_", "box"), ("segm_", "mask")]
+
+
+def _run_lengths(masks: Masks | Tensor) -> tuple[tuple[tuple[int, int], bytes], ...]:
+    """Sizes and compressed run lengths, as torchmetrics keeps them."""
+    if isinstance(masks, Tensor):
+        masks = from_tensor(masks[:, 0] > 0.5 if masks.dim() == 4 else masks)
+    return tuple(((mask["size"][0], mask["size"][1]), mask["counts"]) for mask in masks.to_coco())
 
 
 def _measured(share: Tensor) -> float:

@@ -62,7 +62,7 @@ class DetectionTest:
 
     def update(self, network: nn.Module, batch: Batch) -> None:
         """Count the objects of a batch."""
-        self.score.update(network(batch.images), batch.labels)
+        self.score.update(find_objects(network, batch.images), batch.labels)
 
     def measures(self, fabric: Fabric) -> dict[str, float]:
         """Those of :class:`overlock.tasks.scores.DetectionScore`, of all processes' images."""
