@@ -46,14 +46,15 @@ class Outputs:
     Args:
         inputs: files that the command reads, and folders below which it reads any.
         overwrite: replace files that are there already, but for the inputs.
-        results: folder within the inputs that the command does not read.
+        results: folders within the inputs that the command does not read.
     """
 
-    def __init__(self, inputs: Iterable[PathLike] = (), *, overwrite: bool = False, results: PathLike | None = None):
+    def __init__(self, inputs: Iterable[PathLike] = (), *, overwrite: bool = False, results: Iterable[PathLike] = ()):
         self._overwrite = overwrite
-        self._results = None if results is None else Path(_key(results))
+        self._results = [Path(_key(path)) for path in results]
         self._files: set[str] = set()
         self._folders: list[Path] = []
+        self._claimed: list[Path] = []  # folders
         self._written: set[int] = set()  # of hashes, since there may be very many
         for path in inputs:
             self.add_input(path)
@@ -64,6 +65,19 @@ class Outputs:
             self._folders.append(Path(_key(path)))
         else:
             self._files.update((_key(path), _key_of_link(path)))
+
+    def add_late_input(self, path: PathLike) -> None:
+        """Keep a file that is known to be read only now, say from a long list, of which no more than need be is kept.
+
+        Raises:
+            ValueError: where the command writes it.
+        """
+        keys = {_key(path), _key_of_link(path)}
+        written = any(hash(key) in self._written for key in keys)
+        if written or any(Path(key).is_relative_to(folder) for key in keys for folder in self._claimed):
+            self.add_input(path)
+        if written:
+            raise ValueError(f"{path}: this command writes it; choose another name for the results")
 
     def objection(self, path: PathLike) -> str | None:
         """Why a file may not be written; None where it may."""
@@ -96,6 +110,7 @@ class Outputs:
             ValueError: where it cannot be made, is one that is read, or holds files already that may not be replaced.
         """
         folder = self.check_folder(path)
+        self._claimed.append(Path(_key(folder)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -128,12 +143,32 @@ class Outputs:
         """
         write_atomically(self.claim(path), content)
 
+    def replace(self, path: PathLike, content: bytes | Path) -> None:
+        """Put what belongs at a claimed path there, whole or not at all.
+
+        Args:
+            path: of the file.
+            content: of it, or a file that is moved there.
+
+        Raises:
+            ValueError: where it cannot be written, or is an input as it turned out.
+        """
+        if os.path.lexists(path) and self._is_input(path):
+            raise ValueError(f"{path}: this command reads it; choose another name")
+        if not isinstance(content, Path):
+            write_atomically(path, content)
+            return
+        try:
+            content.replace(path)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
     def _is_input(self, path: PathLike) -> bool:
         keys = {_key(path), _key_of_link(path)}
         if keys & self._files:
             return True
         places = [Path(key) for key in keys]
-        if self._results is not None and any(place.is_relative_to(self._results) for place in places):
+        if any(place.is_relative_to(folder) for place in places for folder in self._results):
             return False
         return any(place.is_relative_to(folder) for place in places for folder in self._folders)
 

@@ -96,6 +96,10 @@ def test_exit_codes(run, photos, capsys):
     assert [row["source"] for row in json.loads(capsys.readouterr().out)] == [str(photos / "bad.jpg")]
 
 
+def standard_input(content):
+    return io.TextIOWrapper(io.BytesIO(content))
+
+
 def test_sources(run, photos, tmp_path, monkeypatch, capsys):
     def sources(*words):
         capsys.readouterr()
@@ -105,7 +109,7 @@ def test_sources(run, photos, tmp_path, monkeypatch, capsys):
     assert sources(f"{photos}/**/[xz].png") == ["below/z.png", "x.png"]
     (photos / "list.txt").write_text("y.png\n\nbelow/z.png\n")
     assert sources(photos / "list.txt") == ["y.png", "below/z.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{photos}/x.png\n"))
+    monkeypatch.setattr("sys.stdin", standard_input(f"{photos}/x.png\n".encode()))
     assert sources("-") == ["x.png"]
     assert predict(run, f"{photos}/*.tif") == 2
     assert "no file fits this pattern" in capsys.readouterr().err

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from overlock.files import Outputs
+
+NOUNS = dict(classify="classifier", detect="detector", segment="segmenter")
+"""What a network is called, by its task."""
 
 
 class Command(NamedTuple):
@@ -28,6 +31,28 @@ def add_runtime(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
     )
+
+
+def check_task(options: Namespace, task: str, table: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The given ones of a task's options.
+
+    Args:
+        options: of which those of tasks are None, or False, unless given.
+        task: at hand.
+        table: the options of each task.
+
+    Raises:
+        ValueError: where one is given that this task does not have.
+    """
+    values = {name: options[name] for names in table.values() for name in names}
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    for name in given:
+        if name not in table[task]:
+            owners = " and ".join(f"{NOUNS[other]}s" for other, names in table.items() if name in names)
+            *most, last = (f"--{own}" for own in table[task])
+            takes = f"{', '.join(most)} and {last}" if most else last
+            raise ValueError(f"--{name} is for {owners}; a {NOUNS[task]} takes {takes}")
+    return given
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

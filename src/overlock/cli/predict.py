@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,20 +14,23 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from overlock.cli.command import Command, add_overwrite, add_runtime
+from overlock.cli.command import Command, add_overwrite, add_runtime, check_task
+from overlock.files import Outputs
 
 if TYPE_CHECKING:
     from overlock.deploy.inputs import Failure
     from overlock.deploy.results import Result
-    from overlock.deploy.sources import Sources
     from overlock.deploy.stream import ImagePredictor
+    from overlock.deploy.writers import Writer
 
-SHOWN, PICTURED = 100, 400  # images in the table at the terminal, and in a picture of all
+SHOWN = 100  # images in the table at the terminal
 SOME_FAILED, ALL_FAILED = 1, 2
 SETTINGS = dict(
     classify=("top",), detect=("threshold", "max_detections", "nms_iou"), segment=("scales", "flip", "window", "stride")
 )
-"""Options of each task."""
+"""Options of each task, which go to its predictor."""
+OPTIONS = SETTINGS | dict(detect=(*SETTINGS["detect"], "annotations"))
+"""All options of each task."""
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -54,8 +56,13 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="What the checkpoint is for; it says so itself.",
     )
     parser.add_argument("--model", type=str | None, default=None, help="Model of a checkpoint that does not say.")
-    parser.add_argument("--top", type=int, default=5, help="classify: how many classes to show.")
-    parser.add_argument("--threshold", type=float, default=0.5, help="detect: score from which on an object counts.")
+    parser.add_argument(
+        "--top", type=int | None, default=None, help="classify: how many classes to show; 5 unless given."
+    )
+    parser.add_argument(
+        "--threshold", type=float | None, default=None,
+        help="detect: score from which on an object counts; 0.5 unless given.",
+    )  # fmt: skip
     parser.add_argument(
         "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
     )
@@ -63,7 +70,13 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--nms_iou", type=float | None, default=None,
         help="detect: overlap from which on one of two boxes of a class is dropped; 0.5 unless given.",
     )  # fmt: skip
-    parser.add_argument("--scales", type=list[float], default=[1.0], help="segment: e.g. [0.5,1,1.5], their mean.")
+    parser.add_argument(
+        "--annotations", type=str | None, default=None,
+        help="detect: JSON file of COCO's images and categories, whose ids --save FILE.json takes.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scales", type=list[float] | None, default=None, help="segment: e.g. [0.5,1,1.5], their mean; 1 unless given."
+    )
     parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
     parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
     parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
@@ -75,7 +88,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "--max_pixels", type=int | None, default=None, help="Pixels of the largest image; 178956970 unless given."
     )
-    parser.add_argument("--every", type=int, default=1, help="Of a video, take one frame of so many.")
+    parser.add_argument("--every", type=int | None, default=None, help="Of a video, take one frame of so many.")
     parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
@@ -83,51 +96,72 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         action="append",
         type=str,
         default=[],
-        help="May be given several times. FILE.csv, .jsonl or .parquet: all results, written as they come. classify: "
-        f"FILE.png, a picture of up to {PICTURED} images. detect, segment: a folder for a picture of each image, and "
-        "for the objects in COCO's form or the label maps.",
+        help="May be given several times. FILE.csv, .jsonl or .parquet: a table of all results. FILE.json: of "
+        "detectors COCO's results, else what --json prints. FILE.png or .jpg: a picture of up to 400 images. FILE.mp4, "
+        "of detectors and segmenters: the drawn frames. FOLDER, likewise: a picture of each image, and the objects in "
+        "COCO's form or the label maps.",
     )
     add_overwrite(parser)
 
 
 def run(options: Namespace, console: Console) -> int:
     from overlock.deploy.sources import expand  # noqa: PLC0415
+    from overlock.deploy.writers import is_folder  # noqa: PLC0415
 
+    _check(options)
+    results = [Path(name) for name in options.save if is_folder(name)]
+    outputs = Outputs(overwrite=options.overwrite, results=results)
+    every = 1 if options.every is None else options.every
+    sources = expand(options.images, outputs=outputs, every=every, results=results)
+    if options.every is not None and sources.has_videos is False:
+        raise ValueError(f"--every {options.every} is for videos, and none is among the images; leave it out")
+    predictor = _make_predictor(options)
+    given = check_task(options, predictor.task, OPTIONS)
+    outcomes = predictor.stream(
+        sources.images, batch_size=options.batch_size, workers=options.workers, keep_images=bool(options.save),
+        **{name: value for name, value in given.items() if name in SETTINGS[predictor.task]},
+    )  # fmt: skip
+    with ExitStack() as stack:
+        writers = [_print_to(console, predictor.task, options.json)]
+        stack.callback(writers[0].close)
+        for name in options.save:
+            writers.append(_open_writer(name, options, predictor, outputs))
+            stack.callback(writers[-1].close)  # what was found is kept, whatever ends the command
+        for note in sources.notes:
+            _tell(note)
+        done, failed = _write_all(_with_progress(outcomes, sources.count, predictor.task), writers, options.strict)
+    if failed and not options.strict:
+        _tell(f"{failed} of {failed + done} images skipped")
+    return 0 if not failed else ALL_FAILED if options.strict or not done else SOME_FAILED
+
+
+def _write_all(outcomes: Iterator[Result | Failure], writers: Sequence[Writer], strict: bool) -> tuple[int, int]:
+    """Give all outcomes to the writers, to the first failure if strict; how many images were done, how many not."""
+    done = failed = 0
+    for outcome in outcomes:
+        problem = getattr(outcome, "sentence", None)
+        if problem is None:
+            done += 1
+        else:
+            failed += 1
+            _tell(f"skipped {problem}")
+        for writer in writers:
+            writer.add(outcome)
+        if failed and strict:
+            break
+    return done, failed
+
+
+def _check(options: Namespace) -> None:
+    """Raise ValueError for options that do not go together."""
     if options.max_pixels is not None:
         _raise_limit(options.max_pixels)
     if options.checkpoint is None and options.model is not None:
         raise ValueError(f"--model {options.model} says what a checkpoint holds; give one with --checkpoint")
     if options.checkpoint is None and options.task not in (None, "classify"):
         raise ValueError(f"--task {options.task} needs a trained network; give one with --checkpoint")
-    folders = [Path(name) for name in options.save if not Path(name).suffix]
-    sources = expand(options.images, every=options.every, results=folders[0] if folders else None)
-    predictor = _make_predictor(options)
-    settings = {name: options[name] for name in SETTINGS[predictor.task]}
-    outcomes = predictor.stream(
-        sources.images, batch_size=options.batch_size, workers=options.workers, keep_images=bool(options.save),
-        **settings,
-    )  # fmt: skip
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    done = failed = 0
-    with ExitStack() as stack:
-        writers = [_Printed(console, predictor.task, options.json), *_make_writers(options, predictor, sources)]
-        for writer in writers:  # what was found is kept, whatever ends the command
-            stack.callback(writer.close)
-        for note in sources.notes:
-            errors.print(note)
-        for outcome in _with_progress(outcomes, sources.count, predictor.task):
-            if _is_failure(outcome):
-                failed += 1
-                errors.print(f"skipped {outcome.sentence}")
-            else:
-                done += 1
-            for writer in writers:
-                writer.add(outcome)
-            if failed and options.strict:
-                return ALL_FAILED
-    if failed:
-        errors.print(f"{failed} of {failed + done} images skipped")
-    return 0 if not failed else SOME_FAILED if done else ALL_FAILED
+    if options.annotations is not None and not any(name.lower().endswith(".json") for name in options.save):
+        raise ValueError("--annotations says the ids that --save FILE.json takes; give that too, or leave it out")
 
 
 def _raise_limit(pixels: int) -> None:
@@ -158,52 +192,42 @@ def _make_predictor(options: Namespace) -> ImagePredictor[Any]:
     return kinds[record.task](network, record, **runtime)
 
 
-def _make_writers(options: Namespace, predictor: ImagePredictor[Any], sources: Sources) -> list[Any]:
-    """What each --save asks for."""
-    from overlock.deploy.dense_files import ResultFolder  # noqa: PLC0415
-    from overlock.deploy.picture import check_picture  # noqa: PLC0415
-    from overlock.deploy.tables import TABLE_SUFFIXES, open_table  # noqa: PLC0415
-    from overlock.files import Outputs  # noqa: PLC0415
+def _open_writer(name: str, options: Namespace, predictor: ImagePredictor[Any], outputs: Outputs) -> Writer:
+    """What a --save asks for."""
+    from overlock.deploy.coco_results import ImageIds  # noqa: PLC0415
+    from overlock.deploy.writers import Saving, open_writer  # noqa: PLC0415
 
-    folder = next((Path(name) for name in options.save if not Path(name).suffix), None)
-    outputs = Outputs(sources.inputs, overwrite=options.overwrite, results=folder)
-    writers: list[Any] = []
-    for name in options.save:
-        path = Path(name)
-        if path.suffix in TABLE_SUFFIXES:
-            writers.append(open_table(outputs.claim(path), predictor.task))
-        elif predictor.task == "classify":
-            check_picture(path)
-            writers.append(_Picture(outputs.claim(path)))
-        else:
-            folder = outputs.claim_folder(path)
-            writers.append(_Results(ResultFolder(folder, predictor.record.classes, outputs)))
-    return writers
+    ids = None if options.annotations is None else ImageIds(Path(options.annotations))
+    saving = Saving(
+        task=predictor.task, classes=predictor.record.classes, outputs=outputs, every=options.every or 1, image_ids=ids
+    )
+    return open_writer(name, saving)
 
 
-class _Printed:
-    """Results on standard output: a table of the first ones, or JSON of all."""
+def _print_to(console: Console, task: str, as_json: bool) -> Writer:
+    """What prints the results."""
+    from overlock.deploy.tables import JsonFile  # noqa: PLC0415
 
-    def __init__(self, console: Console, task: str, as_json: bool):
-        self.console, self.task, self.as_json = console, task, as_json
+    return JsonFile(sys.stdout) if as_json else _PrintedTable(console, task)
+
+
+class _PrintedTable:
+    """A table of the first results."""
+
+    def __init__(self, console: Console, task: str):
+        self.console, self.task = console, task
         self.rows: list[tuple[str, ...]] = []
         self.count = 0
 
     def add(self, outcome: Result | Failure) -> None:
-        if self.as_json:
-            from overlock.deploy.tables import describe  # noqa: PLC0415
-
-            text = json.dumps(describe(outcome), indent=2, ensure_ascii=False)
-            sys.stdout.write(("[\n" if self.count == 0 else ",\n") + "\n".join(f"  {x}" for x in text.splitlines()))
-        elif self.count < SHOWN:
+        if self.count < SHOWN:
             self.rows.append(_cells(outcome))
         self.count += 1
 
     def close(self) -> None:
-        if self.as_json:
-            sys.stdout.write("\n]\n" if self.count else "[]\n")
+        if not self.rows:
             return
-        width = max((len(row) for row in self.rows), default=1)
+        width = max(len(row) for row in self.rows)
         titles = dict(classify=("class",), detect=("objects",), segment=("classes of the pixels",))[self.task]
         table = Table(Column("image", overflow="fold"), *titles, *[""] * (width - 1 - len(titles)))
         for row in self.rows:
@@ -216,7 +240,7 @@ class _Printed:
 def _cells(outcome: Any) -> tuple[str, ...]:
     """A row of the table."""
     name = Path(outcome.source).name + ("" if outcome.frame is None else f" #{outcome.frame}")
-    if _is_failure(outcome):
+    if hasattr(outcome, "reason"):
         return name, f"skipped: {outcome.reason}"
     if hasattr(outcome, "probabilities"):
         classes = zip(outcome.labels, outcome.probabilities, strict=True)
@@ -227,44 +251,9 @@ def _cells(outcome: Any) -> tuple[str, ...]:
     return name, ", ".join(f"{label} {100 * share:.0f} %" for label, share in outcome.shares().items())
 
 
-class _Picture:
-    """A picture of the first predictions, written at the end."""
-
-    def __init__(self, path: Path):
-        self.path, self.shown, self.more = path, [], 0  # type: ignore[var-annotated]
-
-    def add(self, outcome: Any) -> None:
-        if _is_failure(outcome):
-            return
-        if len(self.shown) < PICTURED:
-            self.shown.append(outcome)
-        else:
-            self.more += 1
-
-    def close(self) -> None:
-        from overlock.deploy.picture import save_picture  # noqa: PLC0415
-
-        if self.shown:
-            save_picture(self.path, self.shown)
-        if self.more:
-            Console(stderr=True).print(
-                f"{self.path}: shows the first {PICTURED} images, {self.more} more are not on it"
-            )
-
-
-class _Results:
-    """A folder of results, which has no place for failures."""
-
-    def __init__(self, folder: Any):
-        self.folder, self.close = folder, folder.close
-
-    def add(self, outcome: Any) -> None:
-        if not _is_failure(outcome):
-            self.folder.add(outcome)
-
-
-def _is_failure(outcome: Any) -> bool:
-    return hasattr(outcome, "reason")
+def _tell(sentence: str) -> None:
+    """On stderr, so that the output stays what it is."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(sentence)
 
 
 def _with_progress(outcomes: Iterator[Any], count: int | None, task: str) -> Iterator[Any]:
@@ -273,9 +262,9 @@ def _with_progress(outcomes: Iterator[Any], count: int | None, task: str) -> Ite
 
 
 def _introduce(predictor: ImagePredictor[Any]) -> None:
-    """Tell on stderr, so that the output stays what it is, which model answers and what it knows."""
+    """Tell which model answers and what it knows."""
     *most, last = predictor.record.classes
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(
+    _tell(
         f"using {predictor.record.model}, trained on CIFAR-10, of the package itself (--checkpoint for another); "
         f"it knows {', '.join(most)} and {last}, and gives anything else one of these names"
     )

@@ -67,7 +67,7 @@ def as_pil(image: ImageLike) -> Image.Image:
         ValueError: for what is no image.
     """
     if isinstance(image, (str, os.PathLike)):
-        return read_image(image)
+        return read_image(image, name=name_of(image))
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, Tensor):

@@ -1,18 +1,17 @@
-"""Results as rows of a table, written while they come: CSV, JSON lines or Parquet."""
+"""Results as rows of a table or as JSON, written while they come."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TextIO
 
 from overlock.deploy.inputs import Failure
 from overlock.deploy.results import LabelMap, Objects, Prediction, Result
 from overlock.files import unwritable
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".parquet")
 ROW_GROUP = 4096
 Row = dict[str, Any]
 COLUMNS: dict[str, dict[str, str]] = {
@@ -61,33 +60,25 @@ def rows_of(outcome: Result | Failure) -> Iterator[Row]:
         yield common | row
 
 
-class Table(Protocol):
-    """A file that results are added to."""
-
-    def add(self, outcome: Result | Failure) -> None: ...
-    def close(self) -> None: ...
-
-
-def open_table(path: Path, task: str) -> Table:
-    """A new file, of the form that its ending says.
-
-    Raises:
-        ValueError: where it cannot be written, or pyarrow is not there for Parquet.
-    """
-    columns = [*COLUMNS[task], "error"]
+def _open(path: Path) -> TextIO:
+    """A new text file; ValueError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".csv":
-            return _Csv(path, columns)
-        return _JsonLines(path) if path.suffix == ".jsonl" else _Parquet(path, task)
+        return path.open("w", encoding="utf-8", newline="")
     except OSError as error:
         raise unwritable(path, error) from None
 
 
-class _Csv:
-    def __init__(self, path: Path, columns: Sequence[str]):
-        self.file = path.open("w", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n")
+class CsvFile:
+    """A CSV file with the rows of :func:`rows_of`.
+
+    Raises:
+        ValueError: where it cannot be written.
+    """
+
+    def __init__(self, path: Path, task: str):
+        self.file = _open(path)
+        self.writer = csv.DictWriter(self.file, [*COLUMNS[task], "error"], lineterminator="\n")
         self.writer.writeheader()
 
     def add(self, outcome: Result | Failure) -> None:
@@ -97,9 +88,15 @@ class _Csv:
         self.file.close()
 
 
-class _JsonLines:
+class JsonLinesFile:
+    """A file with the JSON of :func:`describe` in each line.
+
+    Raises:
+        ValueError: where it cannot be written.
+    """
+
     def __init__(self, path: Path):
-        self.file = path.open("w", encoding="utf-8")
+        self.file = _open(path)
 
     def add(self, outcome: Result | Failure) -> None:
         self.file.write(json.dumps(describe(outcome), ensure_ascii=False) + "\n")
@@ -108,7 +105,57 @@ class _JsonLines:
         self.file.close()
 
 
-class _Parquet:
+class JsonArray:
+    """A list in JSON that is written entry by entry.
+
+    Args:
+        place: a new file's path, or a stream, which stays open.
+
+    Raises:
+        ValueError: where the file cannot be written.
+    """
+
+    def __init__(self, place: Path | TextIO):
+        self.is_own = isinstance(place, Path)
+        self.file = _open(place) if isinstance(place, Path) else place
+        self.count = 0
+
+    def add(self, entry: Any, *, indent: int | None = None) -> None:
+        text = json.dumps(entry, indent=indent, ensure_ascii=False)
+        lines = (f"  {line}" if indent else line for line in text.splitlines())
+        self.file.write(("[\n" if self.count == 0 else ",\n") + "\n".join(lines))
+        self.count += 1
+
+    def close(self) -> None:
+        self.file.write("\n]\n" if self.count else "[]\n")
+        if self.is_own:
+            self.file.close()
+
+
+class JsonFile:
+    """All results as a list in JSON, by :func:`describe`, in a file or a stream.
+
+    Raises:
+        ValueError: where the file cannot be written.
+    """
+
+    def __init__(self, place: Path | TextIO):
+        self.array = JsonArray(place)
+
+    def add(self, outcome: Result | Failure) -> None:
+        self.array.add(describe(outcome), indent=2)
+
+    def close(self) -> None:
+        self.array.close()
+
+
+class ParquetFile:
+    """A Parquet file with the rows of :func:`rows_of`, written in groups.
+
+    Raises:
+        ValueError: without pyarrow, or where the file cannot be written.
+    """
+
     def __init__(self, path: Path, task: str):
         try:
             import pyarrow  # noqa: PLC0415
@@ -118,7 +165,12 @@ class _Parquet:
                 f"{path}: Parquet needs pyarrow; install it with: pip install 'overlock[parquet]'"
             ) from None
         self.schema = pyarrow.schema([*COLUMNS[task].items(), ("error", "string")])
-        self.make, self.writer = pyarrow.Table.from_pylist, parquet.ParquetWriter(path, self.schema)
+        self.make = pyarrow.Table.from_pylist
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.writer = parquet.ParquetWriter(path, self.schema)
+        except OSError as error:
+            raise unwritable(path, error) from None
         self.rows: list[Row] = []
 
     def add(self, outcome: Result | Failure) -> None:

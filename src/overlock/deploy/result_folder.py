@@ -1,4 +1,4 @@
-"""What detection and segmentation leave in a folder: pictures, COCO's JSON, label maps as PNG files."""
+"""A folder of results of detection and segmentation: pictures, COCO's JSON, label maps as PNG files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import IO, Any
 
 from PIL import Image
 
-from overlock.deploy.results import LabelMap, Objects
+from overlock.deploy.coco_results import describe_detections
+from overlock.deploy.inputs import Failure
+from overlock.deploy.results import LabelMap, Objects, Result
 from overlock.files import Outputs, unwritable
 
 OBJECTS_FILE = "objects.json"
@@ -33,9 +35,12 @@ class ResultFolder:
     def __init__(self, folder: Path, classes: Sequence[str], outputs: Outputs):
         self.folder, self.classes, self.outputs = folder, tuple(classes), outputs
         self.images, self.objects = _JsonList(), _JsonList()
+        self.numbers: dict[str, int] = {}  # of the names that several images have, the last one's
 
-    def add(self, result: Objects | LabelMap) -> None:
+    def add(self, result: Result | Failure) -> None:
         """Write the picture of an image, and its label map beside it, or note its objects for :meth:`close`."""
+        if not isinstance(result, (Objects, LabelMap)):
+            return
         suffixes = (".png",) if isinstance(result, Objects) else (".png", "_labels.png")
         name = self._free_name(result.name, suffixes)
         self._write(f"{name}.png", result.draw())
@@ -64,14 +69,19 @@ class ResultFolder:
         height, width = objects.size
         number = self.images.count + 1
         self.images.add(dict(id=number, file_name=objects.source, height=height, width=width))
-        for entry in describe_objects(objects):
-            self.objects.add(dict(id=self.objects.count + 1, image_id=number) | entry)
+        ids = [place + 1 for place in objects.places]
+        entries = list(describe_detections(objects.boxes, objects.scores, ids, objects.masks))
+        areas = [box[2] * box[3] for box in (entry["bbox"] for entry in entries)]
+        for entry, area in zip(entries, areas if objects.masks is None else objects.masks.areas(), strict=True):
+            self.objects.add(dict(id=self.objects.count + 1, image_id=number) | entry | dict(iscrowd=0, area=area))
 
     def _free_name(self, name: str, suffixes: Sequence[str]) -> str:
         """Of the files for an image: its own, with a number where one of them may not be written."""
-        tried, number = name, 2
+        tried, number = name, self.numbers.get(name, 1)
         while any(self.outputs.objection(self.folder / f"{tried}{suffix}") for suffix in suffixes):
-            tried, number = f"{name}_{number}", number + 1
+            number += 1
+            tried = f"{name}_{number}"
+            self.numbers[name] = number
         return tried
 
     def _write(self, name: str, picture: Image.Image) -> None:
@@ -96,21 +106,3 @@ class _JsonList:
         file.write("[")
         shutil.copyfileobj(self.file, file)
         file.write("]")
-
-
-def describe_objects(objects: Objects) -> list[dict[str, Any]]:
-    """The objects of an image as COCO's results have them.
-
-    Each has category_id, bbox as left, top, width and height, score, and where there are masks its segmentation in
-    compressed run lengths and its area.
-    """
-    entries = []
-    for place, score, (left, top, right, bottom) in zip(objects.places, objects.scores, objects.boxes, strict=True):
-        box = [left, top, right - left, bottom - top]
-        entries.append(dict(category_id=place + 1, bbox=box, score=score, iscrowd=0, area=box[2] * box[3]))
-    if objects.masks is not None:
-        runs, areas = objects.masks.to_coco(), objects.masks.areas()
-        for entry, lengths, area in zip(entries, runs, areas, strict=True):
-            entry["segmentation"] = dict(size=lengths["size"], counts=lengths["counts"].decode())
-            entry["area"] = area
-    return entries
