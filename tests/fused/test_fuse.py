@@ -22,7 +22,6 @@ from overlock.kernels.numba import runtime as threads
 from overlock.layers import (
     GDSA,
     AffineScale,
-    BatchNorm2d,
     ContMix,
     ConvFFN,
     ConvNorm,
@@ -209,12 +208,13 @@ def test_layer_norms_and_response_norms_stay():
     assert count(overlock.fuse(module)) == count(module) > 0
 
 
-def test_batch_norm_without_statistics_is_refused():
-    """It cannot be folded, and the message says so."""
+@torch.no_grad()
+def test_batch_norm_without_statistics_stays():
+    """It normalises by its batch in evaluation too, which no convolution does."""
     module = NormConv(4, 4)
-    module.norm = BatchNorm2d(4, track_running_stats=False)
-    with pytest.raises(ValueError, match="running statistics"):
-        overlock.fuse(module)
+    module.norm = nn.BatchNorm2d(4, track_running_stats=False)
+    x = images(2, 4, 5, 6)
+    assert relative_error(overlock.fuse(module)(x), module.eval()(x)) < 1e-5
 
 
 # The form for CPU
@@ -340,6 +340,83 @@ def test_fused_model_takes_other_types(on_cpu):
     assert relative_error(copy.deepcopy(fused).bfloat16()(x.bfloat16()).double(), expected) < 0.2
     fused(x)
     assert relative_error(fused.double().float()(x), expected) < 1e-4
+
+
+@torch.no_grad()
+def test_fused_model_on_meta(on_cpu):
+    """Shapes alone, and back with other memory."""
+    _, fused, x = on_cpu
+    expected, state = fused(x), copy.deepcopy(fused.state_dict())
+    moved = fused.to("meta")
+    assert moved(x.to("meta")).shape == expected.shape
+    back = moved.to_empty(device="cpu")
+    back.load_state_dict(state)
+    assert torch.equal(back(x), expected)
+
+
+@torch.no_grad()
+def test_wrappers_of_compile_are_taken_off(on_cpu):
+    """From a network and from a part of one; the fused copy can be compiled anew."""
+    module, fused, x = on_cpu
+    expected, names = module(x), {name for name, _ in fused.named_modules()}
+    module.base_net.stages[1] = torch.compile(module.base_net.stages[1], backend="eager")
+    again = overlock.fuse(torch.compile(module, backend="eager"))
+    assert {name for name, _ in again.named_modules()} == names
+    assert relative_error(again(x), expected) < 1e-4
+
+
+@torch.no_grad()
+def test_a_list_beside_the_modules():
+    """Blocks that a network calls from a list of its own stay as they were."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = BasicBlock(8, kernel_size=7), overlock.ContMixBlock(8, groups=2)
+            self.blocks = [self.first, self.second]
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    network, x = randomise(Network()), images(1, 8, 9, 9)
+    assert relative_error(overlock.fuse(network)(x), network(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_changes_made_in_inference_mode(on_cpu):
+    """A network fused and loaded there has the new parameters at the next call."""
+    _, fused, x = on_cpu
+    with torch.inference_mode():
+        other = overlock.fuse(randomise(timm.create_model("overlock_atto", num_classes=7), seed=1))
+        other(x)
+        other.load_state_dict(fused.state_dict())
+        assert torch.equal(other(x), fused(x))
+
+
+@torch.no_grad()
+def test_changes_in_place(on_cpu):
+    """Those that PyTorch counts are followed."""
+    module, fused, x = on_cpu
+    fused(x)
+    for factor in (2.0, 0.5):
+        for parameter in fused.parameters():
+            parameter.mul_(factor)
+        fused(x)
+    assert relative_error(fused(x), module(x)) < 1e-4
+
+
+@torch.no_grad()
+def test_probing_a_fused_network(on_cpu):
+    """A new classifier trains on frozen features."""
+    _, fused, x = on_cpu
+    fused.reset_classifier(3)
+    with torch.enable_grad():
+        fused(x).square().sum().backward()
+    assert [name for name, parameter in fused.named_parameters() if parameter.grad is not None] == [
+        "head.fc.weight", "head.fc.bias",
+    ]  # fmt: skip
 
 
 def test_gradients_of_the_form_for_cpu(on_cpu):

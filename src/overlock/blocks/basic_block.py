@@ -5,7 +5,6 @@ from __future__ import annotations
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from overlock.fused.blocks import FusedBasicBlocks, alike
 from overlock.layers import ConvFFN, ConvNorm, DilatedRepConv, LocalConv
 from overlock.layers.conv_ffn import fold_residual, make_residual
 from overlock.layers.gdsa import make_squeeze_excite
@@ -58,6 +57,3 @@ class BasicBlock(nn.Module):
     def fold(self) -> BasicBlock:
         self.residual = fold_residual(self.residual, self.ffn.project)  # type: ignore[assignment]
         return self
-
-    def for_cpu(self) -> nn.Module:
-        return FusedBasicBlocks(self, None, [self]) if alike([self]) else self

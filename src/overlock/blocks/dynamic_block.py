@@ -6,7 +6,6 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from overlock.fused.blocks import FusedContMixBlock, FusedDynamicBlocks, alike
 from overlock.layers import GDSA, AffineScale, Aggregator, ContMix, ConvFFN, LocalConv
 from overlock.layers.conv_ffn import ScaledResidual, fold_residual, make_residual
 
@@ -133,9 +132,6 @@ class DynamicBlock(MixerBlock):
         x, context = y.split(self.split, dim=1)
         return x, context
 
-    def for_cpu(self) -> nn.Module:
-        return FusedDynamicBlocks(self, [self]) if alike([self]) else self
-
 
 class SelfMixer(nn.Module):
     """The aggregator on features that ask about themselves: query, context and gate all come from one map."""
@@ -195,6 +191,3 @@ class ContMixBlock(MixerBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x)
-
-    def for_cpu(self) -> nn.Module:
-        return FusedContMixBlock(self) if alike([self]) else self

@@ -6,22 +6,17 @@ the caches, which took a third of a millisecond.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from overlock.blocks import BasicBlock, DynamicBlock
 from overlock.fused import stage_operators as ops
 from overlock.fused.flat_parameters import Packed
 from overlock.fused.layers import convolutions_of
-
-
-def alike(blocks: Iterable[nn.Module]) -> bool:
-    """Whether blocks have in common what an operation takes once for all of them, as those of every variant do."""
-    modules = [module for block in blocks for module in block.modules()]
-    eps = {module.eps for module in modules if hasattr(module, "eps")}
-    mixes = {(m.kernel_size, m.scale, m.region_grid) for m in modules if hasattr(m, "region_grid")}
-    return len(eps) <= 1 and len(mixes) <= 1
+from overlock.network.base_net import BlockStack
+from overlock.network.focus_net import FocusStage
 
 
 class FusedBasicBlocks(Packed):
@@ -30,7 +25,7 @@ class FusedBasicBlocks(Packed):
     Args:
         module: of the embedding and the blocks; of one of these.
         embed: a convolution, or several with GELU between them.
-        blocks: basic blocks, at least one, :func:`alike`.
+        blocks: basic blocks, at least one, with the same hyper-parameters.
     """
 
     def __init__(self, module: nn.Module, embed: nn.Module | None, blocks: Sequence[Any]):
@@ -39,6 +34,14 @@ class FusedBasicBlocks(Packed):
         super().__init__(module, ops.parameters_of([*convolutions, *layers]))
         self.strides = [convolution.stride[0] for convolution in convolutions]
         self.eps = blocks[0].norm.eps
+
+    @classmethod
+    def of_stack(cls, stack: BlockStack) -> FusedBasicBlocks:
+        return cls(stack, stack.embed, list(stack.blocks))
+
+    @classmethod
+    def of_block(cls, block: BasicBlock) -> FusedBasicBlocks:
+        return cls(block, None, [block])
 
     def forward(self, x: Tensor) -> Tensor:
         if ops.kernels_apply([x, self.packed]):
@@ -102,12 +105,20 @@ class FusedDynamicBlocks(_FusedMixers):
 
     Args:
         module: of the blocks, or the only one.
-        blocks: dynamic blocks, at least one, :func:`alike`.
+        blocks: dynamic blocks, at least one, with the same hyper-parameters.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[Any]):
         super().__init__(module, blocks)
         self.split = blocks[0].split
+
+    @classmethod
+    def of_stage(cls, stage: FocusStage) -> FusedDynamicBlocks:
+        return cls(stage, list(stage.blocks))
+
+    @classmethod
+    def of_block(cls, block: DynamicBlock) -> FusedDynamicBlocks:
+        return cls(block, [block])
 
     def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         mixed = self._mixed(x, context, prior)

@@ -26,7 +26,7 @@ class Packed(nn.Module):
     """A module in evaluation, its parameters and buffers held as one frozen parameter ``packed``.
 
     Args:
-        module: is left without memory of its own.
+        module: is copied without its memory.
         tensors: all its parameters and buffers, in the order in which an operation takes them, None for what it lacks.
     """
 
@@ -39,7 +39,7 @@ class Packed(nn.Module):
             raise ValueError(f"an operation takes no {sorted(names.values())}, which the module holds")
         packed, self.layout = pack(tensors)
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self._module = [module.to("meta")]  # in a list, so that its parameters are not this module's
+        self._module = [_without_memory(module)]  # in a list, so that its parameters are not this module's
 
     def plain(self, *inputs: Tensor) -> Any:
         """What the module itself gives."""
@@ -63,11 +63,14 @@ class Packed(nn.Module):
                 known = _modules[self.packed] = key, _module_of(self._module[0], self._tensors())
         return known[1]
 
-    def for_cpu(self) -> Packed:
-        return self
-
     def extra_repr(self) -> str:
         return f"{type(self._module[0]).__name__}, {self.packed.numel()} parameters"
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    """A copy; the module itself may have other users."""
+    memo: dict[int, object] = {id(x): nn.Parameter(x.to("meta"), requires_grad=False) for x in module.parameters()}
+    return copy.deepcopy(module, memo | {id(x): x.to("meta") for x in module.buffers()})
 
 
 def _module_of(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

@@ -1,62 +1,165 @@
-"""The inference form: what is linear in evaluation folded into the convolutions beside it, and the device's own layers.
+"""``fuse``: a copy of a network in the form for inference. Start here to read how a fused network comes about.
 
-On CPU, a block becomes one operation of our own kernels, over channels_last maps.
+1. ``fuse`` copies the network and walks it by the table of forms.py: what can be folded is, and on CPU stages, blocks
+   and layers take the forms of blocks.py and layers.py.
+2. A call of such a form (blocks.py) runs one operation of stage_operators.py, or the folded module itself where the
+   kernels cannot run (flat_parameters.py).
+3. The operation makes plans of kernel calls, once for each size of image: stage_plans.py, and layer_plans.py below it.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from overlock.fused.layers import cpu_form
+from overlock.fused.forms import FOLDED, ON_CPU, Form
+from overlock.fused.structure import Reason
 from overlock.kernels.numba.contmix import numba_installed
 
+logger = logging.getLogger(__name__)
+
 Module = TypeVar("Module", bound=nn.Module)
+
+CALLERS = ("overlock", "timm", "torch", "torchvision", "transformers")
+"""Packages whose modules use convolutions by calling them. Those of others may read their weights instead."""
 
 
 def fuse(model: Module, *, kernels: bool = True) -> Module:
     """An inference copy of a model, or of any part of one, with fewer and cheaper layers and the same outputs.
 
     Dilated RepConvs are merged; batch norms, residual depthwise convolutions, layer scales and the response norms'
-    biases are folded into convolutions. Then, where the model is in float32 on CPU and numba is installed, layers take
-    the form that is fastest there. Works in any dtype and on any device; ``model`` stays as it is. Fuse on the device
-    of use: the copy runs elsewhere too, slower.
+    biases are folded into convolutions. Then, where parameters are float32 on CPU and numba is installed, stages,
+    blocks and layers take the form that is fastest there. Works in any dtype and on any device; ``model`` stays as it
+    is. Fuse on the device of use: the copy runs elsewhere too, slower.
 
-    Each layer that can be simplified has a ``fold`` method that returns its simpler form, parts before wholes; one that
-    has a form for the CPU has a ``for_cpu`` method, wholes before parts.
+    What is not as its class builds it keeps its own form: swapped activations and norms, wrapped, subclassed or
+    parametrised layers, modules with hooks, parameters that several modules share, several dtypes in one block. The
+    logger ``overlock.fused.fuse`` tells at level DEBUG what was left, and why. The wrappers of ``torch.compile`` are
+    taken off: compile the fused copy.
 
     Args:
         kernels: take the CPU's own layers. False leaves plain PyTorch ones, which TorchScript and fx trace too, and
             which export for any size of the image.
 
     Returns:
-        The copy, in evaluation mode, its parameters frozen.
+        The copy, its parameters frozen. It is in evaluation mode and stays so, whatever ``train`` is called with.
+        Parameters that are loaded or changed in place take effect at the next call; but a change through ``.data``
+        cannot be seen once a call has been made, so change the parameter itself under ``torch.no_grad()``.
     """
-    copied = _fold(copy.deepcopy(model).eval().requires_grad_(False))
-    fits = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in copied.parameters())
-    if kernels and fits and numba_installed():
-        copied = _for_cpu(copied).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode(mode=False), torch.no_grad():  # parameters made in inference mode do not tell of changes
+        copied = _without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        shared = _shared_tensors(copied)
+        copied = _Walk(FOLDED, shared, parts_first=True).of(copied)
+        if kernels and numba_installed():
+            walk = _Walk(ON_CPU, shared, parts_first=False)
+            copied = walk.of(copied)
+            if walk.has_changed:
+                copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copied.train = _StayInEvaluation(copied)  # type: ignore[method-assign,assignment]
     return copied  # type: ignore[return-value]
 
 
-def _fold(module: nn.Module) -> nn.Module:
-    """The module in its folded form, its children folded before it."""
-    for name, child in module.named_children():
-        form = _fold(child)
-        if form is not child:
-            setattr(module, name, form)
-    fold = getattr(module, "fold", None)
-    return module if fold is None else fold().eval().requires_grad_(False)
+def _without_compilation(module: nn.Module) -> nn.Module:
+    """The module with torch.compile's wrappers taken off, which would go on to call what they compiled."""
+    for key, part in module.named_children():
+        setattr(module, key, _without_compilation(part))
+    return getattr(module, "_orig_mod", module)
 
 
-def _for_cpu(module: nn.Module) -> nn.Module:
-    """The module in its form for the CPU, or else with its children in theirs."""
-    make = getattr(module, "for_cpu", None)
-    form = cpu_form(module) if make is None else make()
-    if form is module:
-        for name, child in module.named_children():
-            setattr(module, name, _for_cpu(child))
-    return form.eval()
+class _StayInEvaluation:
+    """The method ``train`` of a fused model, whose folded norms and dropped paths cannot be trained."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return type(self.module).train(self.module, False)
+
+
+class _Walk:
+    """Gives the modules of a network their forms.
+
+    Args:
+        forms: a list of the table.
+        shared: as :func:`_shared_tensors` gives them.
+        parts_first: take a module's form after those of its parts; else a whole that has a form keeps its parts.
+    """
+
+    def __init__(self, forms: Sequence[Form], shared: set[object], *, parts_first: bool):
+        self.forms, self.shared, self.parts_first = forms, shared, parts_first
+        self.has_changed = False
+
+    def of(self, module: nn.Module, name: str = "model", owner: nn.Module | None = None) -> nn.Module:
+        """The form of a module; the module itself, with its parts in theirs, where it has none."""
+        if self.parts_first:
+            self._walk_parts(module, name)
+        form = self._form_of(module, name, owner)
+        if form is None:
+            if not self.parts_first:
+                self._walk_parts(module, name)
+            return module
+        self.has_changed = True
+        return form.eval().requires_grad_(False)
+
+    def _walk_parts(self, module: nn.Module, name: str) -> None:
+        for key, part in module.named_children():
+            form = self.of(part, f"{name}.{key}", module)
+            if form is not part:
+                setattr(module, key, form)
+
+    def _form_of(self, module: nn.Module, name: str, owner: nn.Module | None) -> nn.Module | None:
+        rows = [row for row in self.forms if row.of is type(module)]
+        if not rows:
+            return None
+        reasons = [self._why_left(module, name, owner)]
+        if reasons == [None]:
+            reasons = [row.why_not(module, name) for row in rows]
+            if None in reasons:
+                return rows[reasons.index(None)].make(module)
+        logger.debug("left as it is: %s", "; ".join(filter(None, reasons)))
+        return None
+
+    def _why_left(self, module: nn.Module, name: str, owner: nn.Module | None) -> Reason:
+        """The reason that no form of a module can be taken, whichever it is."""
+        tensors = _tensors_of(module)
+        if any(_memory_of(x) in self.shared for x in tensors):
+            return f"{name} shares parameters with another module"
+        if isinstance(module, nn.Conv2d) and owner is not None and _package_of(owner) not in CALLERS:
+            return f"{name} belongs to {type(owner).__name__}, which may read its weight"
+        kinds = {type(x).__name__ for x in tensors if type(x) not in (Tensor, nn.Parameter)}
+        if kinds:
+            return f"{name} has parameters of {', '.join(sorted(kinds))}"
+        dtypes = {(x.device.type, x.dtype) for x in tensors if x.is_floating_point()}
+        if len(dtypes) > 1 or (not self.parts_first and dtypes and dtypes != {("cpu", torch.float32)}):
+            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in dtypes))
+            return f"{name} has parameters of {found}"
+        return None
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _shared_tensors(model: nn.Module) -> set[object]:
+    """The memory of the parameters and buffers that a model has in several places."""
+    named: Iterable[tuple[str, Tensor]] = (
+        *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False),
+    )  # fmt: skip
+    counts = Counter(_memory_of(x) for _, x in named)
+    return {memory for memory, count in counts.items() if count > 1}
+
+
+def _memory_of(tensor: Tensor) -> object:
+    if type(tensor) not in (Tensor, nn.Parameter):  # a subclass may have no memory of its own
+        return id(tensor)
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+
+
+def _package_of(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]

@@ -13,20 +13,6 @@ from overlock.fused.flat_parameters import Packed
 from overlock.kernels.numba.contmix import to_images
 
 
-def cpu_form(module: nn.Module) -> nn.Module:
-    """The layer below that does a module's work, or the module itself where there is none."""
-    if type(module) is not nn.Conv2d or module.padding_mode != "zeros" or module.dilation != (1, 1):
-        return module  # a subclass may do something else to its input or its weight
-    size, stride = module.kernel_size[0], module.stride[0]
-    square = module.kernel_size == (size, size) and module.stride == (stride, stride) and size % 2 == 1
-    if not square or module.padding != (size // 2, size // 2):
-        return module
-    if module.groups == 1:
-        return Pointwise(module) if size == stride == 1 else ConvStack(nn.Sequential(module))
-    one_by_one = module.groups == module.in_channels == module.out_channels
-    return Depthwise(module) if one_by_one and stride == 1 else module
-
-
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
 
@@ -59,7 +45,7 @@ class Depthwise(nn.Module):
 class ConvStack(Packed):
     """Convolutions of all channels, and GELU between them: one operation where its kernels run."""
 
-    def __init__(self, layers: nn.Sequential):
+    def __init__(self, layers: nn.Module):
         convolutions = convolutions_of(layers)
         super().__init__(layers, blocks.parameters_of(convolutions))
         self.strides = [convolution.stride[0] for convolution in convolutions]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from overlock.fused.packing import shapes_of, unpack
@@ -270,10 +271,14 @@ def _is_wanted() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether each operation is to be seen: by a trace, a mode (a counter of FLOPs), a transform or forward mode."""
+    """Whether each operation is to be seen: by a trace, a mode (a counter of FLOPs), a transform or forward mode.
+
+    Or by hooks for all modules, as profilers have them.
+    """
     return (
         torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        or _has_any_global_hook()
     )  # fmt: skip
 
 

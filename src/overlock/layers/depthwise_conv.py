@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from overlock.fused.layers import Depthwise
 from overlock.ops import depthwise_conv2d
 
 torch.fx.wrap("depthwise_conv2d")
@@ -22,6 +21,3 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
-
-    def for_cpu(self) -> Depthwise:
-        return Depthwise(self)

@@ -9,8 +9,6 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
-from overlock.fused.blocks import FusedBasicBlocks, alike
-from overlock.fused.layers import ConvStack
 from overlock.layers import ConvNorm
 from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
@@ -41,9 +39,6 @@ class Stem(nn.Sequential):
             layers += [make_embedding(widths[i], widths[i + 1], step), nn.GELU()]
         super().__init__(*layers[:-1])
 
-    def for_cpu(self) -> ConvStack:
-        return ConvStack(self)
-
 
 class BlockStack(nn.Module):
     """An embedding and the basic blocks after it, dilated or not. (B, Cin, H, W) -> (B, C, H', W')."""
@@ -63,11 +58,6 @@ class BlockStack(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x if self.dilation == 1 else batch_to_space(x, self.dilation, embedded)
-
-    def for_cpu(self) -> nn.Module:
-        if self.dilation > 1 or not alike(self.blocks):
-            return self  # block by block
-        return FusedBasicBlocks(self, self.embed, list(self.blocks))
 
 
 class BaseNet(nn.Module):

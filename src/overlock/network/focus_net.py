@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
-from overlock.fused.blocks import FusedDynamicBlocks, alike
 from overlock.network.base_net import make_embedding
 from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
@@ -40,9 +39,6 @@ class FocusStage(nn.Module):
             else:
                 x, context = block(x, context, prior)
         return x, context
-
-    def for_cpu(self) -> nn.Module:
-        return FusedDynamicBlocks(self, list(self.blocks)) if alike(self.blocks) else self
 
 
 class FocusNet(nn.Module):
