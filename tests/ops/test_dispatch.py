@@ -16,7 +16,8 @@ from helpers import run_interpreted
 
 from overlock.ops import BACKENDS, backend, contmix
 
-TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-2}
+# A gradient of a bias is a sum over tokens whose terms nearly cancel; the order of the sum differs with the processor.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 1e-2}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_CPU = ("triton",) if INTERPRETED else ("cpu", "torch", "reference")
 ON_CUDA = ("triton", "torch", "reference")
