@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from scenes import CLASSES, write_scenes
 
+from overlock.data import label_folders
 from overlock.data.colours import read_pixel_classes
 from overlock.data.detection import load_detection, load_detection_test
+from overlock.data.formats import FORMATS, coco, createml
 from overlock.data.label_maps import load_label_maps, load_label_test
 from overlock.label_files import LabelFiles
 from overlock.object_files import ObjectFiles
@@ -214,3 +217,12 @@ def test_maps_that_are_not_there(scenes):
         load_label_test(LabelFiles(data=str(scenes), val_split="some"), classes=("a", "b"))
     with pytest.raises(ValueError, match="nowhere: no such folder of images and label maps"):
         load_label_test(LabelFiles(data="nowhere"), classes=("a", "b"))
+
+
+def test_every_layout_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "dense.md").read_text()
+    known = [*FORMATS, *(file for file, _ in (*coco.LAYOUTS, *coco.WHOLE)), createml.FILE]
+    known += [folder for layout in label_folders.LAYOUTS for folder in layout]
+    known += [folder for layout in label_folders.WHOLE for folder in layout if folder != "."]
+    absent = [name for name in known if name.replace("{part}", "PART") not in text]
+    assert not absent

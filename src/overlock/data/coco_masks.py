@@ -47,6 +47,13 @@ class Shapes:
         own[list(self.runs)] = True
         return own
 
+    def segmentation(self, number: int) -> Any:
+        """An object's mask as COCO's files have it, polygons or run lengths; None where it has none."""
+        if number in self.runs:
+            return json.loads(self.lengths[self.runs[number]])
+        places = range(self.objects[number], self.objects[number + 1])
+        return [self.points[self.polygons[i] : self.polygons[i + 1]].tolist() for i in places] or None
+
     def runs_of(self, number: int, *, size: tuple[int, int], box: Sequence[float]) -> Array:
         """The run lengths of an object's mask, as :class:`Masks` takes them; of the box where it has none.
 
@@ -73,8 +80,7 @@ class Shapes:
             )
         else:
             coco = _coco()
-            parts = [self.points[self.polygons[i] : self.polygons[i + 1]].tolist() for i in range(first, last)]
-            compressed = coco.merge(coco.frPyObjects(parts, *size))
+            compressed = coco.merge(coco.frPyObjects(self.segmentation(number), *size))
         return np.array(unpack(compressed["counts"]), dtype=np.int64)
 
     def decode(self, number: int, *, size: tuple[int, int], box: Sequence[float]) -> Tensor:

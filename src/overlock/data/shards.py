@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from overlock.files import Outputs, write_atomically
 
 
 def pack(
-    source: Path, target: Path, *, shard_images: int = 10_000, seed: int = 0, overwrite: bool = False
+    source: Path,
+    target: Path,
+    *,
+    shard_images: int = 10_000,
+    seed: int = 0,
+    overwrite: bool = False,
+    tell: Callable[[str], object] | None = None,
 ) -> list[Path]:
     """Write shards of shuffled images, with timm's ``_info.json`` and ``classes.txt`` beside them.
 
@@ -25,6 +32,7 @@ def pack(
         shard_images: images a shard.
         seed: of the order, and of the split where the folder has none.
         overwrite: take a folder that holds files already, and replace shards of the same names.
+        tell: called with each note on what was left out.
 
     Returns:
         The shards.
@@ -36,6 +44,9 @@ def pack(
         raise ValueError(f"shard_images must be at least 1, got {shard_images}")
     Outputs([source], overwrite=overwrite).check_folder(target)
     data = load_folder(source, seed=seed)
+    if tell is not None:
+        for note in data.notes:
+            tell(note)
     splits: dict[str, Any] = {}
     shards: list[Path] = []
     for name, samples in (("train", data.train), ("validation", data.test)):

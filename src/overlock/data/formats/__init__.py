@@ -18,6 +18,11 @@ FORMATS: MappingProxyType[str, Any] = MappingProxyType(
 )
 
 
+def holds_objects(files: ObjectFiles) -> bool:
+    """Whether there are annotations of objects to train on, in any of the forms."""
+    return Path(files.data).is_dir() and any(_find(files, parts) is not None for parts in (TRAIN_PARTS, None))
+
+
 def read_parts(train: ObjectFiles, test: ObjectFiles, *, masks: bool) -> tuple[Annotations, Annotations | None]:
     """The parts to train on and to test on, the second None where there is none.
 
