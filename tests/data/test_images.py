@@ -68,6 +68,15 @@ def test_files_need_no_examples(tmp_path):
     assert not (tmp_path / "examples").exists()
 
 
+def test_a_fifth_of_the_training_part_is_held_out_where_there_is_no_other(tmp_path):
+    make_classes(tmp_path / "train", 5)
+    data = load_data(str(tmp_path))
+    assert (len(data.train), len(data.test)) == (12, 3)
+    assert data.notes == (f"{tmp_path / 'train'}: there is no part to test on, so 3 of the 15 images are held out",)
+    plain = load_data(str(tmp_path / "train"))
+    assert (plain.train, plain.test, plain.notes) == (data.train, data.test, ())
+
+
 def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         load_data(str(tmp_path / "nowhere"))
@@ -83,8 +92,8 @@ def test_folders_that_will_not_do(tmp_path):
     with pytest.raises(ValueError, match="class 'blue' has one image"):
         load_data(str(make_classes(tmp_path / "single", 1)))
     make_classes(tmp_path / "no_test" / "train", 2)
-    with pytest.raises(ValueError, match="none to test on; add one named 'val' or 'test'"):
-        load_data(str(tmp_path / "no_test"))
+    with pytest.raises(ValueError, match="no folder 'val', which val_split names"):
+        load_data(str(tmp_path / "no_test"), val_split="val")
     make_classes(tmp_path / "no_test" / "val", 2, colours=("red", "green"))
     (tmp_path / "no_test" / "val" / "yellow").mkdir()
     with pytest.raises(ValueError, match="class 'yellow' of 'val' is not among those to train on"):

@@ -56,6 +56,52 @@ def test_tars_by_class_and_part(tmp_path):
     assert len(alone.test) == 6
 
 
+def write_tars(root, **parts):
+    """PART/CLASS.tar: ``val=("red",)`` has two images of that class."""
+    for part, colours in parts.items():
+        for folder in sorted(make_classes(root / "files" / part, 2, colours=colours).iterdir()):
+            path = root / "tars" / part / f"{folder.name}.tar"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(path, "w") as archive:
+                for file in folder.iterdir():
+                    archive.add(file, arcname=file.name)
+    return root / "tars"
+
+
+@pytest.mark.parametrize("present", [("red",), ("green", "red")])
+@pytest.mark.parametrize("form", ["a tar a class", "one tar"])
+def test_a_test_part_of_tars_with_fewer_classes(form, present, tmp_path):
+    root = write_tars(tmp_path, train=tuple(COLOURS), val=present)
+    if form == "one tar":
+        root = tmp_path / "all.tar"
+        with tarfile.open(root, "w") as archive:
+            archive.add(tmp_path / "files", arcname="data")
+    data = load_data(str(root))
+    assert (len(data.train), len(data.test), data.classes) == (6, 2 * len(present), tuple(COLOURS))
+    assert colours_agree(data)
+    assert {data.classes[data.test.read(i)[1]] for i in range(len(data.test))} == {*present}
+    (note,) = data.notes
+    assert f"no images of {3 - len(present)} of the classes to test on (blue" in note
+
+
+@pytest.mark.parametrize("form", ["a tar a class", "one tar"])
+def test_a_test_part_of_tars_with_other_classes(form, tmp_path):
+    root = write_tars(tmp_path, train=("blue", "red"), val=("green", "red"))
+    if form == "one tar":
+        root = tmp_path / "all.tar"
+        with tarfile.open(root, "w") as archive:
+            archive.add(tmp_path / "files", arcname="data")
+    with pytest.raises(ValueError, match=r"class 'green' of '.*' is not among those to train on"):
+        load_data(str(root))
+
+
+def test_tars_without_a_test_part(tmp_path):
+    data = load_data(str(write_tars(tmp_path, train=tuple(COLOURS))))
+    assert (len(data.train), len(data.test)) == (3, 3)
+    assert colours_agree(data)
+    assert data.notes[0].endswith("train: there is no part to test on, so 3 of the 6 images are held out")
+
+
 def test_a_tar_with_what_systems_leave_and_other_endings(tmp_path):
     root = make_classes(tmp_path / "data", 5)
     make_image("red", 77).save(root / "red" / "more.BMP")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -223,16 +223,17 @@ def load_folder(
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; data must be a folder of images by class, a tar file or 'digits'")
     parts = find_parts(root, train_split, val_split)
-    if parts is None:
-        samples, names, notes = _read_classes(root, classes)
-        train, test = split(samples, names, root, seed)
-        return ImageData(
-            classes=names, train=Samples(train), test=Samples(test), notes=notes + tell_duplicates(samples, (), names)
-        )
-    train, names, notes = _read_classes(parts[0], classes)
-    test, test_notes = _read_test(parts[1], names, root)
-    notes += test_notes + tell_duplicates(train, test, names)
-    return ImageData(classes=names, train=Samples(train), test=Samples(test), notes=notes)
+    if parts is None or parts[1] is None:
+        folder = root if parts is None else parts[0]
+        samples, names, notes = _read_classes(folder, classes)
+        train, test = split(samples, names, folder, seed)
+        if parts is not None:
+            notes += tell_held_out(folder, len(test), len(samples))
+        return ImageData(classes=names, train=train, test=test, notes=notes + tell_duplicates(samples, (), names))
+    samples, names, notes = _read_classes(parts[0], classes)
+    tested, test_notes = _read_test(parts[1], names, root)
+    notes += test_notes + tell_duplicates(samples, tested, names)
+    return ImageData(classes=names, train=Samples(samples), test=Samples(tested), notes=notes)
 
 
 Read = tuple[tuple[Sample, ...], tuple[str, ...], tuple[str, ...]]
@@ -272,33 +273,53 @@ def _in_order(folders: Sequence[Path], classes: Path) -> list[Path]:
 
 def _read_test(root: Path, names: tuple[str, ...], data: Path) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
     """Samples and notes of the part to test on, which may lack classes but not have others."""
-    folders = subfolders(root)
-    strange = [folder.name for folder in folders if folder.name not in names]
-    if strange:
-        raise ValueError(
-            f"{data}: class {strange[0]!r} of {root.name!r} is not among those to train on; add images of it to the "
-            "training part or remove the folder"
-        )
     left_out: Counter[str] = Counter()
-    samples = [(file, names.index(folder.name)) for folder in folders for file in images_in(folder, left_out)]
-    if not samples:
-        raise ValueError(f"{root}: no images of any class to test on; folders by class are needed here too")
+    files = {folder.name: images_in(folder, left_out) for folder in subfolders(root)}
+    empty = [name for name, images in files.items() if not images and name not in names]
     notes = tell_left_out(root, left_out)
-    present = {label for _, label in samples}
-    absent = [name for label, name in enumerate(names) if label not in present]
-    if absent:
-        more = ", ..." if len(absent) > 5 else ""
-        notes += (f"{root}: no images of {len(absent)} of the classes to test on ({', '.join(absent[:5])}{more})",)
-    return tuple(samples), notes
+    if not any(files.values()):
+        raise ValueError(f"{root}: no images of any class to test on; folders by class are needed here too")
+    present = {name for name, images in files.items() if images}
+    notes += match_classes(names, {*present, *empty}, root, data)
+    return tuple((file, names.index(name)) for name, images in files.items() for file in images), notes
 
 
-def split(
-    samples: Sequence[Sample], classes: Sequence[str], where: object, seed: int
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+def match_classes(names: Sequence[str], present: Collection[str], part: object, data: object) -> tuple[str, ...]:
+    """A note of the classes that the part to test on lacks.
+
+    Args:
+        names: of the classes to train on.
+        present: of those to test on.
+        part: to test on, for messages.
+        data: of which it is a part, likewise.
+
+    Raises:
+        ValueError: for a class to test on that is not to train on.
+    """
+    strange = sorted(set(present) - set(names))
+    if strange:
+        called = part.name if isinstance(part, Path) else part
+        raise ValueError(
+            f"{data}: class {strange[0]!r} of {called!r} is not among those to train on; add images of it to the "
+            "training part or remove it"
+        )
+    absent = [name for name in names if name not in present]
+    if not absent:
+        return ()
+    more = ", ..." if len(absent) > 5 else ""
+    return (f"{part}: no images of {len(absent)} of the classes to test on ({', '.join(absent[:5])}{more})",)
+
+
+def tell_held_out(folder: Path, count: int, total: int) -> tuple[str, ...]:
+    """The note of a part to train on without one to test on beside it."""
+    return (f"{folder}: there is no part to test on, so {count} of the {total} images are held out",)
+
+
+def split(samples: Sequence[Sample], classes: Sequence[str], where: object, seed: int) -> tuple[Samples, Samples]:
     """Hold out a fifth of each class, at least one image."""
     out = held_out([label for _, label in samples], classes, where, seed)
-    train = tuple(sample for sample, o in zip(samples, out, strict=True) if not o)
-    return train, tuple(sample for sample, o in zip(samples, out, strict=True) if o)
+    train = Samples(sample for sample, o in zip(samples, out, strict=True) if not o)
+    return train, Samples(sample for sample, o in zip(samples, out, strict=True) if o)
 
 
 def held_out(labels: Sequence[int], classes: Sequence[str], where: object, seed: int) -> np.ndarray[Any, Any]:
@@ -325,7 +346,7 @@ def load_digits(*, seed: int) -> ImageData:
     samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
     classes = tuple(str(name) for name in digits.target_names)
     train, test = split(samples, classes, "digits", seed)
-    return ImageData(classes=classes, train=Samples(train), test=Samples(test), mirrors=False, crop_pct=1.0)
+    return ImageData(classes=classes, train=train, test=test, mirrors=False, crop_pct=1.0)
 
 
 def save_examples(data: ImageData, folder: Path) -> list[Path]:

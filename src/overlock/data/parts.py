@@ -22,8 +22,8 @@ def find_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((path for name in names if (path := known.get(name.lower())) is not None), None)
 
 
-def find_parts(root: Path, train_split: str | None, val_split: str | None) -> tuple[Path, Path] | None:
-    """The folders of the parts to train on and to test on; None in a folder without parts.
+def find_parts(root: Path, train_split: str | None, val_split: str | None) -> tuple[Path, Path | None] | None:
+    """The folders of the parts to train on and, where there is one, to test on; None in a folder without parts.
 
     Args:
         root: the folder.
@@ -31,7 +31,7 @@ def find_parts(root: Path, train_split: str | None, val_split: str | None) -> tu
         val_split: name of the second.
 
     Raises:
-        ValueError: for one part without the other, and for a part that was named and is not there.
+        ValueError: for a part to test on without one to train on, and for a part that was named and is not there.
     """
     train = find_folder(root, (train_split,) if train_split else TRAIN_PARTS)
     test = find_folder(root, (val_split,) if val_split else TEST_PARTS)
@@ -43,10 +43,5 @@ def find_parts(root: Path, train_split: str | None, val_split: str | None) -> tu
     if train is None:
         raise ValueError(
             f"{root}: there is a part {val_split!r} to test on but no folder 'train'; name it: train_split"
-        )
-    if test is None:
-        raise ValueError(
-            f"{root}: there is a folder {train.name!r} but none to test on; add one named 'val' or 'test', or name it "
-            "with val_split"
         )
     return train, test

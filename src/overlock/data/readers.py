@@ -13,7 +13,7 @@ import json
 import logging
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 
 from overlock.data.files import IMAGE_SUFFIXES, SIDECARS, is_rubbish, read_image, tell_left_out, to_rgb
-from overlock.data.images import ImageData, held_out, read_classes
+from overlock.data.images import ImageData, held_out, match_classes, read_classes, tell_held_out
 from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_parts
 
 SCANNED = 10 * 1024**3  # bytes of tars that are looked through for files that are no images
@@ -135,28 +135,43 @@ def load_tars(
     if not root.exists():
         raise ValueError(f"{root}: no such file")
     parts = find_parts(root, train_split, val_split)
-    if parts is not None:
+    if parts is not None and parts[1] is not None:
         train, test = _tar_reader(parts[0]), _tar_reader(parts[1])
-        if train.class_name_to_idx != test.class_name_to_idx:
-            odd = sorted(set(train.class_name_to_idx) ^ set(test.class_name_to_idx))[0]
-            raise ValueError(f"{root}: class {odd!r} is not in both of {parts[0].name!r} and {parts[1].name!r}")
-        notes = tuple(note for part in parts for note in _tell_others(part))
-        return ImageData(classes=_names(train), train=ReaderSource(train), test=ReaderSource(test), notes=notes)
-    reader = _tar_reader(root)
+        classes = _names(train)
+        notes = match_classes(classes, _relabel(test, classes), parts[1], root)
+        notes = (*_tell_others(parts[0]), *_tell_others(parts[1]), *notes)
+        return ImageData(classes=classes, train=ReaderSource(train), test=ReaderSource(test), notes=notes)
+    folder = root if parts is None else parts[0]
+    reader = _tar_reader(folder)
     classes = _names(reader)
     folders = [Path(info.path).parent.parent.name.lower() for info, _, _ in reader.samples]
+    notes = _tell_others(folder)
     if {*TRAIN_PARTS} & {*folders} and {*TEST_PARTS} & {*folders}:
         out = np.isin(folders, TEST_PARTS)
         if not np.all(out | np.isin(folders, TRAIN_PARTS)):
             raise ValueError(f"{root}: has parts to train and to test on, and images in neither; move those")
+        taught, tested = ({classes[label] for label in set(reader.targets[part])} for part in (~out, out))
+        if tested - taught:
+            match_classes(sorted(taught), tested, "the test part", root)
+        notes += match_classes(classes, tested, "the test part", root)
     else:
         out = np.full(len(reader), True) if seed is None else held_out(reader.targets, classes, root, seed)
+        if parts is not None:
+            notes += tell_held_out(folder, int(out.sum()), len(out))
     return ImageData(
         classes=classes,
         train=ReaderSource(reader, np.flatnonzero(~out)),
         test=ReaderSource(reader, np.flatnonzero(out)),
-        notes=_tell_others(root),
+        notes=notes,
     )
+
+
+def _relabel(reader: Any, classes: Sequence[str]) -> set[str]:
+    """Give a reader's images the labels of other classes, as far as those have its names, which are returned."""
+    own = {label: name for name, label in reader.class_name_to_idx.items()}
+    labels = {name: label for label, name in enumerate(classes)}
+    reader.targets = np.array([labels.get(own[int(label)], -1) for label in reader.targets])
+    return set(own.values())
 
 
 def _tell_others(root: Path) -> tuple[str, ...]:
