@@ -244,24 +244,6 @@ def test_opcheck_of_region_centres(min_side):
     torch.library.opcheck(torch.ops.overlock.region_centres, (context, 5, min_side))
 
 
-WRONG = {
-    "query": ({"query": torch.zeros(1, 2, 6, 7)}, "takes query"),
-    "key": ({"key": torch.zeros(1, 2, 4, 4)}, "key must be"),
-    "value": ({"value": torch.zeros(1, 2, 2, 6, 6)}, "value must be"),
-    "weight": ({"weight": torch.zeros(9, 5)}, "weight must be"),
-    "bias": ({"bias": torch.zeros(8)}, "bias must be"),
-    "rpb": ({"rpb": torch.zeros(2, 3, 3)}, "rpb must be"),
-    "kernel_size": ({"kernel_size": 0}, "kernel_size 0"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_shapes_are_named(change, message):
-    """The argument that does not fit is named."""
-    with pytest.raises(ValueError, match=message):
-        contmix(**{**make_inputs(dtype=torch.float32), "kernel_size": 3, **change})
-
-
 def test_unknown_backend_is_refused():
     """A mistyped backend fails at once and lists the known ones."""
     with pytest.raises(ValueError, match=r"'tritn'.*auto, .*torch, reference"), backend("tritn"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from overlock.kernels.torch import reference
+from overlock.ops.checks import Inputs, check_at_least
 from overlock.ops.dispatch import asked_for, choose, exports_to_onnx
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register
@@ -51,41 +52,28 @@ def contmix(
         (B, G, C, H, W), dtype and layout of ``value``. Logits and sums are kept in float32 (float64 for float64).
 
     Raises:
-        ValueError: where shapes do not fit, naming the argument.
+        ValueError: where shapes or devices do not fit or a type is none of floating-point numbers, naming the argument.
     """
-    if not torch.jit.is_scripting():
-        _check(query, key, value, weight, bias, rpb, kernel_size)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - scripts only as a condition of its own
         if exports_to_onnx():
+            _check(query, key, value, weight, bias, rpb, kernel_size, min_side)
             return _mix_plainly(query, key, value, weight, bias, rpb, kernel_size, min_side)
     return torch.ops.overlock.contmix(query, key, value, weight, bias, rpb, kernel_size, min_side)
 
 
+_INPUTS = Inputs(
+    "contmix", query="B G D H W", key="B G D S^2", value="B G C H W", weight="K^2 S^2", bias="K^2", rpb="G 2K-1 2K-1"
+)
+
+
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int
-) -> None:
-    if query.dim() != 5 or value.dim() != 5 or key.dim() != 4:
-        raise ValueError(
-            "contmix takes query (B, G, D, H, W), key (B, G, D, S^2) and value (B, G, C, H, W);"
-            f" got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    batch, groups, depth, height, width = query.shape
-    if tuple(key.shape[:3]) != (batch, groups, depth):
-        raise ValueError(f"key must be ({batch}, {groups}, {depth}, S^2) to fit query; got {tuple(key.shape)}")
-    if tuple(value.shape[:2]) != (batch, groups) or tuple(value.shape[3:]) != (height, width):
-        raise ValueError(
-            f"value must be ({batch}, {groups}, C, {height}, {width}) to fit query; got {tuple(value.shape)}"
-        )
-    taps = kernel_size * kernel_size
-    if kernel_size < 1 or tuple(weight.shape) != (taps, key.shape[3]):
-        raise ValueError(
-            f"weight must be (K^2, S^2) = ({taps}, {key.shape[3]}) for kernel_size {kernel_size};"
-            f" got {tuple(weight.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (taps,):
-        raise ValueError(f"bias must be (K^2,) = ({taps},); got {tuple(bias.shape)}")
-    side = 2 * kernel_size - 1
-    if rpb is not None and tuple(rpb.shape) != (groups, side, side):
-        raise ValueError(f"rpb must be (G, 2K-1, 2K-1) = ({groups}, {side}, {side}); got {tuple(rpb.shape)}")
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
+    kernel_size: int, min_side: int = 0,
+) -> None:  # fmt: skip
+    check_at_least("contmix", 1, kernel_size=kernel_size)
+    check_at_least("contmix", 0, min_side=min_side)
+    sizes = {"K^2": kernel_size * kernel_size, "2K-1": 2 * kernel_size - 1}
+    _INPUTS.check(query, key, value, weight, bias, rpb, **sizes)
 
 
 def _taps_inside(x: Tensor, kernel_size: int, height: int, width: int) -> Tensor:
@@ -215,11 +203,24 @@ def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tens
     """Average a map over an S x S grid of regions, small maps enlarged first as in :func:`contmix`.
 
     (B, C, H, W) -> (B, C, S, S). One operator, because its result has the same size for any map.
+
+    Raises:
+        ValueError: for a context that is no such map, and for ``region_grid`` < 1.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102 - scripts only as a condition of its own
         if exports_to_onnx():
+            _check_centres(context, region_grid, min_side)
             return _centres_plainly(context, region_grid, min_side)
     return torch.ops.overlock.region_centres(context, region_grid, min_side)
+
+
+_CENTRES_INPUTS = Inputs("region_centres", context="B C H W")
+
+
+def _check_centres(context: Tensor, region_grid: int, min_side: int = 0) -> None:
+    check_at_least("region_centres", 1, region_grid=region_grid)
+    check_at_least("region_centres", 0, min_side=min_side)
+    _CENTRES_INPUTS.check(context)
 
 
 def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
@@ -250,13 +251,20 @@ _MIX = (
 )
 register(
     "contmix", f"({_MIX}) -> Tensor", _forward, lambda _query, _key, value, *_: torch.empty_like(value),
-    batched=3, cast=3,
+    check=_check, batched=3, cast=3,
 )  # fmt: skip
-register_backward("contmix", _MIX, _backward, tensors=6, plain=_mix_plainly, note=asked_for)
+register_backward(
+    "contmix", _MIX, _backward, tensors=6, plain=_mix_plainly, note=asked_for,
+    check=_check, result_shape=lambda _query, _key, value, *_: value.shape,
+)  # fmt: skip
 
 _CENTRES = "Tensor context, int region_grid, int min_side=0"
 register(
     "region_centres", f"({_CENTRES}) -> Tensor", _centres_forward,
-    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid), batched=1,
+    lambda context, region_grid, _=0: context.new_empty(*context.shape[:2], region_grid, region_grid),
+    check=_check_centres, batched=1,
 )  # fmt: skip
-register_backward("region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_plainly)
+register_backward(
+    "region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_plainly,
+    check=_check_centres, result_shape=lambda context, grid, *_: (*context.shape[:2], grid, grid),
+)  # fmt: skip

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.checks import FilterInputs, check_gradient
 from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx, on_use, triton_why_not
 from overlock.ops.gradients import register_autograd, register_plain_autograd
 from overlock.ops.registration import register
 from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
+
+_INPUTS = FilterInputs("depthwise_conv2d")
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -37,12 +40,17 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
 
     Returns:
         (B, C, H, W) in the dtype of ``x``, from the operator in its layout too. Sums are kept in float32.
+
+    Raises:
+        ValueError: where shapes, types or devices do not fit, K is even or ``dilation`` < 1.
     """
     takes_operator = x.is_cuda and weight.shape[3] >= 7 and dilation == 1
     if not torch.jit.is_scripting():  # what follows does not script
-        takes_operator = not exports_to_onnx() and (takes_operator or trains_on_cpu(x, weight))
+        takes_operator = not exports_to_onnx() and (takes_operator or trains_on_cpu(x, weight, bias))
     if takes_operator:
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
+    if not torch.jit.is_scripting():
+        _INPUTS.check_filter(x, weight, bias, dilation)
     return _convolve(x, weight, bias, dilation)
 
 
@@ -145,17 +153,25 @@ def _gradient(part: str, grad: Tensor, x: Tensor, weight: Tensor, dilation: int,
 register(
     "depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor",
     _forward, lambda x, *_: torch.empty_like(x),
-    batched=1, cast=3,
+    check=_INPUTS.check_filter, batched=1, cast=3,
 )  # fmt: skip
+
+
+def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, _backend: str) -> None:
+    _INPUTS.check_filter(x, weight, None, dilation)
+    check_gradient("depthwise_conv2d_backward", grad, x.shape)
+
+
 _GRADIENT = "(Tensor grad, Tensor x, Tensor weight, int dilation, str backend) -> Tensor"
 register(
     "depthwise_conv2d_input_gradient", _GRADIENT,
     functools.partial(_gradient, "input"), lambda _, x, *__: torch.empty_like(x),
-    batched=2,
+    check=_check_gradient, batched=2,
 )  # fmt: skip
 register(
     "depthwise_conv2d_weight_gradient", _GRADIENT,
     functools.partial(_gradient, "weight"), lambda _, __, weight, *___: torch.empty_like(weight),
+    check=_check_gradient,
 )  # fmt: skip
 
 

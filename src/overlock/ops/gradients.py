@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
+from overlock.ops.checks import check_gradient
 from overlock.ops.registration import LIBRARY, operator_of, register
 
 
@@ -70,7 +71,7 @@ def register_no_gradients(name: str) -> None:
 
 def register_backward(
     name: str, arguments: str, run: Callable[..., Any], *, tensors: int, plain: Callable[..., Tensor],
-    note: Callable[[], str] = str,
+    check: Callable[..., None], result_shape: Callable[..., Sequence[int]], note: Callable[[], str] = str,
 ) -> None:  # fmt: skip
     """Define ``overlock::name_backward`` and let autograd take it for the gradients of ``overlock::name``.
 
@@ -81,6 +82,8 @@ def register_backward(
             for None.
         tensors: how many arguments are tensors or None.
         plain: the operator's plain form, for all other derivatives.
+        check: of the operator's arguments.
+        result_shape: of the operator, from its arguments.
         note: called with the operator; what it returns is kept for the gradients, which may be computed in another
             thread and context.
     """
@@ -106,8 +109,13 @@ def register_backward(
         like = tuple(found.get(i, grad.new_empty(0)) for i in range(tensors))
         return like if tensors > 1 else like[0]
 
+    def check_all(grad: Tensor, _note: str, *inputs: Any) -> None:
+        check(*inputs)
+        check_gradient(f"{name}_backward", grad, result_shape(*inputs))
+
     results = ", ".join(["Tensor"] * tensors)
-    register(f"{name}_backward", f"(Tensor grad, str note, {arguments}) -> ({results})", run, fake)
+    schema = f"(Tensor grad, str note, {arguments}) -> ({results})"
+    register(f"{name}_backward", schema, run, fake, check=check_all)
     call = operator_of(f"{name}_backward")
     register_autograd(name, backward, setup_context=setup_context, plain=plain)
     register_plain_autograd(f"{name}_backward", plain_backward)

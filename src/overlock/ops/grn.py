@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from overlock.ops.checks import Inputs
 from overlock.ops.dispatch import asked_for, on_use
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register
@@ -26,12 +27,23 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
     Returns:
         (B, C, H, W) in the dtype of ``x``.
+
+    Raises:
+        ValueError: where shapes or devices do not fit or a type is none of floating-point numbers.
     """
     if torch.jit.is_scripting():  # what follows does not script
         return _normalise(x, weight, bias, eps)
-    if trains_on_cpu(x, weight):
+    if trains_on_cpu(x, weight, bias):
         return torch.ops.overlock.global_response_norm(x, weight, bias, eps)
+    _check(x, weight, bias, eps)
     return _normalise(x, weight, bias, eps)
+
+
+_INPUTS = Inputs("response_norm", x="B C H W", weight="C", bias="C")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, _eps: float) -> None:
+    _INPUTS.check(x, weight, bias)
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -91,5 +103,11 @@ def _gradients(
 
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor bias, float eps"
-register("global_response_norm", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1)
-register_backward("global_response_norm", _ARGUMENTS, _gradients, tensors=3, plain=_plain, note=asked_for)
+register(
+    "global_response_norm", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x),
+    check=_check, batched=1,
+)  # fmt: skip
+register_backward(
+    "global_response_norm", _ARGUMENTS, _gradients, tensors=3, plain=_plain, note=asked_for,
+    check=_check, result_shape=lambda x, *_: x.shape,
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Make operators of PyTorch's out of plain functions: shapes, autocast and vmap, each declared once.
+"""Make operators of PyTorch's out of plain functions: checks, shapes, autocast and vmap, each declared once.
 
 Gradients are in gradients.py. To ``torch.compile`` and ``torch.export`` an operator is one node.
 """
@@ -17,8 +17,9 @@ CAST = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone b
 
 
 def register(
-    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, batched: int = 0, cast: int = 0
-) -> None:
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], *, check: Callable[..., None],
+    batched: int = 0, cast: int = 0,
+) -> None:  # fmt: skip
     """Define ``overlock::name``.
 
     Args:
@@ -26,18 +27,27 @@ def register(
         schema: arguments and results.
         run: the function, on CPU and CUDA.
         fake: the same on shapes alone.
+        check: called with the arguments before either, and raises ValueError for those that do not fit.
         batched: how many arguments, the first ones, have images in their first dimension, as the one result has then:
             to ``torch.vmap`` more images are a larger batch. Where another argument is mapped over, it is called in
             turn.
         cast: how many arguments autocast brings to its dtype.
     """
     torch.library.define(f"overlock::{name}", schema)
-    torch.library.impl(f"overlock::{name}", DEVICES, run)
-    torch.library.register_fake(f"overlock::{name}", fake)
+    torch.library.impl(f"overlock::{name}", DEVICES, _checked(run, check))
+    torch.library.register_fake(f"overlock::{name}", _checked(fake, check))
     _register_vmap(name, batched)
     if cast:
         for device in DEVICES:
             _register_autocast(name, cast, device)
+
+
+def _checked(function: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        check(*inputs)
+        return function(*inputs)
+
+    return call
 
 
 def operator_of(name: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.ops.checks import FilterInputs
 from overlock.ops.dispatch import asked_for, on_use
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register
@@ -15,6 +16,9 @@ filter_by_kernel, gradients_by_kernel = (
     on_use("numba.depthwise_gradients", "local_conv"),
     on_use("numba.depthwise_gradients", "local_gradients"),
 )
+
+
+_INPUTS = FilterInputs("local_conv")
 
 
 def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -30,11 +34,15 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fals
 
     Returns:
         (B, C, H, W) in the dtype of ``x``.
+
+    Raises:
+        ValueError: where shapes, types or devices do not fit, or K is even.
     """
     if torch.jit.is_scripting():  # what follows does not script
         return _convolve(x, weight, bias, gelu)
-    if trains_on_cpu(x, weight):
+    if trains_on_cpu(x, weight, bias):
         return torch.ops.overlock.local_conv(x, weight, bias, gelu)
+    _INPUTS.check_filter(x, weight, bias)
     return _convolve(x, weight, bias, gelu)
 
 
@@ -66,8 +74,16 @@ def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tup
     return torch.ops.aten.gelu_backward(of_a, x) if gelu else of_a, of_weight, of_bias
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, _gelu: bool) -> None:
+    _INPUTS.check_filter(x, weight, bias)
+
+
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? bias, bool gelu"
 register(
-    "local_conv", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x), batched=1, cast=3
+    "local_conv", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x),
+    check=_check, batched=1, cast=3,
 )  # fmt: skip
-register_backward("local_conv", _ARGUMENTS, _gradients, tensors=3, plain=_convolve, note=asked_for)
+register_backward(
+    "local_conv", _ARGUMENTS, _gradients, tensors=3, plain=_convolve, note=asked_for,
+    check=_check, result_shape=lambda x, *_: x.shape,
+)  # fmt: skip

@@ -11,22 +11,23 @@ from overlock.ops.dispatch import AUTO
 HAS_NUMBA = numba_installed()  # a constant to torch.compile
 
 
-def trains_on_cpu(x: Tensor, weight: Tensor) -> bool:
+def trains_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a call has a gradient to compute in float32 on CPU, where the kernels can run.
 
     An exported or traced graph is to have operations that others know.
     """
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return wanted and _is_plain(x, weight) and not _is_exporting()
+    tensors = [x, *(other for other in others if other is not None)]
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and _is_plain(*tensors) and not _is_exporting()
 
 
-def takes_kernels(backend: str, x: Tensor, weight: Tensor) -> bool:
+def takes_kernels(backend: str, x: Tensor, *others: Tensor) -> bool:
     """Whether the kernels take part of the work, inside an operator, where a backend is asked for."""
-    return backend in (AUTO, "cpu") and _is_plain(x, weight) and x.numel() > 0
+    return backend in (AUTO, "cpu") and _is_plain(x, *others) and x.numel() > 0
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and HAS_NUMBA
+def _is_plain(*tensors: Tensor) -> bool:
+    return HAS_NUMBA and all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
 
 
 def _is_exporting() -> bool:
