@@ -318,7 +318,7 @@ def test_reset_classifier_keeps_the_rest():
 
 @pytest.mark.parametrize("features", [False, True])
 def test_grad_checkpointing(features):
-    """The same outputs and gradients, recomputed; every block is."""
+    """The same outputs, gradients and running statistics, recomputed; every block is."""
     x, results = images(2, 3, 64, 64), []
     for enable in (False, True):
         model = randomise(atto(features_only=True) if features else atto(num_classes=3)).train()
@@ -332,7 +332,7 @@ def test_grad_checkpointing(features):
         sum(y.square().mean() for y in outputs).backward()
         assert first == sum(inner.variant.depths)
         assert len(calls) == (2 if enable else 1) * first
-        results.append([*outputs, *(p.grad for p in model.parameters() if p.grad is not None)])
+        results.append([*outputs, *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
     assert len(results[0]) == len(results[1])
     for actual, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)

@@ -10,6 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from overlock.layers import AffineScale, BatchNorm2d, ConvFFN, ConvNorm, GlobalResponseNorm, LocalConv, NormConv
+from overlock.layers.checkpointing import checkpoint_block
 from overlock.layers.gdsa import make_squeeze_excite
 
 SIZES = [(1, 1), (1, 8), (7, 7), (5, 14), (13, 6)]
@@ -136,11 +137,54 @@ def test_batch_norm_of_single_values():
     assert torch.equal(module.running_mean, mean)
 
 
-def test_batch_norm_trains_as_pytorchs():
-    """Otherwise it is PyTorch's, statistics included."""
-    ours, theirs = BatchNorm2d(4), nn.BatchNorm2d(4)
+@pytest.mark.parametrize("tracked", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 0.3, 0.0, None])
+def test_batch_norm_trains_as_pytorchs(momentum, tracked):
+    """Otherwise it is PyTorch's, statistics included: moving averages, that of all batches (None), or none at all."""
+    settings = dict(momentum=momentum, track_running_stats=tracked)
+    ours, theirs = BatchNorm2d(4, **settings), nn.BatchNorm2d(4, **settings)
     for seed in range(3):
         x = images(2, 4, 3, 5, seed=seed)
         torch.testing.assert_close(ours(x), theirs(x))
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_update_bn():
+    """PyTorch's function for averaged weights gives the mean of all batches, of a scripted and a traced model too."""
+    batches = [images(2, 3, 6, 6, seed=seed) for seed in range(4)]
+    make = lambda: ConvNorm(nn.Conv2d(3, 4, kernel_size=1, bias=False), 4)  # noqa: E731
+    model = randomise(make())
+    for form in (model, torch.jit.script(model), torch.fx.symbolic_trace(model.train())):
+        torch.optim.swa_utils.update_bn(batches, form)
+        means = torch.stack([model.conv(x).mean((0, 2, 3)) for x in batches])
+        torch.testing.assert_close(form.norm.running_mean, means.mean(0))
+        assert form.norm.num_batches_tracked == 4
+
+
+def test_single_values_do_not_count():
+    """A batch that leaves the statistics leaves the number of batches too, by which the next one is weighed."""
+    norm = BatchNorm2d(4, momentum=None)
+    norm(images(1, 4, 1, 1))
+    assert norm.num_batches_tracked == 0
+    x = images(2, 4, 3, 3)
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointed_block(momentum, reentrant, monkeypatch):
+    """Computed twice, a block has the outputs, gradients and running statistics of one call; so it is twice over."""
+    monkeypatch.setattr("timm.layers.config._USE_REENTRANT_CKPT", reentrant)
+    found = []
+    for call in (lambda block, x: block(x), checkpoint_block):
+        block = nn.Sequential(BatchNorm2d(4, momentum=momentum), nn.GELU(), nn.BatchNorm2d(4, momentum=momentum))
+        x = images(2, 4, 5, 5).requires_grad_()
+        for _ in range(2):
+            y = call(block, x)
+            y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(actual, expected)

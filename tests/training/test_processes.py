@@ -98,9 +98,9 @@ def test_two_processes_stop_and_go_on(tmp_path, changes):
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def norms_of_a_process(rank: int, store: str, x: torch.Tensor, results) -> None:
+def norms_of_a_process(rank: int, store: str, x: torch.Tensor, momentum: float | None, results) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    norm = synchronise_norms(nn.Sequential(make_norm(x.size(1))), cuda=False)
+    norm = synchronise_norms(nn.Sequential(make_norm(x.size(1), momentum)), cuda=False)
     assert isinstance(norm[0], CpuSyncBatchNorm)
     part = x.chunk(2)[rank].clone().requires_grad_()
     y = norm(part)
@@ -111,22 +111,23 @@ def norms_of_a_process(rank: int, store: str, x: torch.Tensor, results) -> None:
     torch.distributed.destroy_process_group()
 
 
-def make_norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels)
+def make_norm(channels: int, momentum: float | None) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=momentum)
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, channels))
         norm.bias.copy_(torch.linspace(-1, 1, channels))
     return norm
 
 
-def test_norm_over_two_processes_is_that_of_the_joint_batch(tmp_path):
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_norm_over_two_processes_is_that_of_the_joint_batch(momentum, tmp_path):
     context = torch.multiprocessing.get_context("fork")
     torch.manual_seed(0)
     x = torch.randn(8, 6, 5, 5) * 3 + 1
     with context.Manager() as manager:
         results = manager.dict()
         processes = [
-            context.Process(target=norms_of_a_process, args=(rank, str(tmp_path / "store"), x, results))
+            context.Process(target=norms_of_a_process, args=(rank, str(tmp_path / "store"), x, momentum, results))
             for rank in range(2)
         ]
         for process in processes:
@@ -135,7 +136,7 @@ def test_norm_over_two_processes_is_that_of_the_joint_batch(tmp_path):
             process.join(timeout=60)
         assert [process.exitcode for process in processes] == [0, 0]
         got = [results[rank] for rank in range(2)]
-    norm = make_norm(6)
+    norm = make_norm(6, momentum)
     whole = x.clone().requires_grad_()
     y = norm(whole)
     halves = [half.square().mul(torch.arange(half.numel()).view_as(half) % 5).sum() for half in y.chunk(2)]

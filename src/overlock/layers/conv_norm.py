@@ -17,26 +17,38 @@ def batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
     training: bool,
-    momentum: float,
+    track_running_stats: bool,
+    momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """``F.batch_norm``, on running statistics where a batch has a single value a channel and thus no variance."""
-    if training and x.numel() == x.size(1):
-        training = False
-    return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    """What ``nn.BatchNorm2d`` computes, on running statistics where a batch has a single value a channel.
+
+    Such a batch has no variance. It counts for no statistics either.
+    """
+    if training and x.numel() == x.size(1) and running_mean is not None:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    factor = 0.0 if momentum is None else momentum
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, running_mean is None, factor, eps)
+    if not track_running_stats:
+        return F.batch_norm(x, None, None, weight, bias, True, factor, eps)
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:  # the average of all batches
+            factor = 1.0 / float(num_batches_tracked)
+    return F.batch_norm(x, running_mean, running_var, weight, bias, True, factor, eps)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that also trains on one 32x32 image, whose last maps are 1x1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        momentum = 0.1 if self.momentum is None else self.momentum
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         return batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, momentum, self.eps
-        )
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.num_batches_tracked, self.training,
+            self.track_running_stats, self.momentum, self.eps,
+        )  # fmt: skip
 
 
 class ConvNorm(nn.Sequential):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from overlock.blocks import BasicBlock
 from overlock.layers import ConvNorm
+from overlock.layers.checkpointing import checkpoint_block
 from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
 
@@ -56,7 +56,7 @@ class BlockStack(nn.Module):
         if self.dilation > 1:
             x = space_to_batch(x, self.dilation)
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            x = checkpoint_block(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
         return x if self.dilation == 1 else batch_to_space(x, self.dilation, embedded)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from timm.models import checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.blocks import DynamicBlock
+from overlock.layers.checkpointing import checkpoint_block
 from overlock.network.base_net import make_embedding
 from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.network.variants import Variant
@@ -35,7 +35,7 @@ class FocusStage(nn.Module):
     def forward(self, x: Tensor, context: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, context = checkpoint(block, x, context, prior)
+                x, context = checkpoint_block(block, x, context, prior)
             else:
                 x, context = block(x, context, prior)
         return x, context

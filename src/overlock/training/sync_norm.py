@@ -23,15 +23,16 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         mean = first[:-1] / total
         centred = x - mean.view(1, -1, 1, 1)
         var = all_reduce(centred.square().sum(dims)) / total
-        self._keep(mean.detach(), var.detach() * total / (total - 1).clamp_min(1))
+        if self.track_running_stats:
+            self._keep(mean.detach(), var.detach() * total / (total - 1).clamp_min(1))
         scale = self.weight * torch.rsqrt(var + self.eps)
         return centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
     @torch.no_grad()
     def _keep(self, mean: Tensor, var: Tensor) -> None:
-        momentum = 0.1 if self.momentum is None else self.momentum
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
