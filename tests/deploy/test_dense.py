@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
 from scenes import CLASSES, make_scene, write_scenes
 
-from overlock.checkpoint import MODEL_FILE, Record, save_model
+from overlock.checkpoint import MODEL_FILE, Record, read_record, save_model
 from overlock.cli import main
 from overlock.deploy import Detector, Predictor, Segmenter
 from overlock.drawing import colour_of, draw_labels, draw_objects
@@ -237,5 +239,45 @@ def test_evaluation_tells_what_was_skipped_by_its_exit_code(detector, segmenter,
     assert "not an image" in capsys.readouterr().err
     assert main([*words, "--batch_size", "0"]) == 2
     assert "--batch_size must be at least 1, got 0" in capsys.readouterr().err
-    assert main([*words, "--classes", "names.txt"]) == 2
-    assert "--classes: a detector's classes" in capsys.readouterr().err
+    for name in ("classes", "labels", "window", "top", "ignore_index"):
+        assert main([*words, f"--{name}", "0"]) == 2
+    err = capsys.readouterr().err
+    assert "--classes is for classifiers and segmenters; a detector takes --format, --annotations, --images" in err
+    assert "--labels is for segmenters; a detector takes" in err
+    assert "unknown option --top" in err
+    assert "--ignore_index is for segmenters" in err
+    assert main(["evaluate", str(segmenter), "--data", str(data), "--crop_pct", "0"]) == 2
+    assert main(["evaluate", str(segmenter), "--data", str(data), "--image_size", "64"]) == 2
+    assert "--image_size is for classifiers; a segmenter takes --classes, --labels" in capsys.readouterr().err
+
+
+def test_evaluation_reads_label_maps_as_the_run_did(segmenter, scenes, tmp_path, capsys):
+    data = Path(shutil.copytree(scenes, tmp_path / "data"))
+    for path in data.glob("*annot/*.png"):
+        Image.fromarray(40 * np.array(Image.open(path))).save(path)
+    runs = [Path(shutil.copytree(segmenter, tmp_path / name)) for name in "ab"]
+    words = ["--data", str(data), "--workers", "0", "--json"]
+    labels = ",".join(str(40 * i) for i in range(len(GROUND)))
+    assert main(["evaluate", str(runs[0]), *words, "--labels", labels]) == 0
+    (given,) = json.loads(capsys.readouterr().out)
+    for folder, own in zip(runs, (labels, None), strict=True):
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(task="segment", data="somewhere", labels=own)))
+    for model in (runs[0], runs[0] / MODEL_FILE):
+        assert main(["evaluate", str(model), *words]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert row["measures"] == given["measures"]
+        assert row["notes"][0] == f"label maps are read as in {model}: labels {labels}"
+    assert main(["evaluate", *map(str, runs), *words]) == 2
+    assert "these runs read label maps in different ways; say how with --labels" in capsys.readouterr().err
+    (runs[0] / "config.yaml").write_text("task: segment\nnothing: 1\n")
+    assert main(["evaluate", str(runs[0]), *words]) == 2
+    assert "config.yaml: these are no settings of a run (unknown setting nothing" in capsys.readouterr().err
+    assert main(["evaluate", str(runs[0]), *words, "--labels", labels]) == 0
+
+
+def test_evaluation_tells_a_network_of_no_numbers(detector, segmenter, scenes, tmp_path, capsys):
+    for run in (detector, segmenter):
+        state = {n: w * torch.nan if w.is_floating_point() else w for n, w in load_file(run / MODEL_FILE).items()}
+        save_model(tmp_path / MODEL_FILE, state, read_record(run / MODEL_FILE))
+        assert main(["evaluate", str(tmp_path), "--data", str(scenes), "--workers", "0"]) == 2
+        assert "the network's output is no finite number in fp32; check its weights" in capsys.readouterr().err

@@ -16,8 +16,8 @@ from torch import nn
 from overlock.checkpoint import Record
 from overlock.data import load_test_data
 from overlock.data.images import ImageData, Samples
-from overlock.deploy import evaluate as module
-from overlock.deploy.evaluate import draw_confusion, evaluate, match_classes, write_per_class
+from overlock.deploy import evaluate_classification as module
+from overlock.deploy.evaluate_classification import draw_confusion, evaluate_classifier, match_classes, write_per_class
 
 PREPROCESSING = dict(input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop_pct=1.0)
 
@@ -42,7 +42,7 @@ def by_colour(monkeypatch):
 def test_counts(by_colour, tmp_path):
     root = make_classes(tmp_path / "data", 6)
     (root / "red" / "0.png").write_bytes(b"")
-    result = evaluate("it", load_test_data(str(root)), batch_size=4, workers=0, device="cpu")
+    result = evaluate_classifier("it", load_test_data(str(root)), batch_size=4, workers=0, device="cpu")
     assert result.images == 17
     assert len(result.unreadable) == 1
     assert result.confusion.sum() == 17
@@ -64,7 +64,7 @@ def test_no_readable_image(by_colour, tmp_path):
     (tmp_path / "a.png").write_text("nothing")
     data = ImageData(classes=tuple(COLOURS), train=Samples(), test=Samples([(tmp_path / "a.png", 0)]))
     with pytest.raises(ValueError, match="none of the 1 images could be read"):
-        evaluate("it", data, workers=0)
+        evaluate_classifier("it", data, workers=0)
 
 
 def test_classes_are_matched():
@@ -84,7 +84,9 @@ def test_any_model_of_timm(tmp_path, monkeypatch):
     for name in synsets[:2]:
         (tmp_path / name).mkdir()
         make_image("red", 0).save(tmp_path / name / "0.png")
-    result = evaluate("test_convnext", load_test_data(str(tmp_path)), workers=0, device="cpu", precision="bf16")
+    result = evaluate_classifier(
+        "test_convnext", load_test_data(str(tmp_path)), workers=0, device="cpu", precision="bf16"
+    )
     assert result.images == 2
     assert result.params == sum(p.numel() for p in timm.create_model("test_convnext").parameters())
 
@@ -92,6 +94,8 @@ def test_any_model_of_timm(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_weights_of_the_package(default_file, shared_data):
     """What docs/results.md says of them."""
-    result = evaluate(str(default_file), load_test_data(str(shared_data / "cifar10")), workers=0, device="cpu")
+    result = evaluate_classifier(
+        str(default_file), load_test_data(str(shared_data / "cifar10")), workers=0, device="cpu"
+    )
     assert result.images == 10_000
     assert result.top1 >= 0.88

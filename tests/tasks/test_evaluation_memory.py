@@ -16,7 +16,7 @@ SCRIPT = """
 import resource, sys
 import torch
 from overlock.checkpoint import HEADS, Record
-from overlock.deploy.evaluate_dense import evaluate_dense
+from overlock.deploy.evaluate import evaluate_by_task
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB on Linux
@@ -26,9 +26,9 @@ torch.manual_seed(0)
 sizes = dict(min_size=240, max_size=320, hidden_channels=32)
 network = HEADS["mask_rcnn"]("overlock_atto", num_classes=2, **sizes)
 record = Record(model="overlock_atto", head="mask_rcnn", classes=("blob", "spot"), model_args=sizes)
-evaluate_dense(network, record, sys.argv[1], name="small", workers=0, device="cpu")
+evaluate_by_task(network, record, sys.argv[1], name="small", workers=0, device="cpu")
 before = peak()
-result = evaluate_dense(network, record, sys.argv[2], name="large", workers=0, device="cpu", keep_found=True)
+result = evaluate_by_task(network, record, sys.argv[2], name="large", workers=0, device="cpu", keep_found=True)
 print(len(result.found), peak() - before)
 """
 

@@ -21,7 +21,7 @@ from runs import assert_same, launch, run
 from scenes import write_scenes
 
 from overlock.checkpoint import HEADS, Record, load_model
-from overlock.deploy.evaluate_dense import evaluate_dense
+from overlock.deploy.evaluate import evaluate_by_task
 from overlock.drawing import colour_of
 from overlock.tasks.scores import DetectionScore
 from overlock.training import CONFIGS, DetectConfig, SegmentConfig, TrainConfig
@@ -80,7 +80,7 @@ def test_weights_score_as_the_log_says(trained, scenes):
     task, folder, _ = trained
     network, record = load_model(folder)
     assert record.task == task
-    result = evaluate_dense(network, record, str(scenes), name="it", batch_size=2, workers=0)
+    result = evaluate_by_task(network, record, str(scenes), name="it", batch_size=2, workers=0)
     names, *rows = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
     logged = dict(zip(names, rows[-1], strict=True))
     assert result.images == 3
@@ -91,8 +91,8 @@ def test_weights_score_as_the_log_says(trained, scenes):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_weights_score_alike_in_half_precision(trained, scenes, precision):
     _, folder, _ = trained
-    whole = evaluate_dense(*load_model(folder), str(scenes), name="it", workers=0).measures
-    half = evaluate_dense(*load_model(folder), str(scenes), name="it", workers=0, precision=precision).measures
+    whole = evaluate_by_task(*load_model(folder), str(scenes), name="it", workers=0).measures
+    half = evaluate_by_task(*load_model(folder), str(scenes), name="it", workers=0, precision=precision).measures
     assert half.keys() == whole.keys()
     assert all(half[name] == pytest.approx(whole[name], abs=0.05, nan_ok=True) for name in whole)
 
@@ -350,7 +350,7 @@ def test_masks_of_0_and_255(scenes, tmp_path):
     kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert SegmentConfig.from_dict(kept).label_files.values == (0, 255)
     files = SegmentConfig.from_dict(kept).label_files
-    result = evaluate_dense(*load_model(tmp_path / "run"), files, name="run", workers=0)
+    result = evaluate_by_task(*load_model(tmp_path / "run"), files, name="run", workers=0)
     assert min(result.measures.values()) > 0
 
 
@@ -389,6 +389,6 @@ def test_two_processes(task, scenes, tmp_path):
     assert process.returncode == 0, errors
     names, row = [line.split(",") for line in (tmp_path / "run" / "log.csv").read_text().splitlines()]
     logged = dict(zip(names, row, strict=True))
-    result = evaluate_dense(*load_model(tmp_path / "run"), str(scenes), name="it", workers=0)
+    result = evaluate_by_task(*load_model(tmp_path / "run"), str(scenes), name="it", workers=0)
     for name, value in result.measures.items():
         assert value == pytest.approx(float(logged[name] or "nan"), abs=2e-3, nan_ok=True)

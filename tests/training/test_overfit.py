@@ -11,7 +11,7 @@ from PIL import Image
 from runs import run
 
 from overlock.checkpoint import load_model
-from overlock.deploy.evaluate_dense import evaluate_dense
+from overlock.deploy.evaluate import evaluate_by_task
 from overlock.training import CONFIGS
 
 CELLS = ("BloodImage_00010", "BloodImage_00034", "BloodImage_00043", "BloodImage_00070")
@@ -76,6 +76,6 @@ def test_four_images_by_heart(head, shared_data, tmp_path):
         own = dict(detector=head, min_size=240, max_size=320, hidden_channels=64, proposals=100, regions=32)
         config = CONFIGS["detect"].from_dict({**common, **own})
     run(config)
-    result = evaluate_dense(*load_model(tmp_path / "run"), str(data), name=head, workers=0)
+    result = evaluate_by_task(*load_model(tmp_path / "run"), str(data), name=head, workers=0)
     for measure in wanted:
         assert result.measures[measure] > 0.9, result.measures

@@ -44,8 +44,7 @@ def check_task(options: Namespace, task: str, table: Mapping[str, Sequence[str]]
     Raises:
         ValueError: where one is given that this task does not have.
     """
-    values = {name: options[name] for names in table.values() for name in names}
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    given = given_of(options, [name for names in table.values() for name in names])
     for name in given:
         if name not in table[task]:
             owners = " and ".join(f"{NOUNS[other]}s" for other, names in table.items() if name in names)
@@ -53,6 +52,12 @@ def check_task(options: Namespace, task: str, table: Mapping[str, Sequence[str]]
             takes = f"{', '.join(most)} and {last}" if most else last
             raise ValueError(f"--{name} is for {owners}; a {NOUNS[task]} takes {takes}")
     return given
+
+
+def given_of(options: Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The options of these names that are given, of those that are None, or False, unless given."""
+    values = {name: options[name] for name in names}
+    return {name: value for name, value in values.items() if value is not None and value is not False}
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

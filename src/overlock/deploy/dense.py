@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from overlock.checkpoint import Record
 from overlock.data.dense_transforms import make_segmentation_transform
 from overlock.deploy.inputs import ImageLike
-from overlock.deploy.machine import Precision
+from overlock.deploy.machine import Precision, not_finite
 from overlock.deploy.results import LabelMap, Objects
 from overlock.deploy.stream import ImagePredictor, Loaded
 from overlock.tasks.detection import check_limits, find_objects
@@ -89,7 +89,7 @@ class Detector(ImagePredictor[Objects]):
         try:
             found = find_objects(self.network, tensors, strict=True, **settings)
         except FloatingPointError:
-            raise self._not_finite() from None
+            raise not_finite(self.precision) from None
         return [
             Objects(
                 source=one.item.source, name=one.item.name, frame=one.item.frame, image=one.kept, size=one.size,
@@ -176,7 +176,7 @@ class Segmenter(ImagePredictor[LabelMap]):
             prepared = torch.stack([images[i].tensor for i in places]).to(self.device)
             found = label_pixels(self.network, prepared, size=size, **settings)
             if (found < 0).any():
-                raise self._not_finite()
+                raise not_finite(self.precision)
             labels.update(zip(places, found.cpu(), strict=True))
         return [
             LabelMap(

@@ -44,6 +44,12 @@ def cast_to(precision: Precision, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, _TYPES.get(precision), enabled=precision != "fp32")
 
 
+def not_finite(precision: Precision) -> ValueError:
+    """The sentence for a network that gives infinities, or what is no number."""
+    mend = "try --precision bf16 or fp32" if precision == "fp16" else "check its weights"
+    return ValueError(f"the network's output is no finite number in {precision}; {mend}")
+
+
 def settle(network: nn.Module, record: Record, device: torch.device) -> nn.Module:
     """An inference copy of a network on a device: moved first and fused there, in the form that is fastest on it."""
     if any(parameter.device != device for parameter in network.parameters()):

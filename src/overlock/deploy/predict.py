@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from overlock.checkpoint import Record
 from overlock.data import make_eval_transform
 from overlock.deploy.inputs import ImageLike
-from overlock.deploy.machine import Precision
+from overlock.deploy.machine import Precision, not_finite
 from overlock.deploy.results import Prediction
 from overlock.deploy.stream import ImagePredictor, Loaded
 
@@ -100,7 +100,7 @@ class Predictor(ImagePredictor[Prediction]):
         logits = self.network(torch.stack([one.tensor for one in images]).to(self.device))
         probabilities = logits.float().softmax(dim=1).cpu()
         if not probabilities.isfinite().all():
-            raise self._not_finite()
+            raise not_finite(self.precision)
         values, places = probabilities.topk(min(settings["top"], probabilities.shape[1]), dim=1)
         return [
             Prediction(

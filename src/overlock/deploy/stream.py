@@ -182,10 +182,6 @@ class ImagePredictor(Generic[R]):
             return [result for one in images for result in self._guarded([one], settings)]
         return [_fail(images[0].item, reason)]
 
-    def _not_finite(self) -> ValueError:
-        mend = "; try --precision bf16 or fp32" if self.precision == "fp16" else "; check its weights"
-        return ValueError(f"the network's output is no finite number in {self.precision}{mend}")
-
 
 def _fail(item: Item, reason: str) -> Failure:
     return Failure(source=item.source, reason=reason.removeprefix(f"{item.source}: "), frame=item.frame)
