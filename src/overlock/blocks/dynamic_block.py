@@ -168,7 +168,7 @@ class ContMixBlock(MixerBlock):
         deploy: build the Dilated RepConv merged.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public keywords
         self,
         channels: int,
         *,

@@ -226,7 +226,7 @@ class TrainBatches:
         pin_memory: make copies to a GPU fast.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keywords that go on to three parts
         self,
         source: ImageSource | ImageStream,
         prepare: Prepare,

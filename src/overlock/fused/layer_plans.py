@@ -66,7 +66,7 @@ class Pointwise:
         self.width, self.depth = weight.shape
         self.panels = pack_panels(weight, bias)
 
-    def add(
+    def add(  # noqa: PLR0913 - the operands of a GEMM
         self, plan: Plan, rows: int, x: BufferRef, out: BufferRef, *, x_stride: int | None = None, activation: int = 0,
         scale: BufferRef | None = None, tokens: int = 1, gate: BufferRef | None = None,
         residual: BufferRef | None = None, residual_scale: Tensor | None = None,

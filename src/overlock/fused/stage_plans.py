@@ -105,7 +105,7 @@ class MixerBlock:
         y = y + conv3x3(y);   y = residual_scale2 * y + ConvFFN(LN(y))
     """  # fmt: skip
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the parts of a block
         self, *, local1: LocalConvNorm, fusion: ContextFusion | None, aggregator: Aggregator, residual_scale1: Tensor,
         local2: LocalConvNorm, ffn: ConvFFN, residual_scale2: Tensor, update: ContextUpdate | None,
         context_channels: int,

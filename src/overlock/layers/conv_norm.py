@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 
 @torch.fx.wrap
-def batch_norm(
+def batch_norm(  # noqa: PLR0913, PLR0917 - those of F.batch_norm and its module
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,

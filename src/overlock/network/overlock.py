@@ -58,7 +58,7 @@ class OverLoCK(nn.Module):
     only in the layers outside of the dilated stages; stochastic depth is drawn for each of these maps.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - public keywords, as timm's models have them
         self,
         variant: Variant,
         *,

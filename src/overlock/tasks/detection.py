@@ -119,7 +119,7 @@ def take_strips(model: Detector) -> Detector:
     return model
 
 
-def make_settings(
+def make_settings(  # noqa: PLR0913 - public keywords
     backbone: str,
     *,
     num_classes: int,
