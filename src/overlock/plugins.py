@@ -7,15 +7,20 @@ Programs that ask for nothing but a name need it too: ``timm.create_model`` of a
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 from wrapt import register_post_import_hook
+
+BELOW_MODELS = tuple(f"overlock.{name}" for name in ("layers", "blocks", "network", "weights", "tasks"))
+"""What the models are made of. It imports timm itself, and must be whole before they can be registered."""
 
 
 def install() -> None:
     """Add it now to what is imported already, and else right after the import."""
     register_post_import_hook(_define_operators, "torch")
-    register_post_import_hook(_register_models, "timm")
+    for name in ("timm", *BELOW_MODELS):
+        register_post_import_hook(_register_models, name)
 
 
 def _define_operators(_: ModuleType) -> None:
@@ -24,5 +29,11 @@ def _define_operators(_: ModuleType) -> None:
         importlib.import_module(module)
 
 
-def _register_models(_: ModuleType) -> None:
-    importlib.import_module("overlock.tasks.classification")
+def _register_models(imported: ModuleType) -> None:
+    """Register the variants as soon as timm is imported, and no import of what they are made of is under way."""
+    others = [
+        sys.modules[name] for name in ("timm", *BELOW_MODELS) if name in sys.modules and name != imported.__name__
+    ]
+    under_way = any(getattr(module.__spec__, "_initializing", False) for module in others)
+    if "timm" in sys.modules and not under_way:
+        importlib.import_module("overlock.tasks.classification")
