@@ -275,6 +275,20 @@ def test_what_is_left_out_is_counted(folder):
     assert "1 of 2 images have no object" in kept.notes
 
 
+def test_what_looks_wrong_is_told(folder):
+    """Objects that are there twice, masks beside their boxes, boxes that stick out, crowds alone."""
+    beside = [[1, 1, 4, 1, 4, 4]]
+    data = load(write(folder, content([an_object(segmentation=beside), an_object(), an_object()])), folder)
+    assert {*data.notes} >= {
+        "2 of 3 objects are there twice, with the same class and box: kept",
+        "1 of 3 objects have a mask that lies outside of their box",
+    }
+    data = load(write(folder, content([an_object(bbox=[10, 5, 55, 34])])), folder)
+    assert any("are the boxes left, top, right, bottom" in note for note in data.notes)
+    data = load(write(folder, content([an_object(iscrowd=1)])), folder)
+    assert "all objects are crowds: there is none to find" in data.notes
+
+
 def test_a_sound_file_has_nothing_to_tell(folder):
     square = [[10, 5, 30, 5, 30, 20, 10, 20]]
     objects = [an_object(segmentation=square), an_object(category_id=4, image_id=9, segmentation=square)]

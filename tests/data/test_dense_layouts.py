@@ -6,7 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from scenes import CLASSES, write_scenes
 
 from overlock.data import label_folders
@@ -168,6 +170,12 @@ def test_annotations_and_images_given_apart(scenes, tmp_path):
     assert len(load_detection(ObjectFiles(data=str(root)), named).test) == 2
 
 
+def test_images_that_no_file_names_are_told(scenes):
+    shutil.copy(scenes / "train/0.png", scenes / "train/new.png")
+    files = ObjectFiles(data=str(scenes))
+    assert f"1 images in {scenes / 'train'} are not in the annotations: left out" in load_detection(files, files).notes
+
+
 def test_images_in_both_parts_are_told(scenes):
     shutil.copy(scenes / "instances_train.json", scenes / "train" / "again.json")
     test = ObjectFiles(data=str(scenes), annotations="train/again.json", images="train")
@@ -196,6 +204,17 @@ def test_label_maps(scenes, layout):
     assert data.classes == ("ground", *CLASSES)
     assert (len(data.train), len(data.test)) == (3, 2)
     assert set(data.test.read(0)[1].unique().tolist()) <= {0, 1, 2, 3}
+
+
+def test_doubtful_pairs_are_told(scenes):
+    shutil.copy(scenes / "train/0.png", scenes / "train/0.bmp")
+    shutil.copy(scenes / "trainannot/1.png", scenes / "trainannot/1.tif")
+    labels = np.asarray(Image.open(scenes / "trainannot/2.png"))
+    Image.fromarray(labels + 7).save(scenes / "trainannot/2.png")
+    notes = load_label_maps(LabelFiles(data=str(scenes))).notes
+    assert "1 label maps are of several images, such as 0.bmp and 0.png" in notes
+    assert "1 images have several label maps: of 1.png and 1.tif the first is taken" in notes
+    assert any("1 of 4 label maps have values that are no class, such as " in note for note in notes)
 
 
 def test_names_of_classes(scenes, tmp_path):

@@ -28,6 +28,8 @@ class Annotations:
 
     path: Path
     """The file, or folder of files, that the objects are from."""
+    folder: Path
+    """Of the images."""
     files: tuple[Path, ...]
     """The images (M,)."""
     image_ids: tuple[int | str, ...]
@@ -118,14 +120,16 @@ class _Packing:
         crowds = self._crowds(kept)
         sound = self._sound(boxes, sizes[images] if len(images) else sizes[:0], total)
         order = np.flatnonzero(sound)[np.argsort(images[sound], kind="stable")]
-        kept, boxes = [kept[i] for i in order.tolist()], boxes[order]
+        kept, boxes, images, kinds = [kept[i] for i in order.tolist()], boxes[order], images[order], kinds[order]
+        crowds = crowds[order]
+        self._tell_twice(np.column_stack([images, kinds, crowds, boxes]))
         areas = self._areas(kept, boxes)
-        shapes = self._shapes(kept) if self.masks else None
+        shapes = self._shapes(kept, boxes) if self.masks else None
         return Annotations(
-            path=self.path, files=tuple(self.files), image_ids=tuple(self.image_ids), sizes=sizes, categories=names,
-            category_ids=tuple(category_of), images=images[order], kinds=kinds[order],
-            boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), areas=areas,
-            crowds=crowds[order], shapes=shapes, notes=tuple(self.notes),
+            path=self.path, folder=self.folder, files=tuple(self.files), image_ids=tuple(self.image_ids), sizes=sizes,
+            categories=names, category_ids=tuple(category_of), images=images, kinds=kinds,
+            boxes=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), areas=areas, crowds=crowds,
+            shapes=shapes, notes=tuple(self.notes),
         )  # fmt: skip
 
     def _categories(self, content: Content) -> tuple[tuple[str, ...], dict[int | str, int]]:
@@ -333,11 +337,24 @@ class _Packing:
         self._left_out(int((~areal).sum()), total, "their boxes have no area")
         self._left_out(int(outside.sum()), total, "they lie outside of their images")
         if cut.any():
-            self.notes.append(f"{int(cut.sum())} of {total} objects stick out of their images: cut there")
+            mend = " (are the boxes left, top, right, bottom, where COCO has left, top, width, height?)"
+            many = 4 * int(cut.sum()) > total
+            self.notes.append(
+                f"{int(cut.sum())} of {total} objects stick out of their images: cut there{mend if many else ''}"
+            )
         return np.asarray(areal & ~outside)
 
-    def _shapes(self, kept: list[Content]) -> Shapes:
+    def _tell_twice(self, rows: Array) -> None:
+        """Note objects that are there again: in a test the second of them can't be found."""
+        twice = len(rows) - len(np.unique(rows, axis=0))
+        if twice:
+            self.notes.append(f"{twice} of {len(rows)} objects are there twice, with the same class and box: kept")
+
+    def _shapes(self, kept: list[Content], boxes: Array) -> Shapes:
         shapes, broken = pack_shapes(kept, self.path)
+        apart = shapes.apart_from(boxes)
+        if apart:
+            self.notes.append(f"{apart} of {len(kept)} objects have a mask that lies outside of their box")
         if broken:
             self.notes.append(f"{broken} polygons have fewer than three corners: left out of their masks")
         without = int((~shapes.given).sum())

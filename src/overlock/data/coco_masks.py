@@ -47,6 +47,16 @@ class Shapes:
         own[list(self.runs)] = True
         return own
 
+    def apart_from(self, boxes: Array) -> int:
+        """How many objects have polygons that lie outside of their boxes (N, 4), left, top, width, height."""
+        owners = np.flatnonzero(np.diff(self.objects))
+        if not len(owners):
+            return 0
+        corners, firsts = self.points.reshape(-1, 2), self.polygons[self.objects[owners]] // 2
+        least, most = np.minimum.reduceat(corners, firsts), np.maximum.reduceat(corners, firsts)
+        box = boxes[owners]
+        return int(((most < box[:, :2]) | (least > box[:, :2] + box[:, 2:])).any(axis=1).sum())
+
     def segmentation(self, number: int) -> Any:
         """An object's mask as COCO's files have it, polygons or run lengths; None where it has none."""
         if number in self.runs:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from overlock.data.annotations import Annotations, Array, listed
-from overlock.data.files import read_image
+from overlock.data.files import is_image, read_image
 from overlock.data.formats import read_part, read_parts
 from overlock.data.image_sizes import SIDEWAYS, read_orientation, turn_masks
 from overlock.data.images import TEST_SHARE, ImageData
@@ -70,6 +70,8 @@ class DetectionImages:
             raise ValueError(f"{annotations.path}: no image{' with an object' if training else ''} to read")
         self.places, self._counts = places, counts
         self._starts = np.cumsum(counts) - counts
+        if not training and len(self._objects) and annotations.crowds[self._objects].all():
+            notes.append("all objects are crowds: there is none to find")
         present = set(np.unique(self._labels[self._objects]).tolist())
         absent = [name for name, label in labels.items() if label not in present]
         if absent and present:
@@ -271,10 +273,22 @@ def load_detection(
         notes.append(f"{len(both)} images are in the parts to train on and to test on, {min(both).name} for one")
     if not categories:
         _check_categories(first, second)
+    notes += _tell_unlisted(first, second)
     taught = DetectionImages(first, classes=classes, places=chosen["train"], training=True, background=background)
     tested = DetectionImages(second, classes=classes, places=chosen["test"])
     told = [f"{part.annotations.path}: {note}" for part in (taught, tested) for note in part.notes]
     return ImageData(classes=classes, train=taught, test=tested, notes=tuple(dict.fromkeys([*notes, *told])))
+
+
+def _tell_unlisted(*parts: Annotations) -> list[str]:
+    """Notes of images beside the others that no annotation file names."""
+    known = {file for part in parts for file in part.files}
+    notes = []
+    for folder in sorted({part.folder for part in parts if part.path.suffix == ".json"}):
+        count = sum(is_image(path) and path not in known for path in folder.iterdir())
+        if count:
+            notes.append(f"{count} images in {folder} are not in the annotations: left out")
+    return notes
 
 
 def load_detection_test(

@@ -112,13 +112,34 @@ def pair_folders(images: Path, maps: Path, names: Sequence[str] | None = None) -
             f"{len(lacking)} of the {len(found)} images in {images} have no label map (first: {lacking[0]}); maps are "
             f"PNG files with the images' names, or with an ending such as _mask"
         )
-    notes = tell_left_out(images, left_out)
+    notes = tell_left_out(images, left_out) + _tell_shared(stems, known, found, chosen)
     if names is None and not same:
         notes += _tell_extra(maps, known, stems, last)
     return Pairs(
         images=tuple(found), maps=tuple(path for path in chosen if path is not None), folder=images, map_folder=maps,
         ending=last, notes=notes,
     )  # fmt: skip
+
+
+def _tell_shared(
+    stems: Sequence[str], known: dict[str, list[Path]], images: Sequence[Path], maps: Sequence[Path | None]
+) -> tuple[str, ...]:
+    """Notes of images with one map between them, and of maps of one name."""
+    notes = []
+    shared = [stem for stem, count in Counter(stems).items() if count > 1]
+    if shared:
+        first = [image.name for image, stem in zip(images, stems, strict=True) if stem == shared[0]]
+        notes.append(f"{len(shared)} label maps are of several images, such as {' and '.join(first)}")
+    several = [
+        [map_.name, *(path.name for path in known[stem] if path not in (map_, image))]
+        for image, stem, map_ in zip(images, stems, maps, strict=True)
+        if map_ is not None
+    ]
+    several = [[taken, *(name for name in others if name.lower().endswith(MAP_SUFFIXES))] for taken, *others in several]
+    several = [names for names in several if len(names) > 1]
+    if several:
+        notes.append(f"{len(several)} images have several label maps: of {' and '.join(several[0])} the first is taken")
+    return tuple(notes)
 
 
 def _tell_extra(folder: Path, known: dict[str, list[Path]], stems: Sequence[str], ending: str) -> tuple[str, ...]:

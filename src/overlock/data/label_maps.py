@@ -139,8 +139,7 @@ def load_label_test(files: LabelFiles, *, classes: Sequence[str], held_out: bool
             raise ValueError(f"{table.source}: its classes are {what}, the model's are {', '.join(classes)}")
         notes += (f"{table.source}: its classes are called otherwise than the model's; the order is taken",)
     source = LabelMaps(pairs, make_form(files, pairs, table))
-    count_pixels(source, source.form)
-    source.notes = notes
+    source.notes = notes + count_pixels(source, source.form).problems
     return source
 
 

@@ -44,6 +44,8 @@ class PixelCounts:
     """Maps that were looked at."""
     total: int
     """Maps of the part."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with some of the maps, which count as unreadable images."""
 
 
 def count_pixels(source: Maps, form: LabelForm, *, doubtful: bool = True) -> PixelCounts:
@@ -79,7 +81,8 @@ def count_pixels(source: Maps, form: LabelForm, *, doubtful: bool = True) -> Pix
             f"{source.folder}: the label maps have the values 0 and 255 alone, and 255 is the ignored label; if these "
             "are two classes say --labels 0,255, and if 255 is to be ignored, --labels 0,1 and so on for each class"
         )
-    _check_values(source, form, values, maps)
+    told = [f"{len(problems)} of {len(found)} label maps cannot be used; the first: {problems[0]}"] if problems else []
+    told += _check_values(source, form, values, maps)
     counts = [0] * form.num_classes
     ignored = 0
     for value, count in values.items():
@@ -95,14 +98,20 @@ def count_pixels(source: Maps, form: LabelForm, *, doubtful: bool = True) -> Pix
             f"{source.folder}: no pixel of {len(maps)} label maps is of a class, all are ignored (the values there are "
             f"{_listed(values)}); check ignore_index, shift and labels"
         )
-    return PixelCounts(counts=tuple(counts), ignored=ignored, maps=len(maps), total=len(source))
+    return PixelCounts(
+        counts=tuple(counts), ignored=ignored, maps=len(maps), total=len(source), problems=tuple(told)
+    )  # fmt: skip
 
 
-def _check_values(source: Maps, form: LabelForm, values: Counter[int], maps: Sequence[Counter[int]]) -> None:
-    """Raise ValueError where the values are not those of the classes, with what to change."""
+def _check_values(source: Maps, form: LabelForm, values: Counter[int], maps: Sequence[Counter[int]]) -> list[str]:
+    """What to tell where some of the values are not those of the classes, with what to change.
+
+    Raises:
+        ValueError: where those are in most of the maps.
+    """
     wrong = [one for one in maps if form.to_labels(np.array(list(one)))[1].any()]
-    if 2 * len(wrong) <= len(maps):
-        return
+    if not wrong:
+        return []
     strange = [value for value in wrong[0] if form.to_labels(np.array([value]))[1].any()]
     mend = form.describe()
     if not form.values and len(values) == form.num_classes:
@@ -111,10 +120,13 @@ def _check_values(source: Maps, form: LabelForm, values: Counter[int], maps: Seq
         mend += "; if 0 is no class say --shift true, and if it is, its name is missing"
     elif len(values) > 2 * form.num_classes + 2:
         mend += "; so many values come of maps that were resized or compressed with blending"
-    raise ValueError(
+    sentence = (
         f"{source.folder}: {len(wrong)} of {len(maps)} label maps have values that are no class, such as {strange[0]} "
         f"(the values there are {_listed(values)}), where {mend}"
     )
+    if 2 * len(wrong) > len(maps):
+        raise ValueError(sentence)
+    return [sentence]
 
 
 def _listed(values: Counter[int]) -> str:
@@ -141,6 +153,7 @@ def tell_pixels(parts: Sequence[PixelCounts], classes: Sequence[str]) -> tuple[s
     Console(file=text, width=76, color_system=None).print(table, markup=False)
     notes = [f"share of pixels, %, in {looked} label maps to train on and to test on:\n{text.getvalue().rstrip()}"]
     for part, what in zip(parts, ("train", "test"), strict=True):
+        notes += part.problems
         absent = [name for name, count in zip(classes, part.counts, strict=True) if count == 0]
         if absent:
             where = "the label maps" if part.maps == part.total else f"{part.maps} of the {part.total} label maps"
