@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -188,6 +189,45 @@ def test_unknown_arguments_are_refused():
         atto(drop_path_rat=0.1)
 
 
+WRONG = {
+    "in_chans": [0, -1, 2.5, "3", True],
+    "num_classes": [-1, 2.5, "10"],
+    "drop_rate": [-0.1, 1.0, 1.5, float("nan")],
+    "drop_path_rate": [-0.1, 1.0, 1.5, float("nan")],
+    "global_pool": ["mean", "catavgmax", "AVG"],
+    "stem_stride": [0, 3],
+    "output_stride": [0, 4, 64],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_impossible_arguments_are_refused(name, value):
+    """In a sentence that has the argument's name and what came."""
+    with pytest.raises(ValueError, match=f"{name} .*got {re.escape(repr(value))}"):
+        atto(**{name: value})
+
+
+@pytest.mark.parametrize("indices", [(4,), (-5,), (0, 1, 2, 3, 4), (), 5, 0, -1])
+def test_features_that_do_not_exist_are_refused(indices):
+    """Whatever way they are asked for."""
+    with pytest.raises(ValueError, match=r"features are 0 to 3 \(or -4 to -1\).*got"):
+        atto(features_only=True, out_indices=indices)
+
+
+def test_rows_of_another_length_are_refused():
+    """A variant's own."""
+    variant = overlock.VARIANTS["overlock_atto"]
+    for name, value in dict(
+        dims=(24, 40, 64), base_depths=(1, 1, 2, 3), focus_depths=(3,), groups=(4, 6, 8), kernel_sizes=(7,) * 5
+    ).items():
+        with pytest.raises(ValueError, match=f"{name} of a variant must be"):
+            dataclasses.replace(variant, **{name: value})
+    with pytest.raises(ValueError, match="each of base_depths must be a whole number"):
+        dataclasses.replace(variant, base_depths=(1, 0, 2))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        dataclasses.replace(variant, dims=(24, 40, 64, 98))
+
+
 # Parts of the forward pass
 
 
@@ -285,6 +325,35 @@ def test_reset_classifier(photo):
     assert model(photo).shape == (2, model.head_hidden_size, 3, 2)
     model.reset_classifier(4, "max")
     assert model(photo).shape == (2, 4)
+
+
+def test_auxiliary_head_comes_back(photo):
+    """Gone with the classes, there again with new ones, if the network was built with it; not without what it reads."""
+    for model in (atto(aux_head=True), atto(aux_head=True, num_classes=0)):
+        model.reset_classifier(0)
+        assert model.train()(photo).shape == (2, model.head_hidden_size)
+        assert model.get_classifier("aux") is None
+        model.reset_classifier(5)
+        assert [y.shape for y in model.train()(photo)] == [(2, 5), (2, 5)]
+    plain = atto()
+    plain.reset_classifier(0)
+    plain.reset_classifier(5)
+    assert plain.train()(photo).shape == (2, 5)
+    pruned = atto(aux_head=True)
+    pruned.prune_intermediate_layers([1])
+    pruned.reset_classifier(5, "avg")
+    assert pruned.train()(photo).shape == (2, 5)
+
+
+def test_what_cannot_be_reset_is_refused():
+    """And the model stays as it is."""
+    model = atto(num_classes=7)
+    for arguments in ((-1,), (3, "catavgmax"), (2.5,)):
+        with pytest.raises(ValueError, match=r"num_classes|global_pool"):
+            model.reset_classifier(*arguments)
+    assert model.num_classes == model.get_classifier().out_features == 7
+    with pytest.raises(ValueError, match="'auxiliary'"):
+        model.get_classifier("auxiliary")
 
 
 @pytest.mark.parametrize("global_pool", ["avg", "max", "avgmax", ""])

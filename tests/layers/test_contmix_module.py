@@ -135,11 +135,22 @@ WRONG = {
     "odd channels": {"channels": 9, "groups": 1},
     "small kernel": {"channels": 8, "groups": 2, "kernel_size": 5, "small_kernel": 5},
     "zero kernel": {"channels": 8, "groups": 2, "small_kernel": 0},
+    "zero large kernel": {"channels": 8, "groups": 2, "kernel_size": 0, "small_kernel": None},
+    "no regions": {"channels": 8, "groups": 2, "region_grid": 0},
+    "no context": {"channels": 8, "groups": 2, "context_channels": 0},
+    "half a group": {"channels": 8, "groups": 0.5},
 }
 
 
 @pytest.mark.parametrize("arguments", WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_refused(arguments):
-    """Groups that do not divide the channels, kernels that do not fit."""
-    with pytest.raises(ValueError, match=r"groups|kernel"):
+    """Groups that do not divide the channels, kernels that do not fit, counts that are none."""
+    with pytest.raises(ValueError, match=r"groups|kernel|region_grid|context_channels"):
         overlock.ContMix(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"drop_path": 1.0}, {"drop_path": -0.5}, {"ffn_ratio": 0}, {"ffn_ratio": 0.3}])
+def test_wrong_arguments_of_the_block_are_refused(arguments):
+    """Rates that drop all or less than nothing, a feed-forward network without a width."""
+    with pytest.raises(ValueError, match=r"drop_path|hidden_channels"):
+        overlock.ContMixBlock(8, groups=2, **arguments)

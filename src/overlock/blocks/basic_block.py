@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from overlock.layers import ConvFFN, ConvNorm, DilatedRepConv, LocalConv
+from overlock.layers.arguments import make_drop_path
 from overlock.layers.conv_ffn import fold_residual, make_residual
 from overlock.layers.gdsa import make_squeeze_excite
 
@@ -43,7 +44,7 @@ class BasicBlock(nn.Module):
         self.large_kernel = ConvNorm(DilatedRepConv(channels, kernel_size, deploy=deploy), channels)
         self.se = make_squeeze_excite(channels)
         self.ffn = ConvFFN(channels, ffn_ratio * channels)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = make_drop_path(drop_path)
         self.residual = make_residual(channels, scaled)
 
     def forward(self, x: Tensor) -> Tensor:

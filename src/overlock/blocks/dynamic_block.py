@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from overlock.layers import GDSA, AffineScale, Aggregator, ContMix, ConvFFN, LocalConv
+from overlock.layers.arguments import make_drop_path
 from overlock.layers.conv_ffn import ScaledResidual, fold_residual, make_residual
 
 
@@ -58,7 +59,7 @@ class MixerBlock(nn.Module):
         self.norm2 = LayerNorm2d(channels, eps=1e-6)
         self.ffn = ConvFFN(channels, hidden_channels)
         self.residual2 = make_residual(channels, scaled)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = make_drop_path(drop_path)
 
     def mix(self, x: Tensor) -> Tensor:
         x = self.local1(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from overlock.layers.arguments import check_count
 from overlock.layers.conv_norm import ConvNorm
 from overlock.ops import contmix, region_centres
 
@@ -59,10 +60,19 @@ class ContMix(nn.Module):
         value_proj: bool = False,
     ):
         super().__init__()
-        if kernel_size < 1 or (small_kernel is not None and not 1 <= small_kernel < kernel_size):
-            raise ValueError(f"small_kernel must lie below kernel_size {kernel_size}, got {small_kernel}")
+        query_channels = channels if query_channels is None else query_channels
+        context_channels = channels if context_channels is None else context_channels
+        for name, count in dict(
+            channels=channels, groups=groups, kernel_size=kernel_size, region_grid=region_grid,
+            query_channels=query_channels, context_channels=context_channels,
+        ).items():  # fmt: skip
+            check_count(name, count)
+        if small_kernel is not None:
+            check_count("small_kernel", small_kernel)
+            if small_kernel >= kernel_size:
+                raise ValueError(f"small_kernel must lie below kernel_size {kernel_size}, got {small_kernel}")
         half = channels // 2
-        if groups < 1 or channels % (2 * groups):
+        if channels % (2 * groups):
             raise ValueError(
                 f"channels must be a multiple of 2 x groups = {2 * groups} (queries take half of them), got {channels}"
             )
@@ -72,9 +82,6 @@ class ContMix(nn.Module):
         self.small_taps = 0 if small_kernel is None else small_kernel**2
         self.region_grid = region_grid
         self.scale = (channels // groups) ** -0.5
-        query_channels = channels if query_channels is None else query_channels
-        context_channels = channels if context_channels is None else context_channels
-
         self.query = ConvNorm(nn.Conv2d(query_channels, half, kernel_size=1, bias=False), half)
         self.key = ConvNorm(nn.Conv2d(context_channels, half, kernel_size=1, bias=False), half)
         self.value = (

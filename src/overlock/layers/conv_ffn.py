@@ -8,6 +8,7 @@ import torch
 from timm.layers.grn import GlobalResponseNorm as TimmGlobalResponseNorm
 from torch import Tensor, nn
 
+from overlock.layers.arguments import check_count
 from overlock.ops import local_conv, response_norm
 
 torch.fx.wrap("local_conv")
@@ -61,6 +62,8 @@ class ConvFFN(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int):
         super().__init__()
+        check_count("channels", channels)
+        check_count("hidden_channels", hidden_channels)
         self.expand = nn.Conv2d(channels, hidden_channels, kernel_size=1)
         self.local = LocalConv(hidden_channels, gelu=True)
         self.norm = GlobalResponseNorm(hidden_channels)

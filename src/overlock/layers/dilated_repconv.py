@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
+from overlock.layers.arguments import check_count
 from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
 from overlock.layers.depthwise_conv import DepthwiseConv
 
@@ -27,8 +28,8 @@ BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 
 def branches_of(kernel_size: int) -> tuple[tuple[int, int], ...]:
     """Branches for a kernel size; above 19 those of 19, whose widest reaches over 17 positions."""
-    if kernel_size % 2 == 0 or kernel_size < 3:
-        raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size}")
+    if not isinstance(kernel_size, int) or kernel_size % 2 == 0 or kernel_size < 3:
+        raise ValueError(f"kernel_size must be odd and at least 3, got {kernel_size!r}")
     return BRANCHES.get(kernel_size, BRANCHES[19] if kernel_size > 19 else ())
 
 
@@ -65,6 +66,7 @@ class DilatedRepConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int, *, deploy: bool = False):
         super().__init__()
+        check_count("channels", channels)
         branches = branches_of(kernel_size)
         self.large = DepthwiseConv(channels, kernel_size, bias=deploy)
         self.norm = nn.Identity() if deploy else BatchNorm2d(channels)

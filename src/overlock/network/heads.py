@@ -8,10 +8,21 @@ from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from overlock.layers import BatchNorm2d, ConvNorm
+from overlock.layers.arguments import check_count, check_rate
 from overlock.layers.conv_norm import fold_norm_into_next
+
+POOLINGS = ("avg", "max", "avgmax", "fast", "fastavg", "fastmax", "fastavgmax", "")
+"""timm's kinds of pooling that keep the width; the last is none."""
+
+
+def _make_pool(global_pool: str) -> SelectAdaptivePool2d:
+    if global_pool not in POOLINGS:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}; got {global_pool!r}")
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
 
 
 def _make_classifier(in_features: int, num_classes: int, pooled: bool) -> nn.Module:
+    check_count("num_classes", num_classes, least=0)
     if num_classes == 0:
         return nn.Identity()
     return nn.Linear(in_features, num_classes) if pooled else nn.Conv2d(in_features, num_classes, kernel_size=1)
@@ -32,16 +43,16 @@ class ClassifierHead(nn.Module):
                 act=nn.SiLU(),
             )
         )
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        if self.global_pool.feat_mult() != 1:
-            raise ValueError(f"global_pool {global_pool!r} changes the width; use 'avg', 'max', 'avgmax' or ''")
+        self.global_pool = _make_pool(global_pool)
+        check_rate("drop_rate", drop_rate)
         self.drop = nn.Dropout(drop_rate)
         self.fc = _make_classifier(hidden_size, num_classes, bool(global_pool))
 
     def reset(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier, and the pooling where one is named."""
+        check_count("num_classes", num_classes, least=0)
         if global_pool is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+            self.global_pool = _make_pool(global_pool)
         self.fc = _make_classifier(self.num_features, num_classes, not self.global_pool.is_identity())
 
     def prune(self, in_features: int) -> None:

@@ -1,10 +1,13 @@
 """OverLoCK: Base-Net, Overview-Net and Focus-Net joined, with timm's contract of a backbone (Figure 3)."""
 
+from collections.abc import Sequence
+
 import torch
 from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from overlock.layers.arguments import check_count, check_rate
 from overlock.network.base_net import BaseNet
 from overlock.network.focus_net import FocusNet
 from overlock.network.heads import AuxiliaryHead, ClassifierHead
@@ -43,12 +46,13 @@ class OverLoCK(nn.Module):
             beyond keep the size, and the stages after them are dilated instead, with the same weights.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly over all sub-networks.
-        aux_head: add the auxiliary classifier on the overview; then ``forward`` in training returns two logits.
+        aux_head: add the auxiliary classifier on the overview; then ``forward`` in training returns two logits. It is
+            absent while there are no classes.
         deploy: build every Dilated RepConv merged, for the authors' deploy files and for inference.
 
     Raises:
-        ValueError: for images of a wrong shape or type, and for a stem stride, output stride or pooling that does not
-            exist.
+        ValueError: for images of a wrong shape or type, and for an argument that cannot be meant: a stride or pooling
+            that does not exist, a number of channels or classes that is none, a rate that is not in [0, 1).
 
     Why dilated: weights trained at stride 32 know neighbours 32 pixels apart; undilated kernels on a map of stride 16
     would see half of what they learned. A dilated stage takes every second (or fourth) row and column as a map of its
@@ -73,6 +77,8 @@ class OverLoCK(nn.Module):
         deploy: bool = False,
     ):
         super().__init__()
+        check_count("in_chans", in_chans)
+        check_rate("drop_path_rate", drop_path_rate)
         if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride!r}")
         self.variant = variant
@@ -94,6 +100,7 @@ class OverLoCK(nn.Module):
             self.num_features, variant.head_width, num_classes, global_pool=global_pool, drop_rate=drop_rate
         )
         self.head_hidden_size = variant.head_width
+        self.wants_aux_head = aux_head
         self.aux_head = AuxiliaryHead(variant.dims[3], num_classes) if aux_head and num_classes else None
 
         widths = [*variant.dims[:2], variant.dims[2] + variant.context_dim, self.num_features]
@@ -145,10 +152,13 @@ class OverLoCK(nn.Module):
 
         Returns:
             Last features and a list of intermediates, or the list alone.
+
+        Raises:
+            ValueError: for features or a format that do not exist, and for images of a wrong shape or type.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        take, last = _take(len(self.feature_info), indices)
         x = check_images(x, self.in_chans, self.smallest_image)
         base = self.base_net(x, last + 1 if stop_early else 3)
         features = base[:2]
@@ -161,8 +171,12 @@ class OverLoCK(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the features asked for do not need; returns their indices from the front."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        """Drop what the features asked for do not need; returns their indices from the front.
+
+        Raises:
+            ValueError: for features that do not exist.
+        """
+        take, last = _take(len(self.feature_info), indices)
         if last < 2:
             self.overview_net = self.focus_net = None  # type: ignore[assignment]
             self.base_net.stages = self.base_net.stages[: last + 1]
@@ -174,23 +188,33 @@ class OverLoCK(nn.Module):
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or pruned:
             self.head.prune(self.num_features)
-            self.head_hidden_size, self.num_classes, self.aux_head = self.num_features, 0, None
+            self.head_hidden_size, self.num_classes = self.num_features, 0
+            self.wants_aux_head, self.aux_head = False, None
         return take
 
     @torch.jit.ignore
     def get_classifier(self, name: str | None = None) -> nn.Module | None:
-        """The classifier; ``name='aux'`` the auxiliary one."""
+        """The classifier; ``name='aux'`` the auxiliary one.
+
+        Raises:
+            ValueError: for another name.
+        """
         if name == "aux":
             return None if self.aux_head is None else self.aux_head.fc
+        if name is not None:
+            raise ValueError(f"there is a classifier without a name, and one named 'aux'; got {name!r}")
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifiers, and the pooling where one is named."""
+        """Replace the classifiers, and the pooling where one is named.
+
+        Without classes (0) there is no auxiliary head; with some again it is back, where the network was built with it.
+        """
         like = next(self.parameters())
-        self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        if self.aux_head is not None:
-            self.aux_head = AuxiliaryHead(self.aux_head.fc.in_features, num_classes) if num_classes else None
+        self.num_classes = num_classes
+        has_aux = self.wants_aux_head and num_classes > 0
+        self.aux_head = AuxiliaryHead(self.variant.dims[3], num_classes) if has_aux else None
         self.to(device=like.device, dtype=like.dtype).train(self.training)
 
     @torch.jit.ignore
@@ -225,6 +249,16 @@ class OverLoCK(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Nothing beyond what the optimiser factory leaves out by itself: biases, norms and other 1-D parameters."""
         return set()
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """Indices from the front, and the last of them."""
+    asked = range(-indices, 0) if isinstance(indices, int) else indices
+    if asked is not None and (len(asked) == 0 or not all(-count <= index < count for index in asked)):
+        raise ValueError(
+            f"the features are 0 to {count - 1} (or -{count} to -1), a number is that of the last ones; got {indices!r}"
+        )
+    return feature_take_indices(count, indices)
 
 
 def _init_weights(module: nn.Module) -> None:

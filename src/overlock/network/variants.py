@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from overlock.layers.arguments import check_count
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperFigures:
@@ -43,6 +45,24 @@ class Variant:
     """Stochastic depth rate of the paper's ImageNet training."""
     paper: PaperFigures | None = None
     """What Table 2 prints."""
+
+    def __post_init__(self) -> None:
+        """Refuse rows of another length, and counts that are none.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        lengths = dict(dims=4, base_depths=3, focus_depths=2, groups=2, kernel_sizes=4)
+        for name, length in lengths.items():
+            row = getattr(self, name)
+            if len(row) != length:
+                raise ValueError(f"{name} of a variant must be {length} numbers, got {len(row)}: {row}")
+            for number in row:
+                check_count(f"each of {name}", number)
+        check_count("overview_depth", self.overview_depth)
+        check_count("head_width", self.head_width)
+        if self.dims[3] % 4:
+            raise ValueError(f"the last of dims must be a multiple of 4, got {self.dims[3]}; the context has a quarter")
 
     @property
     def context_dim(self) -> int:
