@@ -298,7 +298,12 @@ def test_layers_of_other_kinds(make_layer):
     """Layers that our forms do not do are left as they are, and the others give what they gave."""
     torch.manual_seed(0)
     layer, x = make_layer().eval(), images(2, 8, 9, 7)
-    assert relative_error(overlock.fuse(nn.Sequential(layer))(x), layer(x)) < 1e-5
+    fused = overlock.fuse(nn.Sequential(layer))
+    assert relative_error(fused(x), layer(x)) < 1e-5
+    with pytest.raises((RuntimeError, ValueError)):
+        fused(x[:, :-1])
+    if isinstance(layer, nn.Conv2d):
+        assert relative_error(fused(x[0]), layer(x[0])) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["torch", "reference", "cpu"])

@@ -226,6 +226,28 @@ def test_what_is_not_finite_comes_out(kind, value):
     assert torch.equal(actual.isfinite(), expected.isfinite())
 
 
+def wrong_shapes(kind):
+    """Images of too few and too many channels, one image alone; context and prior of another size and batch."""
+    _, _, (x, *beside) = make(kind)
+    yield from ([y, *beside] for y in (x[:, :-1], torch.cat([x, x], dim=1), x[0]))
+    for i, y in enumerate(beside):
+        for wrong in (y[:, :, 1:], y[:1], y[:, 1:]):
+            yield [x, *beside[:i], wrong, *beside[i + 1 :]]
+
+
+@kinds
+@torch.no_grad()
+def test_wrong_shapes_are_refused(kind):
+    """Before a kernel reads what is not there."""
+    _, fused, _ = make(kind)
+    for inputs in wrong_shapes(kind):
+        if kind == "stem" and inputs[0].dim() == 3:
+            assert fused(*inputs).dim() == 3  # as convolutions take it
+            continue
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            fused(*inputs)
+
+
 # Where they do not apply
 
 

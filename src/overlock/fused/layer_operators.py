@@ -35,7 +35,8 @@ def _has_kernels(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _is_packable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return _has_kernels(x, weight, bias) and torch.backends.mkldnn.is_available()
+    fits = x.shape[-1:] == weight.shape[1:]  # what does not is for F.linear to refuse
+    return fits and _has_kernels(x, weight, bias) and torch.backends.mkldnn.is_available()
 
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -62,7 +63,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    if not _has_kernels(x, weight, bias):
+    fits = x.dim() == 4 and x.shape[1] == weight.shape[2]  # what does not is for F.conv2d to refuse
+    if not fits or not _has_kernels(x, weight, bias):
         return _filter(x, weight, bias, gelu)
     from overlock.kernels.numba.depthwise import filter_tokens  # noqa: PLC0415
     from overlock.kernels.numba.flags import GELU  # noqa: PLC0415

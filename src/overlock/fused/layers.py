@@ -1,6 +1,6 @@
 """The layers of the fused network on CPU: the same arithmetic in fewer passes, over channels_last maps.
 
-All take and give images (B, C, H, W).
+All take and give images (B, C, H, W), or one image (C, H, W) as ``nn.Conv2d`` does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Pointwise(nn.Module):
         self.bias = None if conv.bias is None else _frozen(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self(x[None])[0]
         return to_images(ops.linear(x.permute(0, 2, 3, 1), self.weight, self.bias))
 
 
@@ -39,6 +41,8 @@ class Depthwise(nn.Module):
         self.gelu = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self(x[None])[0]
         return ops.depthwise(x, self.weight, self.bias, self.gelu)
 
 
@@ -51,6 +55,8 @@ class ConvStack(Packed):
         self.strides = [convolution.stride[0] for convolution in convolutions]
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self(x[None])[0]
         if blocks.kernels_apply([x, self.packed]):
             return blocks.basic_stack(x, self.packed, self.layout, self.strides, 0.0)
         return self.plain(x)

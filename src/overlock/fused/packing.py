@@ -30,6 +30,14 @@ def shapes_of(layout: Sequence[int]) -> list[Sequence[int] | None]:
     return shapes
 
 
+def shape_of(layout: Sequence[int], index: int) -> Sequence[int]:
+    """That of one of the tensors, which is there."""
+    place = 0
+    for _ in range(index):
+        place += 1 + max(layout[place], 0)
+    return layout[place + 1 : place + 1 + layout[place]]
+
+
 def unpack(packed: Tensor, layout: Sequence[int]) -> list[Tensor | None]:
     """The tensors as views of the flat one."""
     shapes = shapes_of(layout)

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from overlock.fused.packing import shapes_of, unpack
+from overlock.fused.packing import shape_of, unpack
 from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
 from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
 from overlock.ops.gradients import register_no_gradients
@@ -163,16 +163,18 @@ def _basic_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int
             [_basic_block(p, eps) for p in blocks],
         )
 
-    x = to_images(to_tokens(x))
-    return _run(_prepare_once(packed, make), _shrunk(x, packed, layout, strides), [x])
+    out = _shrunk(x, packed, layout, strides)
+    return _run(_prepare_once(packed, make), out, [to_images(to_tokens(x))])
 
 
 def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int], _eps: float = 0.0) -> Tensor:
+    first = shape_of(layout, 0)  # (Cout, Cin, K, K) of a convolution, or (C, 1, K, K) of a block's local one
+    _check_images("images", x, first[1 if strides else 0])
     channels, height, width = x.shape[1:]
     for stride in strides:
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
     if strides:
-        channels = shapes_of(layout)[2 * len(strides) - 2][0]  # type: ignore[index]
+        channels = shape_of(layout, 2 * len(strides) - 2)[0]
     return _images(x, channels, height, width)
 
 
@@ -204,10 +206,37 @@ def _mixer_stack(
         blocks = _parts(list(_layers(unpack(packed, layout))), MixerLayers)
         return plans.MixerStage([_mixer_block(p, beside, scale, region_grid, eps) for p in blocks])
 
+    out = _mixed(x, context, prior, packed, layout)
     prepared = _prepare_once(packed, make)
     given = [y for y in (x, context, prior) if y is not None]
     inputs, strides = zip(*map(_as_tokens, given), strict=True)
-    return _run(prepared, _images(x, x.shape[1] + beside, *x.shape[2:]), list(inputs), strides)
+    return _run(prepared, out, list(inputs), strides)
+
+
+def _mixed(
+    x: Tensor, context: Tensor | None, prior: Tensor | None, _packed: Tensor, layout: list[int], *_: object
+) -> Tensor:  # fmt: skip
+    width = shape_of(layout, 2 * MixerLayers._fields.index("local1"))[0]
+    if context is None:
+        _check_images("images", x, width)
+        return _images(x, width, *x.shape[2:])
+    _check_images("features", x, width - context.shape[1])
+    for name, beside in (("context", context), ("prior", prior)):
+        if beside is not None:
+            _check_images(name, beside, context.shape[1], x)
+    return _images(x, width, *x.shape[2:])
+
+
+def _check_images(name: str, x: Tensor, channels: int, like: Tensor | None = None) -> None:
+    """Stop what has another shape: the kernels read memory as they are told to.
+
+    Raises:
+        ValueError: where that is not (B, channels, H, W), with B, H and W of other images.
+    """
+    like = x if like is None else like
+    if x.dim() != 4 or x.shape[1] != channels or x.shape[0] != like.shape[0] or x.shape[2:] != like.shape[2:]:
+        same = "" if like is x else f", of the batch and size of the features {tuple(like.shape)}"
+        raise ValueError(f"{name} must be (B, {channels}, H, W){same}, got {tuple(x.shape)}")
 
 
 def _mixer_block(p: MixerLayers, beside: int, scale: float, region_grid: int, eps: float) -> Any:
@@ -309,5 +338,5 @@ mixer_stack = _define(
     "mixer_stack",
     "Tensor x, Tensor? context, Tensor? prior, Tensor packed, int[] layout, float scale, int region_grid, float eps",
     _mixer_stack,
-    lambda x, context, *_: _images(x, x.shape[1] + (0 if context is None else context.shape[1]), *x.shape[2:]),
+    _mixed,
 )
