@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from overlock.deploy.predict import DEFAULT_FILE
+from overlock.deploy.classify import DEFAULT_FILE
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from scenes import CLASSES, make_scene, write_scenes
-from test_dense import detector, segmenter  # noqa: F401  # fixtures
+from test_detect_segment import detector, segmenter  # noqa: F401  # fixtures
 
 from overlock.checkpoint import MODEL_FILE
 from overlock.cli import main

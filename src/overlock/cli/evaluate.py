@@ -50,7 +50,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         nargs="+",
         type=str,
         metavar="MODEL",
-        help="Folders of runs, files of weights, or names of timm's models.",
+        help="Folders of runs, files of weights, hf-hub:USER/NAME, or models of timm's with their published weights.",
     )
     parser.add_argument("--data", type=str, required=True, help="Labelled images, in any form that training takes.")
     parser.add_argument(
@@ -125,7 +125,7 @@ def _add_segmentation(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, console: Console) -> int:
-    from overlock.checkpoint import load_record  # noqa: PLC0415
+    from overlock.deploy.models import task_of  # noqa: PLC0415
 
     for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
         value = options[name]
@@ -133,10 +133,7 @@ def run(options: Namespace, console: Console) -> int:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
         raise ValueError(f"--crop_pct must be above 0 and up to 1, got {options.crop_pct}")
-    tasks = {
-        load_record(source, model=options.model).task if Path(source).exists() else "classify"
-        for source in options.models
-    }
+    tasks = {task_of(source, model=options.model) for source in options.models}
     if len(tasks) > 1:
         raise ValueError(
             "models of different tasks have no table in common; evaluate classifiers, detectors and "
@@ -214,10 +211,10 @@ def _evaluate_others(options: Namespace, given: dict[str, Any], console: Console
     """Detectors or segmenters; returns what could not be read."""
     files: ObjectFiles | LabelFiles
     notes: tuple[str, ...]
-    from overlock.checkpoint import load_model  # noqa: PLC0415
     from overlock.deploy.evaluate import evaluate_by_task  # noqa: PLC0415
     from overlock.deploy.evaluate_detection import write_coco_results  # noqa: PLC0415
     from overlock.deploy.evaluation import write_classes  # noqa: PLC0415
+    from overlock.deploy.models import load_network  # noqa: PLC0415
 
     if task == "segment":
         files, notes = _label_files(options)
@@ -228,7 +225,7 @@ def _evaluate_others(options: Namespace, given: dict[str, Any], console: Console
     runtime = {name: options[name] for name in ("held_out", "seed", "workers", "device", "precision", "strict")}
     results: list[Evaluation] = []
     for source in options.models:
-        network, record = load_model(source, model=options.model)
+        network, record = load_network(source, model=options.model)
         result = evaluate_by_task(
             network, record, files, name=source, show_progress=console.is_terminal, **given, **runtime
         )

@@ -46,8 +46,8 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--checkpoint",
         type=str | None,
         default=None,
-        help="Folder of a run, hf-hub:USER/NAME, or a file of weights; without it a small model that comes with "
-        "the package and knows the ten classes of CIFAR-10.",
+        help="Folder of a run, hf-hub:USER/NAME, a file of weights, or a model of timm's with its published ones; "
+        "without it a small model that comes with the package and knows the ten classes of CIFAR-10.",
     )
     parser.add_argument(
         "--task",
@@ -182,10 +182,9 @@ def _make_predictor(options: Namespace) -> ImagePredictor[Any]:
         predictor = Predictor.default(**runtime)
         _introduce(predictor)
         return predictor
-    from overlock.checkpoint import load_model  # noqa: PLC0415
-    from overlock.hub import find_weights  # noqa: PLC0415
+    from overlock.deploy.models import load_network  # noqa: PLC0415
 
-    network, record = load_model(find_weights(options.checkpoint), model=options.model)
+    network, record = load_network(options.checkpoint, model=options.model)
     if options.task not in (None, record.task):
         raise ValueError(f"{options.checkpoint}: a {record.name} is for --task {record.task}, not {options.task}")
     kinds: dict[str, Any] = dict(classify=Predictor, detect=Detector, segment=Segmenter)

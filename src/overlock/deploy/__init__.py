@@ -5,18 +5,20 @@ from typing import TYPE_CHECKING
 from overlock import lazy
 
 if TYPE_CHECKING:
-    from overlock.deploy.dense import Detector, Segmenter
+    from overlock.deploy.classify import Predictor
+    from overlock.deploy.detect import Detector
     from overlock.deploy.inputs import Failure, Item
-    from overlock.deploy.predict import Predictor
     from overlock.deploy.results import LabelMap, Objects, Prediction
+    from overlock.deploy.segment import Segmenter
 else:
     __getattr__, __dir__ = lazy.attach(
         __name__,
         {
-            "dense": ["Detector", "Segmenter"],
+            "detect": ["Detector"],
             "inputs": ["Failure", "Item"],
-            "predict": ["Predictor"],
+            "classify": ["Predictor"],
             "results": ["LabelMap", "Objects", "Prediction"],
+            "segment": ["Segmenter"],
         },
     )
 

@@ -16,11 +16,11 @@ import torch
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_classifier
 from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.deploy.evaluation import EvaluationOptions, Runner
-from overlock.deploy.machine import not_finite
+from overlock.deploy.models import load_network
+from overlock.deploy.runtime import not_finite
 from overlock.files import write_atomically
 
 
@@ -54,25 +54,6 @@ class Classification:
         counts = self.confusion.sum(axis=1)
         right = np.diagonal(self.confusion).astype(float)
         return np.divide(right, counts, out=np.full(len(counts), np.nan), where=counts > 0)
-
-
-def load_by_name(source: str, *, model: str | None = None) -> tuple[nn.Module, Record]:
-    """A run's folder, a file of weights, or a model of timm's by name with its published weights.
-
-    Raises:
-        ValueError: for what is none of these.
-    """
-    if Path(source).exists() or source.endswith((".safetensors", ".pth", ".pt")):
-        return load_classifier(source, model=model)
-    try:
-        network = build(source, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{source}: no such file, and no published weights could be fetched ({reason})") from None
-    timm_config: Any = network.pretrained_cfg
-    preprocessing = default_preprocessing(network, in_chans=timm_config["input_size"][0])
-    classes = default_classes(timm_config["num_classes"])
-    return network.eval(), Record(model=source, classes=classes, preprocessing=preprocessing)
 
 
 def match_classes(model: Sequence[str], data: Sequence[str]) -> list[int]:
@@ -111,7 +92,7 @@ def evaluate_classifier(
     """Evaluate a classifier on the images to test on.
 
     Args:
-        source: see :func:`load_by_name`.
+        source: see :func:`overlock.deploy.models.load_network`.
         data: whose test part is used.
         model: timm's name, for a file that does not say.
         image_size: side in pixels, the model's own unless given.
@@ -124,7 +105,9 @@ def evaluate_classifier(
             the network gives no finite numbers.
     """
     given = EvaluationOptions(**options)
-    network, record = load_by_name(source, model=model)
+    network, record = load_network(source, model=model)
+    if record.task != "classify":
+        raise ValueError(f"{source}: this is a {record.name}, of the task {record.task}, and not a classifier")
     counting = _Counting(match_classes(record.classes, data.classes), classes=len(record.classes))
     preprocessing: dict[str, Any] = dict(record.preprocessing)
     if image_size is not None:

@@ -15,7 +15,7 @@ from overlock.data.detection import load_detection_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
 from overlock.deploy.coco_results import describe_detections
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
-from overlock.deploy.machine import not_finite
+from overlock.deploy.runtime import not_finite
 from overlock.files import write_atomically
 from overlock.object_files import ObjectFiles
 from overlock.tasks.detection import check_limits, find_objects

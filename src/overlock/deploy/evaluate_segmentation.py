@@ -12,7 +12,7 @@ from overlock.data.dense_transforms import PrepareLabels, make_segmentation_tran
 from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
-from overlock.deploy.machine import not_finite
+from overlock.deploy.runtime import not_finite
 from overlock.label_files import LabelFiles
 from overlock.tasks.scores import SegmentationScore
 from overlock.tasks.sliding import check_testing, label_pixels

@@ -19,7 +19,7 @@ from torch import nn
 
 from overlock.checkpoint import Record
 from overlock.data.loaders import Batch, ImageLoader
-from overlock.deploy.machine import Precision, cast_to, choose_device, settle
+from overlock.deploy.runtime import Precision, autocast_to, choose_device, inference_copy
 from overlock.files import write_atomically
 from overlock.fused.meanwhile import without_waiting
 
@@ -93,8 +93,8 @@ class Runner:
 
     def __init__(self, network: nn.Module, record: Record, options: EvaluationOptions):
         self.options, self.device = options, choose_device(options.device)
-        self.cast = cast_to(options.precision, self.device)
-        self.network = settle(network, record, self.device)
+        self.cast = autocast_to(options.precision, self.device)
+        self.network = inference_copy(network, record, self.device)
 
     @property
     def params(self) -> int:

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from overlock.checkpoint import Record, load_model
+from overlock.checkpoint import Record
 from overlock.deploy.inputs import SINGLE, Failure, ImageLike, Item, as_item, as_pil
-from overlock.deploy.machine import Precision, cast_to, choose_device, settle
+from overlock.deploy.models import load_network
 from overlock.deploy.results import Result
+from overlock.deploy.runtime import Precision, autocast_to, choose_device, inference_copy
 from overlock.fused.meanwhile import without_waiting
-from overlock.hub import find_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,8 +65,8 @@ class ImagePredictor(Generic[R]):
         if record.task != self.task:
             raise ValueError(f"this is a {record.name}, of the task {record.task}, not {self.task}")
         self.record, self.precision, self.device = record, precision, choose_device(device)
-        cast_to(precision, self.device)
-        self.network = settle(network, record, self.device)
+        autocast_to(precision, self.device)
+        self.network = inference_copy(network, record, self.device)
 
     @classmethod
     def from_checkpoint(
@@ -77,14 +77,14 @@ class ImagePredictor(Generic[R]):
         device: str | None = None,
         precision: Precision = "fp32",
     ) -> Self:
-        """Load a run's folder, 'hf-hub:USER/NAME', a file of ours or the authors' weights.
+        """Load a run's folder, 'hf-hub:USER/NAME', a file of weights, ours or the authors', or a model of timm's.
 
-        See :func:`overlock.checkpoint.load_model`.
+        See :func:`overlock.deploy.models.load_network`.
 
         Raises:
             ValueError: for a missing, damaged or foreign file, and one of another task.
         """
-        return cls(*load_model(find_weights(path), model=model), device=device, precision=precision)
+        return cls(*load_network(path, model=model), device=device, precision=precision)
 
     def stream(
         self,
@@ -170,7 +170,7 @@ class ImagePredictor(Generic[R]):
         if not images:
             return []
         try:
-            with cast_to(self.precision, self.device), without_waiting(self.network):
+            with autocast_to(self.precision, self.device), without_waiting(self.network):
                 return self._infer(images, settings)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):

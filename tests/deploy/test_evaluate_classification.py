@@ -17,6 +17,7 @@ from overlock.checkpoint import Record
 from overlock.data import load_test_data
 from overlock.data.images import ImageData, Samples
 from overlock.deploy import evaluate_classification as module
+from overlock.deploy import models
 from overlock.deploy.evaluate_classification import draw_confusion, evaluate_classifier, match_classes, write_per_class
 
 PREPROCESSING = dict(input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop_pct=1.0)
@@ -36,7 +37,7 @@ class ByColour(nn.Module):
 def by_colour(monkeypatch):
     """The network as if loaded, with its classes in an order of its own, and one more."""
     record = Record(model="by_colour", classes=("red", "blue", "green", "grey"), preprocessing=PREPROCESSING)
-    monkeypatch.setattr(module, "load_by_name", lambda source, model=None: (ByColour(), record))
+    monkeypatch.setattr(module, "load_network", lambda source, model=None: (ByColour(), record))
 
 
 def test_counts(by_colour, tmp_path):
@@ -67,6 +68,13 @@ def test_no_readable_image(by_colour, tmp_path):
         evaluate_classifier("it", data, workers=0)
 
 
+def test_other_tasks_are_refused(monkeypatch, tmp_path):
+    record = Record(model="overlock_atto", head="upernet", classes=("a",))
+    monkeypatch.setattr(module, "load_network", lambda source, model=None: (ByColour(), record))
+    with pytest.raises(ValueError, match="it: this is a upernet on overlock_atto, of the task segment"):
+        evaluate_classifier("it", load_test_data(str(make_classes(tmp_path / "data", 2))))
+
+
 def test_classes_are_matched():
     synsets = ImageNetInfo().label_names()
     thousand = tuple(map(str, range(1000)))
@@ -79,7 +87,7 @@ def test_classes_are_matched():
 
 def test_any_model_of_timm(tmp_path, monkeypatch):
     """As if its published weights were fetched."""
-    monkeypatch.setattr(module, "build", lambda name, pretrained: timm.create_model(name))
+    monkeypatch.setattr(models, "build", lambda name, pretrained: timm.create_model(name))
     synsets = ImageNetInfo().label_names()
     for name in synsets[:2]:
         (tmp_path / name).mkdir()

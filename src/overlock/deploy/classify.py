@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from overlock.checkpoint import Record
 from overlock.data import make_eval_transform
 from overlock.deploy.inputs import ImageLike
-from overlock.deploy.machine import Precision, not_finite
 from overlock.deploy.results import Prediction
+from overlock.deploy.runtime import Precision, not_finite
 from overlock.deploy.stream import ImagePredictor, Loaded
 
 DEFAULT_FILE = Path(__file__).parent / "assets" / "overlock_atto_cifar10.safetensors"

@@ -33,7 +33,7 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
-def cast_to(precision: Precision, device: torch.device) -> torch.autocast:
+def autocast_to(precision: Precision, device: torch.device) -> torch.autocast:
     """The context in which a network computes in a precision.
 
     Raises:
@@ -50,7 +50,7 @@ def not_finite(precision: Precision) -> ValueError:
     return ValueError(f"the network's output is no finite number in {precision}; {mend}")
 
 
-def settle(network: nn.Module, record: Record, device: torch.device) -> nn.Module:
+def inference_copy(network: nn.Module, record: Record, device: torch.device) -> nn.Module:
     """An inference copy of a network on a device: moved first and fused there, in the form that is fastest on it."""
     if any(parameter.device != device for parameter in network.parameters()):
         network = copy.deepcopy(network).to(device)

@@ -14,7 +14,7 @@ from PIL import Image, ImageColor
 
 from overlock.checkpoint import Record
 from overlock.data import make_eval_transform
-from overlock.deploy import Prediction, Predictor
+from overlock.deploy import Prediction, Predictor, models
 from overlock.deploy import picture as picture_module
 from overlock.deploy.picture import draw_picture, save_picture
 
@@ -87,6 +87,27 @@ def test_top_is_limited_by_the_classes(predictor):
 def test_refuses_what_is_no_image(predictor, image, message):
     with pytest.raises(ValueError, match=message):
         predictor(image)
+
+
+def test_a_model_of_timm_s_by_its_name(monkeypatch):
+    """As if its published weights were fetched."""
+    monkeypatch.setattr(models, "build", lambda name, pretrained: timm.create_model(name))
+    predictor = Predictor.from_checkpoint("test_convnext", device="cpu")
+    assert predictor.record.model == "test_convnext"
+    assert len(predictor(make_image("red", 0), top=2000).labels) == 1000
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("overlok_t", r"overlok_t: no such file or folder, and no model of timm's \(.*did you mean 'overlock_t'"),
+        ("nowhere.pth", r"nowhere\.pth: no such file"),
+        ("some/where", r"some/where: no such file"),
+    ],
+)
+def test_checkpoints_that_are_not_there(source, told):
+    with pytest.raises(ValueError, match=told):
+        Predictor.from_checkpoint(source)
 
 
 def test_refuses_senseless_numbers(predictor):

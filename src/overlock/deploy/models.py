@@ -1,0 +1,59 @@
+"""The networks that predictors and evaluations take: what a word for one stands for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_model, load_record
+from overlock.hub import PREFIX, find_weights
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
+"""Endings of files of weights."""
+
+
+def load_network(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
+    """A trained network, in evaluation mode, and its record.
+
+    Args:
+        source: a run's folder, a file of weights, 'hf-hub:USER/NAME', or the name of a model of timm's, of which the
+            published weights are fetched.
+        model: timm's name of the model, for a file that does not say and cannot be recognised.
+
+    Raises:
+        ValueError: for what is none of these, and a damaged or foreign file.
+    """
+    if _is_file(source):
+        return load_model(find_weights(source), model=model)
+    name = str(source)
+    try:
+        network = build(name, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{name}: no such file, and no published weights could be fetched ({reason})") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: no such file or folder, and no model of timm's ({error})") from None
+    config: Any = network.pretrained_cfg
+    preprocessing = default_preprocessing(network, in_chans=config["input_size"][0])
+    return network.eval(), Record(
+        model=name, classes=default_classes(config["num_classes"]), preprocessing=preprocessing
+    )
+
+
+def task_of(source: str | os.PathLike[str], *, model: str | None = None) -> str:
+    """'classify', 'detect' or 'segment': what a network of :func:`load_network` is for, which is not built for it.
+
+    Raises:
+        ValueError: as :func:`load_network`, for files.
+    """
+    return load_record(find_weights(source), model=model).task if _is_file(source) else "classify"
+
+
+def _is_file(source: str | os.PathLike[str]) -> bool:
+    """Whether a word stands for a file of weights, there or not, and not for a model of timm's."""
+    name = str(source)
+    named_so = name.startswith(PREFIX) or name.endswith(SUFFIXES) or "/" in name or os.sep in name
+    return named_so or Path(name).exists()
