@@ -140,6 +140,12 @@ def test_resume_where_there_is_nothing_begins(unbroken, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+def test_resume_and_overwrite_at_once(unbroken, tmp_path):
+    config = settings(unbroken[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="give one of them"):
+        run(config, resume=True, overwrite=True)
+
+
 def test_resume_with_other_settings(unbroken, tmp_path):
     data, whole = unbroken
     with pytest.raises(ValueError, match=r"begun with other settings of epochs, optim\.lr; repeat its own command"):

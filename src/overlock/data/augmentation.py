@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from overlock.settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Augmentation:
     """Repeated augmentation: versions of each image in an epoch, which takes that many times fewer images."""
 
     def __post_init__(self) -> None:
+        check_types(self, "augment.")
         for name, (low, high) in dict(scale=self.scale, ratio=self.ratio).items():
             if not 0 < low <= high or (name == "scale" and high > 1):
                 raise ValueError(f"augment.{name} must be a range above 0, scale up to 1, got {low:g} to {high:g}")
@@ -37,5 +41,10 @@ class Augmentation:
             raise ValueError("augment.padding and color_jitter must be at least 0, repeats at least 1")
         if not 0 <= self.erasing <= 1:
             raise ValueError(f"augment.erasing must be in 0 to 1, got {self.erasing}")
-        if self.rand_augment is not None and not self.rand_augment.startswith("rand-"):
-            raise ValueError(f"augment.rand_augment must be like rand-m9-mstd0.5-inc1, got {self.rand_augment!r}")
+        # timm passes over what it does not know.
+        known = r"rand(-(t\w+|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?))+"
+        if self.rand_augment is not None and not re.fullmatch(known, self.rand_augment):
+            raise ValueError(
+                f"augment.rand_augment must be like rand-m9-mstd0.5-inc1, its parts m, n, p, mstd, mmax, inc with a "
+                f"number, got {self.rand_augment!r}"
+            )

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from overlock.data.augmentation import Augmentation
+from overlock.settings import check_number, check_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 SUB_NETWORKS = ("base_net", "overview_net", "focus_net", "head")
-
-
-def check_number(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Raise ValueError for a number outside its range, naming the setting."""
-    if value is None or (math.isfinite(value) and least <= value <= most):
-        return
-    where = f"at least {least:g}" if math.isinf(most) else f"in {least:g} to {most:g}"
-    raise ValueError(f"{name} must be a finite number {where}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +29,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Weight decay, none on biases, norms and other 1-D parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moments, for optimisers of Adam's kind."""
+    """Decay rates of the moments, for Adam, LAMB and their kin."""
     eps: float = 1e-8
     """Added to the root of the second moment, likewise."""
     clip_norm: float = 5.0
@@ -49,15 +41,16 @@ class OptimConfig:
     drop_epochs: tuple[float, ...] = ()
     """Epochs after which it falls to a tenth, for the schedule of drops."""
     warmup_epochs: float = 5.0
-    """Length of the warm-up, at most half of the epochs."""
+    """Length of the warm-up, at most half of the run."""
     warmup_steps: int | None = None
     """The same in steps; counts instead of warmup_epochs where it is given."""
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
-    """Learning rate of the last step."""
+    """Learning rate of the last step; the schedule of drops has none."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         for name in ("weight_decay", "clip_norm", "warmup_epochs", "warmup_lr", "min_lr", "eps"):
             check_number(f"optim.{name}", getattr(self, name), 0)
         check_number("optim.lr", self.lr, 1e-12)
@@ -68,8 +61,15 @@ class OptimConfig:
             check_number("optim.drop_epochs", epoch, 0)
         if bool(self.drop_epochs) != (self.schedule == "drops"):
             raise ValueError("optim.drop_epochs is what optim.schedule 'drops' needs, and no other one takes")
+        if sorted(set(self.drop_epochs)) != list(self.drop_epochs):
+            raise ValueError(f"optim.drop_epochs must rise, got {', '.join(map(str, self.drop_epochs))}")
         for beta in self.betas:
             check_number("optim.betas", beta, 0, 1)
+
+    @property
+    def takes_betas(self) -> bool:
+        """Whether the optimiser is given betas and eps."""
+        return "adam" in self.name or "lamb" in self.name
 
     def peak(self, batch_size: int) -> float:
         """The learning rate after the warm-up."""
@@ -94,6 +94,7 @@ class LossConfig:
     """Share of the mixed batches that CutMix takes where both are on."""
 
     def __post_init__(self) -> None:
+        check_types(self, "loss.")
         check_number("loss.label_smoothing", self.label_smoothing, 0, 0.999)
         for name in ("aux_weight", "mixup", "cutmix"):
             check_number(f"loss.{name}", getattr(self, name), 0)
@@ -116,6 +117,7 @@ class EmaConfig:
     """Average over fewer steps at first, for runs too short for the decay."""
 
     def __post_init__(self) -> None:
+        check_types(self, "ema.")
         check_number("ema.decay", self.decay, 0, 0.9999999)
 
 
@@ -147,6 +149,7 @@ class MachineConfig:
     """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "machine.")
         check_number("machine.workers", self.workers, 0)
         for name in ("devices", "nodes", "micro_batch"):
             check_number(f"machine.{name}", getattr(self, name), 1)
@@ -168,6 +171,7 @@ class SafetyConfig:
     """Images that may be unreadable; they are skipped and listed in the run's unreadable.txt."""
 
     def __post_init__(self) -> None:
+        check_types(self, "safety.")
         for name in ("minutes", "returns", "unreadable"):
             check_number(f"safety.{name}", getattr(self, name), 0)
         for name in ("steps", "bad_steps"):
@@ -221,6 +225,7 @@ class RunConfig:
     """Checkpoints and faults."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("epochs", "epoch_steps", "batch_size", "validate_every"):
             check_number(name, getattr(self, name), 1)
         check_number("seed", self.seed, 0)
@@ -230,7 +235,7 @@ class RunConfig:
         if self.pretrained and self.weights:
             raise ValueError("give either pretrained or weights, not both")
         peak = self.optim.peak(self.batch_size)
-        if self.optim.min_lr > peak:
+        if self.optim.min_lr > peak and self.optim.schedule != "drops":
             raise ValueError(
                 f"optim.min_lr {self.optim.min_lr:g} is above the peak learning rate {peak:g} (optim.lr x batch_size / "
                 f"optim.lr_batch); raise optim.lr or lower optim.min_lr"
@@ -311,6 +316,8 @@ def _build(kind: Any, settings: Mapping[str, Any], prefix: str) -> Any:
             mend = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise ValueError(f"unknown setting {prefix}{name}; {mend}")
         if not prefix and name in _GROUPS:
+            if not isinstance(value, (Mapping, _GROUPS[name])):
+                raise ValueError(f"{name} must be a table of settings, got {value!r}")
             values[name] = value if isinstance(value, _GROUPS[name]) else _build(_GROUPS[name], value, f"{name}.")
         else:
             values[name] = tuple(value) if isinstance(value, list) else value

@@ -7,7 +7,8 @@ from typing import Literal
 
 from overlock.label_files import LabelFiles, parse_labels
 from overlock.object_files import Format, ObjectFiles
-from overlock.training.config import RunConfig, check_number
+from overlock.settings import check_number
+from overlock.training.config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class DetectConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.classes is not None:
+            raise ValueError("classes has no effect on detectors: annotations have names; choose with categories")
         for size in (self.min_size, *self.multi_scale):
             check_number("min_size and multi_scale", size, 32, self.max_size)
         if self.multi_scale and self.min_size not in self.multi_scale:
@@ -59,7 +62,6 @@ class DetectConfig(RunConfig):
             )
         for name in ("hidden_channels", "proposals", "regions"):
             check_number(name, getattr(self, name), 1)
-
         for name in ("", "test_"):
             if getattr(self, f"{name}images") and not getattr(self, f"{name}annotations"):
                 raise ValueError(f"{name}images is for the images of {name}annotations; give both, or neither")

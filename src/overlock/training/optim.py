@@ -21,8 +21,7 @@ def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) 
     Raises:
         ValueError: for an optimiser that timm does not know, or one that does not take the settings.
     """
-    adaptive = "adam" in config.name or "lamb" in config.name
-    options = dict(betas=tuple(config.betas), eps=config.eps) if adaptive else {}
+    options = dict(betas=tuple(config.betas), eps=config.eps) if config.takes_betas else {}
     try:
         return create_optimizer_v2(
             network,
@@ -36,15 +35,19 @@ def make_optimizer(network: nn.Module, config: OptimConfig, *, batch_size: int) 
         raise ValueError(f"optim.name {config.name!r} cannot be used ({error}); try adamw") from None
 
 
+def wanted_warmup(config: RunConfig, steps_per_epoch: int) -> int:
+    """Steps of the warm-up as the settings have it."""
+    given = config.optim.warmup_steps
+    return round(config.optim.warmup_epochs * steps_per_epoch) if given is None else given
+
+
 def make_schedule(optimizer: Optimizer, config: RunConfig, *, steps_per_epoch: int) -> Scheduler:
     """Linear warm-up and a fall over all steps; the learning rate of a step follows from its number alone.
 
     The cosine begins after the warm-up; a line and drops are as they would be without it.
     """
     optim, steps = config.optim, config.epochs * steps_per_epoch
-    warmup = optim.warmup_steps
-    if warmup is None:
-        warmup = round(steps * min(optim.warmup_epochs / config.epochs, 0.5))
+    warmup = min(wanted_warmup(config, steps_per_epoch), round(steps / 2))
     common: dict[str, Any] = dict(
         warmup_t=warmup,
         warmup_lr_init=min(optim.warmup_lr, optim.peak(config.batch_size)),

@@ -23,6 +23,7 @@ from overlock.files import write_atomically
 from overlock.hub import CARD_FILE, write_card
 from overlock.training import classification, detection, reports, segmentation
 from overlock.training.config import RunConfig
+from overlock.training.effects import tell_effects
 from overlock.training.job import Job
 from overlock.training.loop import Fit
 from overlock.training.machine import full_state, keep_freed_memory, make_fabric, make_share
@@ -72,6 +73,8 @@ def train(
             which the run can be resumed.
         RunStoppedError: on Ctrl-C, SIGTERM or SIGUSR1, after saving.
     """
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
     folder = Path(config.output)
     with StopRequest() as stop, quiet():
         fabric = make_fabric(config.machine)
@@ -81,13 +84,13 @@ def train(
         if fabric.is_global_zero:
             check_output(folder, overwrite=overwrite, resume=resume)
         fabric.barrier()
-        fit, job = prepare(config, fabric, stop, console or Console(quiet=True))
+        fit, job, notes = prepare(config, fabric, stop, console or Console(quiet=True))
         resumed = resume and bool(fit.store.candidates())
         try:
             if resumed:
                 take_up(fit)
             else:
-                begin(fit, folder, config, notes=job.data.notes)
+                begin(fit, folder, config, notes=notes)
             fit.run()
         except RunStoppedError as stopped:
             fit.log.tell(str(stopped))
@@ -117,8 +120,8 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise ValueError(f"{folder}: no permission to write here; choose another output")
 
 
-def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Console) -> tuple[Fit, Job]:
-    """Data, network, optimiser and all else that a run needs; nothing is written."""
+def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Console) -> tuple[Fit, Job, tuple[str, ...]]:
+    """Data, network, optimiser and all else that a run needs, and notes on them; nothing is written."""
     folder = Path(config.output)
     share = make_share(fabric, config)
     job = JOBS[config.task](config)
@@ -159,9 +162,10 @@ def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Conso
         f"{job.record.name}: {sum(p.numel() for p in fit.raw_network.parameters()) / 1e6:.2f} M parameters; "
         f"{len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes"
     )
-    for note in data.notes:
+    notes = (*data.notes, *tell_effects(config, steps_per_epoch=batches.steps, images=len(data.train)))
+    for note in notes:
         fit.log.tell(note)
-    return fit, job
+    return fit, job, notes
 
 
 def recompute(network: nn.Module) -> None:
