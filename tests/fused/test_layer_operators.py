@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from overlock.fused import conditions
 from overlock.fused import layer_operators as inference
 from overlock.kernels.numba import runtime as threads
 
@@ -212,7 +213,7 @@ def test_gradients(name, which):
 @torch.no_grad()
 def test_without_numba(name, monkeypatch):
     arguments = make(name)
-    monkeypatch.setattr(inference, "numba_installed", lambda: False)
+    monkeypatch.setattr(conditions, "numba_installed", lambda: False)
     check(getattr(inference, name)(*arguments), expected_of(name, arguments))
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import overlock
 from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
-from overlock.fused import stage_operators as blocks
+from overlock.fused import blocks, conditions, layers, stage_operators
 from overlock.fused.packing import unpack
 from overlock.kernels.numba import runtime as threads
 from overlock.kernels.numba.plan import release_workspace
@@ -117,9 +117,9 @@ def check(actual, expected, tolerance=TOLERANCE):
 def calls(monkeypatch):
     """Those of the operations."""
     seen = []
-    for name in ("basic_stack", "mixer_stack"):
-        run = getattr(blocks, name)
-        monkeypatch.setattr(blocks, name, lambda *a, run=run: (seen.append(a), run(*a))[1])
+    for user, name in ((layers, "basic_stack"), (blocks, "basic_stack"), (blocks, "mixer_stack")):
+        run = getattr(user, name)
+        monkeypatch.setattr(user, name, lambda *a, run=run: (seen.append(a), run(*a))[1])
     return seen
 
 
@@ -155,7 +155,7 @@ def test_parts_of_a_batch(kind, monkeypatch):
     """Some images at a time, in parts of two sizes."""
     block, fused, inputs = make(kind, size=(7, 14, 9))
     expected = fused(*inputs)
-    monkeypatch.setattr(blocks, "CHUNK", 300_000)
+    monkeypatch.setattr(stage_operators, "CHUNK", 300_000)
     check(fused(*inputs), expected_of(block, inputs))
     assert torch.equal(joined(fused(*inputs)), joined(fused(*inputs)))
     check(fused(*inputs), joined(expected).double(), 3e-6)
@@ -293,7 +293,7 @@ def test_gradients(kind, which, calls):
 @torch.no_grad()
 def test_without_numba(kind, monkeypatch, calls):
     block, fused, inputs = make(kind)
-    monkeypatch.setattr(blocks, "numba_installed", lambda: False)
+    monkeypatch.setattr(conditions, "numba_installed", lambda: False)
     check(fused(*inputs), expected_of(block, inputs))
     assert not calls
 

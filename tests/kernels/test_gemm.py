@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from overlock.fused.layer_plans import Pointwise
+from overlock.fused.layer_plans import Epilogue, Pointwise, Prologue
 from overlock.kernels.numba.flags import SILU
 from overlock.kernels.numba.gemm_microkernel import KC, MR, NR
 from overlock.kernels.numba.plan import Plan, input_buffer
@@ -61,13 +61,14 @@ def test_steps():
     x, out, product = wide[:, :depth], torch.empty(rows, width), Pointwise(weight, bias)
     plan = Plan()
     product.add(
-        plan, rows, input_buffer(0), input_buffer(1), x_stride=50, scale=input_buffer(2), tokens=tokens,
-        gate=input_buffer(3), residual=input_buffer(4), residual_scale=residual_scale,
+        plan, rows, input_buffer(0), input_buffer(1), x_stride=50,
+        prologue=Prologue(input_buffer(2), tokens, gate=input_buffer(3)),
+        epilogue=Epilogue(residual=input_buffer(4), residual_scale=residual_scale),
     )  # fmt: skip
     plan.finish().run(wide, out, scale, gate, residual)
     scaled = x.double() * scale.double().repeat_interleave(tokens, 0) * gate.double()
     check(out, F.linear(scaled, weight.double(), bias.double()) + residual_scale.double() * residual.double())
     plan = Plan()
-    product.add(plan, rows, input_buffer(0), input_buffer(1), x_stride=50, activation=SILU)
+    product.add(plan, rows, input_buffer(0), input_buffer(1), x_stride=50, epilogue=Epilogue(SILU))
     plan.finish().run(wide, out)
     check(out, F.silu(F.linear(x.double(), weight.double(), bias.double())))

@@ -7,16 +7,34 @@ the caches, which took a third of a millisecond.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
-from overlock.blocks import BasicBlock, DynamicBlock
-from overlock.fused import stage_operators as ops
+from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock, MixerBlock
+from overlock.fused.conditions import kernels_apply
 from overlock.fused.flat_parameters import Packed
 from overlock.fused.layers import convolutions_of
+from overlock.fused.parameters import BasicParameters, MixerParameters, Parameters, in_order, parameters_of
+from overlock.fused.stage_operators import basic_stack, mixer_stack
+from overlock.layers import ContMix
 from overlock.network.base_net import BlockStack
 from overlock.network.focus_net import FocusStage
+
+# Where the layers of folded blocks are found, by the operations' names for them.
+BASIC_BLOCK = dict(
+    local="local", norm="norm", large="large_kernel", reduce="se.fc1", excite="se.fc2", expand="ffn.expand",
+    hidden="ffn.local.conv", response="ffn.norm", project="ffn.project", residual="residual",
+)  # fmt: skip
+MIXER_BLOCK = dict(
+    alpha="context_update.alpha", beta="context_update.beta", local1="local1", norm1="norm1",
+    fusion="mixer.fusion.local", fusion_project="mixer.fusion.project", fusion_norm="mixer.fusion.norm",
+    query="mixer.aggregator.mixer.query", key="mixer.aggregator.mixer.key", value="mixer.aggregator.mixer.value",
+    kernels="mixer.aggregator.mixer.kernels", out="mixer.aggregator.mixer.out", large="mixer.aggregator.large_kernel",
+    reduce="mixer.aggregator.se.fc1", excite="mixer.aggregator.se.fc2", gate="mixer.aggregator.gate",
+    project="mixer.aggregator.proj", residual1="residual1", local2="local2", norm2="norm2", expand="ffn.expand",
+    hidden="ffn.local.conv", response="ffn.norm", ffn_project="ffn.project", residual2="residual2",
+)  # fmt: skip
 
 
 class FusedBasicBlocks(Packed):
@@ -28,71 +46,61 @@ class FusedBasicBlocks(Packed):
         blocks: basic blocks, at least one, with the same hyper-parameters.
     """
 
-    def __init__(self, module: nn.Module, embed: nn.Module | None, blocks: Sequence[Any]):
+    def __init__(self, module: nn.Module, embed: nn.Module | None, blocks: Sequence[BasicBlock]):
         convolutions = [] if embed is None else convolutions_of(embed)
-        layers = [layer for block in blocks for layer in _basic_layers(block)]
-        super().__init__(module, ops.parameters_of([*convolutions, *layers]))
+        layers = [Parameters(convolution.weight, convolution.bias) for convolution in convolutions]
+        for block in blocks:
+            layers += BasicParameters(**{name: parameters_of(block, path) for name, path in BASIC_BLOCK.items()})
+        super().__init__(module, in_order(layers))
         self.strides = [convolution.stride[0] for convolution in convolutions]
         self.eps = blocks[0].norm.eps
 
     @classmethod
     def of_stack(cls, stack: BlockStack) -> FusedBasicBlocks:
-        return cls(stack, stack.embed, list(stack.blocks))
+        return cls(stack, stack.embed, cast("list[BasicBlock]", list(stack.blocks)))
 
     @classmethod
     def of_block(cls, block: BasicBlock) -> FusedBasicBlocks:
         return cls(block, None, [block])
 
     def forward(self, x: Tensor) -> Tensor:
-        if ops.kernels_apply([x, self.packed]):
-            return ops.basic_stack(x, self.packed, self.layout, self.strides, self.eps)
+        if kernels_apply(x, self.packed):
+            return basic_stack(x, self.packed, self.layout, self.strides, self.eps)
         return self.plain(x)
 
 
-def _basic_layers(block: Any) -> ops.BasicLayers:
-    ffn = block.ffn
-    return ops.BasicLayers(
-        local=block.local, norm=block.norm, large=block.large_kernel, reduce=block.se.fc1, excite=block.se.fc2,
-        expand=ffn.expand, hidden=ffn.local.conv, response=ffn.norm, project=ffn.project, residual=block.residual,
-    )  # fmt: skip
-
-
 class _FusedMixers(Packed):
-    def __init__(self, module: nn.Module, blocks: Sequence[Any]):
-        layers = [layer for block in blocks for layer in _mixer_layers(block)]
-        super().__init__(module, ops.parameters_of(layers))
-        mix = blocks[0].mixer.aggregator.mixer
+    def __init__(self, module: nn.Module, blocks: Sequence[MixerBlock]):
+        layers: list[Parameters] = []
+        for block in blocks:
+            of_layers = {name: parameters_of(block, path) for name, path in MIXER_BLOCK.items()}
+            mix = _mix_of(block)
+            layers += MixerParameters(**of_layers, position_biases=Parameters(mix.rpb_small, mix.rpb_large))
+        super().__init__(module, in_order(layers))
+        mix = _mix_of(blocks[0])
         self.kernel_size, self.scale, self.region_grid = mix.kernel_size, mix.scale, mix.region_grid
         self.eps = blocks[0].norm1.eps
 
     def _mixed(self, x: Tensor, context: Tensor | None = None, prior: Tensor | None = None) -> Tensor | None:
         """The operation's result, where it applies; not to maps that are to be enlarged."""
         inputs = [y for y in (x, context, prior) if y is not None]
-        if min(x.shape[2:]) < self.kernel_size or not ops.kernels_apply([*inputs, self.packed]):
+        if min(x.shape[2:]) < self.kernel_size or not kernels_apply(*inputs, self.packed):
             return None
-        return ops.mixer_stack(
+        return mixer_stack(
             x, context, prior, self.packed, self.layout, self.scale, self.region_grid, self.eps
         )  # fmt: skip
 
 
-def _mixer_layers(block: Any) -> ops.MixerLayers:
-    aggregator, ffn = block.mixer.aggregator, block.ffn
-    mix, fusion, update = aggregator.mixer, getattr(block.mixer, "fusion", None), getattr(block, "context_update", None)
-    return ops.MixerLayers(
-        alpha=getattr(update, "alpha", None), beta=getattr(update, "beta", None), local1=block.local1,
-        norm1=block.norm1, fusion=getattr(fusion, "local", None), fusion_project=getattr(fusion, "project", None),
-        fusion_norm=getattr(fusion, "norm", None), query=mix.query, key=mix.key, value=mix.value, kernels=mix.kernels,
-        out=mix.out, large=aggregator.large_kernel, reduce=aggregator.se.fc1, excite=aggregator.se.fc2,
-        gate=aggregator.gate, project=aggregator.proj, residual1=block.residual1, local2=block.local2,
-        norm2=block.norm2, expand=ffn.expand, hidden=ffn.local.conv, response=ffn.norm, ffn_project=ffn.project,
-        residual2=block.residual2, rpbs=ops.Parameters(mix.rpb_small, mix.rpb_large),
-    )  # fmt: skip
+def _mix_of(block: MixerBlock) -> ContMix:
+    mix = block.get_submodule("mixer.aggregator.mixer")
+    assert isinstance(mix, ContMix)
+    return mix
 
 
 class FusedContMixBlock(_FusedMixers):
     """(B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, block: Any):
+    def __init__(self, block: ContMixBlock):
         super().__init__(block, [block])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,13 +116,13 @@ class FusedDynamicBlocks(_FusedMixers):
         blocks: dynamic blocks, at least one, with the same hyper-parameters.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[Any]):
+    def __init__(self, module: nn.Module, blocks: Sequence[DynamicBlock]):
         super().__init__(module, blocks)
         self.split = blocks[0].split
 
     @classmethod
     def of_stage(cls, stage: FocusStage) -> FusedDynamicBlocks:
-        return cls(stage, list(stage.blocks))
+        return cls(stage, cast("list[DynamicBlock]", list(stage.blocks)))
 
     @classmethod
     def of_block(cls, block: DynamicBlock) -> FusedDynamicBlocks:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.weak import WeakIdKeyDictionary
 
+from overlock.fused.conditions import is_watched
 from overlock.fused.packing import pack, unpack
-from overlock.fused.stage_operators import is_watched
 
 # Not attributes, since copies and files would hold them too.
 _modules: WeakIdKeyDictionary = WeakIdKeyDictionary()

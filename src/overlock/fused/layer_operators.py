@@ -8,35 +8,23 @@ W, C) in memory, where a 1x1 convolution is a matrix product; other layouts are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from overlock.fused.stage_operators import is_watched
-from overlock.kernels.numba.contmix import numba_installed, to_images, to_tokens
-from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
+from overlock.fused.conditions import kernels_apply
+from overlock.kernels.numba.contmix import to_images, to_tokens
+from overlock.ops.dispatch import exports_to_onnx
 from overlock.ops.gradients import register_plain_autograd
 
 PACKED_FROM = 15_000_000  # multiply-adds of a product from which on a packed weight outweighs oneDNN's longer call
 
 
-def _has_kernels(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take a call: float32 on CPU, no gradient wanted, no other backend asked for."""
-    if not x.is_cpu or x.numel() == 0:
-        return False
-    with_gradients = torch.is_grad_enabled()
-    for tensor in (x, *others):
-        if tensor is not None and (tensor.dtype != torch.float32 or (with_gradients and tensor.requires_grad)):
-            return False
-    return numba_installed() and not is_watched() and asked_for() in (AUTO, "cpu")
-
-
 def _is_packable(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    fits = x.shape[-1:] == weight.shape[1:]  # what does not is for F.linear to refuse
-    return fits and _has_kernels(x, weight, bias) and torch.backends.mkldnn.is_available()
+    fits = x.numel() > 0 and x.shape[-1:] == weight.shape[1:]  # F.linear refuses other shapes
+    return fits and kernels_apply(x, weight, bias) and torch.backends.mkldnn.is_available()
 
 
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -63,8 +51,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    fits = x.dim() == 4 and x.shape[1] == weight.shape[2]  # what does not is for F.conv2d to refuse
-    if not fits or not _has_kernels(x, weight, bias):
+    fits = x.numel() > 0 and x.dim() == 4 and x.shape[1] == weight.shape[2]  # F.conv2d refuses other shapes
+    if not fits or not kernels_apply(x, weight, bias):
         return _filter(x, weight, bias, gelu)
     from overlock.kernels.numba.depthwise import filter_tokens  # noqa: PLC0415
     from overlock.kernels.numba.flags import GELU  # noqa: PLC0415
@@ -92,14 +80,14 @@ def _define(
     register_plain_autograd(name, plain)
     operator = getattr(torch.ops.overlock, name).default
 
-    def call(*inputs: Any) -> Tensor:
+    def call(*inputs: object) -> Tensor:
         in_graph = torch.compiler.is_compiling() and not (_want_gradients(inputs) or exports_to_onnx())
         return operator(*inputs) if in_graph else implementation(*inputs)
 
     return call
 
 
-def _want_gradients(inputs: tuple[Any, ...]) -> bool:
+def _want_gradients(inputs: tuple[object, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 

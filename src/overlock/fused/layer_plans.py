@@ -58,34 +58,61 @@ class Size(NamedTuple):
         return min(-(-torch.get_num_threads() // self.batch), max(1, self.height // 4))
 
 
+class Prologue(NamedTuple):
+    """What a GEMM does to its input while it reads it.
+
+    Args:
+        scale: for each image and channel.
+        tokens: of an image, which share the scale.
+        gate: for each number.
+    """
+
+    scale: BufferRef | None = None
+    tokens: int = 1
+    gate: BufferRef | None = None
+
+
+class Epilogue(NamedTuple):
+    """What a GEMM does to its result before it writes it.
+
+    Args:
+        activation: SILU, GELU, or 0 for none.
+        residual: added for each number.
+        residual_scale: for each channel of the residual.
+    """
+
+    activation: int = 0
+    residual: BufferRef | None = None
+    residual_scale: Tensor | None = None
+
+
+NO_PROLOGUE, NO_EPILOGUE = Prologue(), Epilogue()
+
+
 class Pointwise:
-    """A 1x1 convolution: a matrix product of tokens."""
+    """A 1x1 convolution: a GEMM over tokens."""
 
     def __init__(self, weight: Tensor, bias: Tensor):
         weight = weight.flatten(1)
         self.width, self.depth = weight.shape
         self.panels = pack_panels(weight, bias)
 
-    def add(  # noqa: PLR0913 - the operands of a GEMM
-        self, plan: Plan, rows: int, x: BufferRef, out: BufferRef, *, x_stride: int | None = None, activation: int = 0,
-        scale: BufferRef | None = None, tokens: int = 1, gate: BufferRef | None = None,
-        residual: BufferRef | None = None, residual_scale: Tensor | None = None,
+    def add(
+        self, plan: Plan, rows: int, x: BufferRef, out: BufferRef, *, x_stride: int | None = None,
+        prologue: Prologue = NO_PROLOGUE, epilogue: Epilogue = NO_EPILOGUE,
     ) -> None:  # fmt: skip
         """out = activation(conv(x * scale * gate) + residual * residual_scale).
 
         Args:
             plan: takes the call.
             rows: how many tokens.
-            x, out: of the product.
+            x: (rows, depth).
+            out: (rows, width).
             x_stride: from one token of x to the next, if that is not their width.
-            activation: SILU, GELU, or 0 for none.
-            scale: for each image and channel of x.
-            tokens: of an image, which share the scale.
-            gate: for each number of x.
-            residual: for each number of the result.
-            residual_scale: for each channel of the residual.
+            prologue, epilogue: what is done in the same pass.
         """
         splits = splits_of(rows, -(-self.depth // KC), self.width)
+        (scale, tokens, gate), (activation, residual, residual_scale) = prologue, epilogue
         plan.add(
             gemm, splits[0] * splits[1], x=x, scale=scale, gate=gate, weight=self.panels, residual=residual,
             residual_scale=self.panels if residual_scale is None else residual_scale, out=out, rows=rows,
@@ -199,15 +226,15 @@ class ConvFFN:
                 prologue=SCALE if scale else 0, splits=splits, band=band,
             )  # fmt: skip
         else:
-            self.expand.add(plan, size.rows, x, hidden, scale=scale, tokens=size.tokens)
+            self.expand.add(plan, size.rows, x, hidden, prologue=Prologue(scale, size.tokens))
             self.local.add(plan, size, hidden, hidden, prologue=GELU, epilogue=SUM_SQUARES, sums=squares)
         plan.add(
             response_scale, size.batch, squares=squares, weight=self.norm_weight, scale=response, eps=self.eps,
             batch=size.batch, channels=width, splits=splits,
         )  # fmt: skip
         self.project.add(
-            plan, size.rows, hidden, out, scale=response, tokens=size.tokens, residual=residual,
-            residual_scale=residual_scale,
+            plan, size.rows, hidden, out, prologue=Prologue(response, size.tokens),
+            epilogue=Epilogue(residual=residual, residual_scale=residual_scale),
         )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from overlock.fused import layer_operators as ops
-from overlock.fused import stage_operators as blocks
+from overlock.fused.conditions import kernels_apply
 from overlock.fused.flat_parameters import Packed
+from overlock.fused.parameters import Parameters, in_order
+from overlock.fused.stage_operators import basic_stack
 from overlock.kernels.numba.contmix import to_images
 
 
@@ -51,14 +53,14 @@ class ConvStack(Packed):
 
     def __init__(self, layers: nn.Module):
         convolutions = convolutions_of(layers)
-        super().__init__(layers, blocks.parameters_of(convolutions))
+        super().__init__(layers, in_order(Parameters(layer.weight, layer.bias) for layer in convolutions))
         self.strides = [convolution.stride[0] for convolution in convolutions]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self(x[None])[0]
-        if blocks.kernels_apply([x, self.packed]):
-            return blocks.basic_stack(x, self.packed, self.layout, self.strides, 0.0)
+        if kernels_apply(x, self.packed):
+            return basic_stack(x, self.packed, self.layout, self.strides, 0.0)
         return self.plain(x)
 
 

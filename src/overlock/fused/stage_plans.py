@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,8 +15,10 @@ from overlock.fused.layer_plans import (
     ConvFFN,
     Convolution,
     Depthwise,
+    Epilogue,
     LocalConvNorm,
     Pointwise,
+    Prologue,
     Size,
     SqueezeExcite,
 )
@@ -98,6 +102,7 @@ class Aggregator(NamedTuple):
     project: Pointwise
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MixerBlock:
     """The dynamic block, and its plug-in form over one map, which has no fusion.
 
@@ -105,15 +110,23 @@ class MixerBlock:
         y = y + conv3x3(y);   y = residual_scale2 * y + ConvFFN(LN(y))
     """  # fmt: skip
 
-    def __init__(  # noqa: PLR0913 - the parts of a block
-        self, *, local1: LocalConvNorm, fusion: ContextFusion | None, aggregator: Aggregator, residual_scale1: Tensor,
-        local2: LocalConvNorm, ffn: ConvFFN, residual_scale2: Tensor, update: ContextUpdate | None,
-        context_channels: int,
-    ):  # fmt: skip
-        self.local1, self.fusion, self.aggregator, self.residual_scale1 = local1, fusion, aggregator, residual_scale1
-        self.local2, self.ffn, self.residual_scale2, self.update = local2, ffn, residual_scale2, update
-        self.channels, self.context_channels = aggregator.gate.width, context_channels
-        self.ones = torch.ones_like(residual_scale1)
+    local1: LocalConvNorm
+    fusion: ContextFusion | None
+    aggregator: Aggregator
+    residual_scale1: Tensor
+    local2: LocalConvNorm
+    ffn: ConvFFN
+    residual_scale2: Tensor
+    update: ContextUpdate | None
+    context_channels: int
+
+    @property
+    def channels(self) -> int:
+        return self.aggregator.gate.width
+
+    @cached_property
+    def ones(self) -> Tensor:
+        return torch.ones_like(self.residual_scale1)
 
     @property
     def width(self) -> int:
@@ -159,18 +172,18 @@ class MixerBlock:
         parts.mix.add(plan, size, features, channels, normed, context, self.width, buffer)
         gate, splits = plan.alloc(size.rows, channels), token_splits(size.batch, size.tokens)
         sums, scale = plan.alloc(size.batch, splits, channels), plan.alloc(size.batch, channels)
-        parts.gate.add(plan, size.rows, features, gate, activation=SILU)
+        parts.gate.add(plan, size.rows, features, gate, epilogue=Epilogue(SILU))
         parts.large.add(plan, size, features, local)
         mixed = features
-        parts.out.add(plan, size.rows, buffer, mixed, residual=local, residual_scale=self.ones)
+        parts.out.add(plan, size.rows, buffer, mixed, epilogue=Epilogue(0, local, self.ones))
         plan.add(
             channel_sums, size.batch * splits, x=mixed, sums=sums, batch=size.batch, tokens=size.tokens,
             channels=channels, splits=splits, epilogue=SUM,
         )  # fmt: skip
         parts.squeeze_excite.add(plan, size, sums, scale, splits)
         parts.project.add(
-            plan, size.rows, mixed, out, scale=scale, tokens=size.tokens, gate=gate, residual=out,
-            residual_scale=self.residual_scale1,
+            plan, size.rows, mixed, out, prologue=Prologue(scale, size.tokens, gate),
+            epilogue=Epilogue(0, out, self.residual_scale1),
         )  # fmt: skip
 
 

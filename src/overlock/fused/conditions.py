@@ -1,0 +1,43 @@
+"""When the kernels of the fused network run: the one place that decides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from overlock.kernels.numba.contmix import numba_installed
+from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
+
+
+def kernels_apply(*tensors: Tensor | None) -> bool:
+    """Whether a call is one for the kernels: float32 on CPU, no gradient wanted, no other backend asked for.
+
+    Args:
+        tensors: those of the call, the input first.
+    """
+    with_gradients = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (not x.is_cpu or x.dtype != torch.float32 or (with_gradients and x.requires_grad)):
+            return False
+    in_graph = torch.compiler.is_compiling() and not exports_to_onnx()
+    return tensors[0].shape[0] > 0 and _are_wanted() and (in_graph or not is_watched())  # type: ignore[union-attr]
+
+
+@torch.compiler.assume_constant_result
+def _are_wanted() -> bool:
+    """Whether numba is there, and no other backend asked for; a graph keeps the answer of its compilation."""
+    return numba_installed() and asked_for() in (AUTO, "cpu")
+
+
+def is_watched() -> bool:
+    """Whether each operation is to be seen: by a trace, a mode (a counter of FLOPs), a transform or forward mode.
+
+    Or by hooks for all modules, as profilers have them.
+    """
+    return (
+        torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+        or bool(_has_any_global_hook())
+    )  # fmt: skip
