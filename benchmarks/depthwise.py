@@ -19,7 +19,10 @@ from jsonargparse import auto_cli
 from timing import interleave, leave_out, middle, report, spread
 from torch import Tensor
 
-from overlock.ops.depthwise import PARTS, why_not
+from overlock.ops.depthwise import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT
+from overlock.ops.dispatch import TABLE, why_not
+
+PARTS = {"forward": FORWARD, "input": INPUT_GRADIENT, "weight": WEIGHT_GRADIENT}
 
 # (B, C, H, W) and K in OverLoCK-T: a batch (its size is an option) of 224 x 224 images, and one of 800 x 1280.
 SHAPES = {
@@ -44,8 +47,8 @@ def make_calls(
     weight = (torch.randn(shape[1], 1, size, size, generator=make, device=device) / size).to(dtype)
     arguments = (x, weight, None) if part == "forward" else (grad, x, weight)
     name = "cpu" if device == "cpu" else "triton"
-    ours, pytorch = (functools.partial(PARTS[part][key], *arguments, 1) for key in (name, "torch"))
-    reason = why_not(x, weight) if name == "triton" else None
+    ours, pytorch = (functools.partial(TABLE[PARTS[part]][key].forward, *arguments, 1) for key in (name, "torch"))
+    reason = why_not(PARTS[part], name, *arguments, 1)
     if reason:
         leave_out("ours", reason)
         return {"PyTorch": pytorch}

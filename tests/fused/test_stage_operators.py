@@ -19,9 +19,9 @@ from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.fused import blocks, conditions, layers, stage_operators
 from overlock.fused.packing import unpack
 from overlock.kernels.numba import runtime as threads
-from overlock.kernels.numba.plan import release_workspace
 from overlock.network.base_net import BlockStack, Stem, make_embedding
 from overlock.network.focus_net import FocusStage
+from overlock.ops import release_workspace
 
 TOLERANCE = 1e-5  # of the largest magnitude, after a dozen layers
 

@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from overlock import fuse
 from overlock.layers import ConvNorm, DilatedRepConv
 from overlock.layers.dilated_repconv import branches_of
-from overlock.ops import backend, depthwise, depthwise_conv2d
+from overlock.ops import backend, depthwise, depthwise_conv2d, dispatch
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 1e-2}
+PARTS = (depthwise.FORWARD, depthwise.INPUT_GRADIENT, depthwise.WEIGHT_GRADIENT)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -104,9 +105,8 @@ def triton_only(request, monkeypatch):
     on_gpu = request.node.get_closest_marker("gpu") is not None
     if not (INTERPRETED or on_gpu):
         pytest.skip("runs in the process with the interpreter")
-    monkeypatch.setattr(
-        depthwise, "PARTS", {part: {"triton": kernels["triton"]} for part, kernels in depthwise.PARTS.items()}
-    )
+    for part in PARTS:
+        monkeypatch.setitem(dispatch.TABLE, part, {"triton": dispatch.TABLE[part]["triton"]})
     monkeypatch.setattr(depthwise, "_is_faster", lambda *_: True)
     torch.use_deterministic_algorithms(not on_gpu)
     yield
@@ -154,21 +154,25 @@ def test_triton_why_not(triton_only):
         ("one dtype", torch.zeros(1, 4, 9, 9), weight.bfloat16()),
         ("nothing to compute", torch.zeros(0, 4, 9, 9), weight),
     ):
-        assert words in depthwise.why_not(x, w)
-    assert depthwise.why_not(torch.zeros(1, 4, 9, 9), weight) is None
+        assert words in dispatch.why_not("depthwise_conv2d", "triton", x, w, None, 1)
+    x = torch.zeros(1, 4, 9, 9)
+    assert "dilation" in dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 2)
+    for part, call in zip(PARTS, ((x, weight, None, 1), (x, x, weight, 1), (x, x, weight, 1)), strict=True):
+        assert dispatch.why_not(part, "triton", *call) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("part", ["forward", "input", "weight"])
+@pytest.mark.parametrize("part", PARTS)
 def test_the_choice_is_timed_once(part, monkeypatch):
     """One measurement of both a shape; the answer is the shorter time's."""
     times = []
     monkeypatch.setattr(depthwise, "_faster", {})
     monkeypatch.setattr(depthwise, "_milliseconds", lambda run: (run(), times.append(2.0 - len(times)), times[-1])[-1])
     x, weight, _ = make_inputs(SMALL["the kernel's size"], torch.float32, "cuda")
-    assert depthwise.choose(part, x, weight, 1, "auto") == "torch"
-    assert depthwise.choose(part, x, weight, 1, "auto") == "torch"
+    call = (x, weight, None, 1) if part == PARTS[0] else (x, x, weight, 1)
+    assert depthwise.choose_fastest(part, "auto", x, weight, *call) == "torch"
+    assert depthwise.choose_fastest(part, "auto", x, weight, *call) == "torch"
     assert times == [2.0, 1.0]
 
 
@@ -197,8 +201,8 @@ def test_training_on_cpu(name):
     dilation = DILATED.get(name, 1)
     inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | TRAINING)[name])]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
-    ours = {part: {"cpu": kernels["cpu"]} for part, kernels in depthwise.PARTS.items()}
-    with patch.object(depthwise, "PARTS", ours):
+    ours = {part: {"cpu": dispatch.TABLE[part]["cpu"]} for part in PARTS}
+    with patch.dict(dispatch.TABLE, ours):
         actual = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
         again = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
     expected = with_gradients(lambda *x: convolve(*x, dilation), exact, torch.float32)
@@ -252,9 +256,7 @@ def test_gradients_not_asked_for(frozen):
     inputs = make_inputs(SMALL["the kernel's size"])
     for i, x in enumerate(inputs):
         x.requires_grad_(i != frozen)
-    part = {0: "input", 1: "weight"}.get(frozen)
-    parts = {key: kernels if key != part else {} for key, kernels in depthwise.PARTS.items()}
-    with patch.object(depthwise, "PARTS", parts):
+    with patch.dict(dispatch.TABLE, {part: {} for part in PARTS[1:][frozen : frozen + 1]}):
         actual = with_gradients(operator, inputs)
     for found, wanted in zip(actual, with_gradients(convolve, inputs), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -302,7 +304,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize(("device", "size", "operator"), [("cuda", 7, True), ("cuda", 5, False), ("cpu", 7, False)])
 def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch):
     """Elsewhere PyTorch's convolution, which exporters and counters of operations know. It shows without a GPU."""
-    monkeypatch.setattr(depthwise, "_convolve", lambda x, *_: x)
+    monkeypatch.setattr(depthwise, "convolve", lambda x, *_: x)
     with FakeTensorMode(), torch.device(device), Calls() as calls:
         depthwise_conv2d(torch.empty(2, 4, 9, 9), torch.empty(4, 1, size, size), torch.empty(4))
     assert ("overlock.depthwise_conv2d.default" in calls.names) == operator
@@ -314,7 +316,7 @@ def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch)
     [
         (lambda module: module, 1 + len(branches_of(9))),
         (lambda module: module.fold(), 1),
-        (lambda module: fuse(ConvNorm(module, 4)), 1),
+        (lambda module: fuse(ConvNorm(module, 4).double()), 1),
     ],
     ids=["training form", "merged", "fused"],
 )

@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from overlock.fused import layer_operators
+from overlock.kernels.torch import depthwise as plain
+from overlock.kernels.torch import grn as grn_plain
 from overlock.ops import backend
 
 OPERATORS = torch.ops.overlock
@@ -44,22 +46,22 @@ IMAGES = (2, 4, 6, 7)
 CASES = {
     "depthwise": (
         lambda *a: OPERATORS.depthwise_conv2d(*a, 1),
-        lambda *a: depthwise._convolve(*a, 1),
+        lambda *a: plain.convolve(*a, 1),
         normal(IMAGES, (4, 1, 5, 5), (4,)),
     ),
     "dilated": (
         lambda x, w: OPERATORS.depthwise_conv2d(x, w, None, 2),
-        lambda x, w: depthwise._convolve(x, w, None, 2),
+        lambda x, w: plain.convolve(x, w, None, 2),
         normal(IMAGES, (4, 1, 3, 3)),
     ),
     "local_conv": (
         lambda *a: OPERATORS.local_conv(*a, True),
-        lambda *a: residual_depthwise._convolve(*a, True),
+        lambda *a: plain.local_conv(*a, True),
         normal(IMAGES, (4, 1, 3, 3), (4,)),
     ),
     "response_norm": (
         lambda *a: OPERATORS.global_response_norm(*a, 1e-6),
-        lambda *a: grn._plain(*a, 1e-6),
+        lambda *a: grn_plain.twice_differentiable(*a, 1e-6),
         normal(IMAGES, (4,), (4,)),
     ),
     "contmix": (

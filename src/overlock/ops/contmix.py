@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from overlock.kernels.torch import reference
 from overlock.ops.checks import Inputs, check_at_least
-from overlock.ops.dispatch import asked_for, choose, exports_to_onnx
+from overlock.ops.dispatch import BACKENDS, asked_for, choose, exports_to_onnx, run
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register
 
@@ -141,7 +141,7 @@ def _forward(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        result = choose(asked_for(), *call).forward(*call)
+        result = run("contmix", asked_for(), *call)
     if size is not None:
         result = _shrink(result, mixed.shape[3], mixed.shape[4])
     return result if result.stride() == mixed.stride() else mixed.copy_(result)
@@ -182,7 +182,8 @@ def _backward(
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
     with torch.autocast(value.device.type, enabled=False):
-        computed: list[Any] = list(choose(backend, *call).backward(grad, *call))
+        gradients_of: Any = BACKENDS[choose("contmix", backend, *call)].backward
+        computed: list[Any] = list(gradients_of(grad, *call))
     if size is not None:
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))

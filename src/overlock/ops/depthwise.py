@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from overlock.kernels.torch.depthwise import convolve, input_gradient, weight_gradient
 from overlock.ops.checks import FilterInputs, check_gradient
-from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx, on_use, triton_why_not
+from overlock.ops.dispatch import TABLE, asked_for, choose, exports_to_onnx, trains_on_cpu
 from overlock.ops.gradients import register_autograd, register_plain_autograd
-from overlock.ops.registration import register
-from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
+from overlock.ops.registration import register, to_layout_of
 
-_INPUTS = FilterInputs("depthwise_conv2d")
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = (
+    f"depthwise_conv2d{part}" for part in ("", "_input_gradient", "_weight_gradient")
+)
+"""Rows of the table of backends, and operators."""
+_INPUTS = FilterInputs(FORWARD)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
@@ -51,47 +54,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     if not torch.jit.is_scripting():
         _INPUTS.check_filter(x, weight, bias, dilation)
-    return _convolve(x, weight, bias, dilation)
+    return convolve(x, weight, bias, dilation)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    reach = weight.shape[3] // 2 * dilation
-    return F.conv2d(x, weight, bias, padding=(reach, reach), dilation=(dilation, dilation), groups=weight.shape[0])
-
-
-def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, *, wanted: int) -> Tensor:
-    padding = [weight.shape[3] // 2 * dilation] * 2
-    mask = [wanted == 0, wanted == 1, False]
-    arguments = (grad, x, weight, None, [1, 1], padding, [dilation] * 2, False, [0, 0], x.shape[1], mask)
-    return torch.ops.aten.convolution_backward(*arguments)[wanted]
-
-
-def _undilated(name: str) -> Callable[..., Tensor]:
-    """A function of Triton's, which knows no dilation."""
-    call = on_use("triton.depthwise", name)
-    return lambda *arguments: call(*arguments[:-1])
-
-
-# Each part of the work by PyTorch and by our kernels, called with (x, weight, bias, dilation) or
-# (grad, x, weight, dilation).
-PARTS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    "forward": {
-        "torch": _convolve,
-        "triton": _undilated("convolve"),
-        "cpu": on_use("numba.depthwise_gradients", "convolve"),
-    },
-    "input": {
-        "torch": functools.partial(_convolve_backward, wanted=0),
-        "triton": _undilated("input_gradient"),
-        "cpu": on_use("numba.depthwise_gradients", "input_gradient"),
-    },
-    "weight": {
-        "torch": functools.partial(_convolve_backward, wanted=1),
-        "triton": _undilated("weight_gradient"),
-        "cpu": on_use("numba.depthwise_gradients", "weight_gradient"),
-    },
-}
-why_not = triton_why_not("triton.depthwise")
 _faster: dict[tuple[object, ...], bool] = {}
 
 
@@ -109,49 +74,49 @@ def _milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def choose(part: str, x: Tensor, weight: Tensor, dilation: int, backend: str) -> str:
-    """Whose kernel of a part is taken: Triton's where it can run and was the faster, numba's on CPU, else PyTorch's.
+def choose_fastest(operation: str, asked: str, x: Tensor, weight: Tensor, *call: Any) -> str:
+    """As :func:`overlock.ops.dispatch.choose`, but on CUDA Triton's kernel only where it was the faster.
 
     Where nothing can be timed, which is while a CUDA graph is captured, PyTorch's is taken unless the answer is known;
     also where algorithms must be deterministic, since a race of timings is not.
     """
-    if dilation == 1 and backend in (AUTO, "triton") and why_not(x, weight) is None:
-        return "triton" if not x.is_cuda or _is_faster(part, x, weight) else "torch"
-    return "cpu" if takes_kernels(backend, x, weight) and weight.shape[3] % 2 else "torch"
+    chosen = choose(operation, asked, *call)
+    return "torch" if chosen == "triton" and x.is_cuda and not _is_faster(operation, x, weight, *call) else chosen
 
 
-def _is_faster(part: str, x: Tensor, weight: Tensor) -> bool:
-    """Whether Triton's kernel of a part takes less time than PyTorch's."""
+def _is_faster(operation: str, x: Tensor, weight: Tensor, *call: Any) -> bool:
+    """Whether Triton's kernel takes less time than PyTorch's."""
     if torch.are_deterministic_algorithms_enabled():
         return False
-    key = (part, x.device, x.dtype, tuple(x.shape), x.stride(1) == 1, weight.shape[3])
+    key = (operation, x.device, x.dtype, tuple(x.shape), x.stride(1) == 1, weight.shape[3])
     if key not in _faster:
         if torch.cuda.is_current_stream_capturing():
             return False
-        arguments = (x, weight, None, 1) if part == "forward" else (x, x, weight, 1)  # any gradient does
+        like = weight if operation == WEIGHT_GRADIENT else x
         with torch.cuda.device(x.device):
-            calls = (functools.partial(_compute, name, part, x, weight, *arguments) for name in ("triton", "torch"))
-            times = [_milliseconds(call) for call in calls]
+            calls = (functools.partial(_compute, operation, name, like, *call) for name in ("triton", "torch"))
+            times = [_milliseconds(run) for run in calls]
         _faster[key] = times[0] < times[1]
     return _faster[key]
 
 
-def _compute(name: str, part: str, x: Tensor, weight: Tensor, *arguments: Tensor | int | None) -> Tensor:
-    return to_layout_of(weight if part == "weight" else x, PARTS[part][name](*arguments))
+def _compute(operation: str, name: str, like: Tensor, *call: Any) -> Tensor:
+    return to_layout_of(like, TABLE[operation][name].forward(*call))
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    name = choose("forward", x, weight, dilation, asked_for())
-    return _compute(name, "forward", x, weight, x, weight, bias, dilation)
+    call = (x, weight, bias, dilation)
+    return _compute(FORWARD, choose_fastest(FORWARD, asked_for(), x, weight, *call), x, *call)
 
 
-def _gradient(part: str, grad: Tensor, x: Tensor, weight: Tensor, dilation: int, backend: str) -> Tensor:
-    name = choose(part, x, weight, dilation, backend)
-    return _compute(name, part, x, weight, grad, x, weight, dilation)
+def _gradient(operation: str, grad: Tensor, x: Tensor, weight: Tensor, dilation: int, asked: str) -> Tensor:
+    call = (grad, x, weight, dilation)
+    like = weight if operation == WEIGHT_GRADIENT else x
+    return _compute(operation, choose_fastest(operation, asked, x, weight, *call), like, *call)
 
 
 register(
-    "depthwise_conv2d", "(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor",
+    FORWARD, "(Tensor x, Tensor weight, Tensor? bias, int dilation) -> Tensor",
     _forward, lambda x, *_: torch.empty_like(x),
     check=_INPUTS.check_filter, batched=1, cast=3,
 )  # fmt: skip
@@ -164,13 +129,13 @@ def _check_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, _bac
 
 _GRADIENT = "(Tensor grad, Tensor x, Tensor weight, int dilation, str backend) -> Tensor"
 register(
-    "depthwise_conv2d_input_gradient", _GRADIENT,
-    functools.partial(_gradient, "input"), lambda _, x, *__: torch.empty_like(x),
+    INPUT_GRADIENT, _GRADIENT,
+    functools.partial(_gradient, INPUT_GRADIENT), lambda _, x, *__: torch.empty_like(x),
     check=_check_gradient, batched=2,
 )  # fmt: skip
 register(
-    "depthwise_conv2d_weight_gradient", _GRADIENT,
-    functools.partial(_gradient, "weight"), lambda _, __, weight, *___: torch.empty_like(weight),
+    WEIGHT_GRADIENT, _GRADIENT,
+    functools.partial(_gradient, WEIGHT_GRADIENT), lambda _, __, weight, *___: torch.empty_like(weight),
     check=_check_gradient,
 )  # fmt: skip
 
@@ -192,10 +157,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     )
 
 
-def _plain_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int, _backend: str, *, wanted: int) -> Tensor:
-    return _convolve_backward(grad, x, weight, dilation, wanted=wanted)
-
-
-register_autograd("depthwise_conv2d", _backward, setup_context=_save, plain=_convolve)
-register_plain_autograd("depthwise_conv2d_input_gradient", functools.partial(_plain_gradient, wanted=0))
-register_plain_autograd("depthwise_conv2d_weight_gradient", functools.partial(_plain_gradient, wanted=1))
+register_autograd(FORWARD, _backward, setup_context=_save, plain=convolve)
+register_plain_autograd(INPUT_GRADIENT, lambda *call: input_gradient(*call[:-1]))
+register_plain_autograd(WEIGHT_GRADIENT, lambda *call: weight_gradient(*call[:-1]))

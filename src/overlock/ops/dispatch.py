@@ -1,7 +1,8 @@
-"""The one table of implementations of the operations, and which of them a call takes.
+"""The one table of implementations of all operations, and which of them a call takes.
 
-A backend answers, for a given call, with ``None`` or the reason why it cannot run. Without a choice by the user the
-first one in the table that can run is taken; an explicit choice that cannot run raises that reason.
+A backend answers, for a given call, with ``None`` or the reason why it cannot run (:func:`why_not`). Without a choice
+by the user the first one of a row that can run is taken. An explicit choice that cannot run ContMix raises the reason;
+of the other operations, which not every backend has, PyTorch's own is taken then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from overlock.kernels.numba import contmix as cpu
 from overlock.kernels.torch import contmix as portable
-from overlock.kernels.torch import reference
+from overlock.kernels.torch import depthwise, grn, reference
 from overlock.ops.gradients import pull_back
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,23 @@ AUTO = "auto"
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
+def _always(*_: object) -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One implementation of ContMix's dynamic convolution; ``backward`` may be another's."""
+    """One implementation of an operation.
 
-    forward: Callable[..., Tensor]
-    backward: Callable[..., Gradients]
-    why_not: Callable[..., str | None]
+    Attributes:
+        forward: the function.
+        backward: its gradients, called with the result's and the inputs; None where they are operations of their own.
+        why_not: called as ``forward``; None, or the reason why it cannot run that call.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any] | None = None
+    why_not: Callable[..., str | None] = _always
 
 
 def _reference_backward(grad: Tensor, *inputs: Tensor | int | None) -> Gradients:
@@ -46,10 +57,6 @@ def _reference_backward(grad: Tensor, *inputs: Tensor | int | None) -> Gradients
     given = [i for i, x in enumerate(inputs) if isinstance(x, Tensor)]
     found = dict(zip(given, pull_back(reference.contmix, inputs, grad, given), strict=True))
     return tuple(found.get(i) for i in range(6))  # type: ignore[return-value]
-
-
-def _always(*_: object) -> None:
-    return None
 
 
 def on_use(module: str, name: str) -> Callable[..., Any]:
@@ -61,7 +68,7 @@ def on_use(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-def triton_why_not(module: str) -> Callable[..., str | None]:
+def _triton_why_not(module: str) -> Callable[..., str | None]:
     """Why Triton's kernels cannot run a call with a tensor first: no GPU, no triton, or what the module itself says."""
 
     def why_not(*call: Any) -> str | None:
@@ -75,16 +82,60 @@ def triton_why_not(module: str) -> Callable[..., str | None]:
     return why_not
 
 
+def _numba(module: str, forward: str, backward: str | None = None) -> Backend:
+    gradients = None if backward is None else on_use(f"numba.{module}", backward)
+    return Backend(forward=on_use(f"numba.{module}", forward), backward=gradients, why_not=cpu.why_not)
+
+
+def _triton_filter(name: str) -> Backend:
+    """Triton's depthwise kernels, which know no dilation."""
+    call, reason = on_use("triton.depthwise", name), _triton_why_not("triton.depthwise")
+
+    def why_not(*arguments: Any) -> str | None:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        x, weight = tensors[-2:] if name != "convolve" else tensors[:2]
+        return reason(x, weight) if arguments[-1] == 1 else "it knows no dilation"
+
+    return Backend(forward=lambda *arguments: call(*arguments[:-1]), why_not=why_not)
+
+
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         forward=on_use("triton.contmix", "forward"),
         backward=on_use("triton.contmix", "backward"),
-        why_not=triton_why_not("triton.contmix"),
+        why_not=_triton_why_not("triton.contmix"),
     ),
     "cpu": Backend(forward=cpu.forward, backward=on_use("numba.contmix_gradients", "backward"), why_not=cpu.why_not),
-    "torch": Backend(forward=portable.forward, backward=portable.backward, why_not=_always),
-    "reference": Backend(forward=reference.contmix, backward=_reference_backward, why_not=_always),
+    "torch": Backend(forward=portable.forward, backward=portable.backward),
+    "reference": Backend(forward=reference.contmix, backward=_reference_backward),
 }
+"""ContMix's implementations, the preferred first; their names are those that a user can ask for."""
+
+TABLE: dict[str, dict[str, Backend]] = {
+    "contmix": BACKENDS,
+    "depthwise_conv2d": {
+        "triton": _triton_filter("convolve"),
+        "cpu": _numba("depthwise_gradients", "convolve"),
+        "torch": Backend(forward=depthwise.convolve),
+    },
+    "depthwise_conv2d_input_gradient": {
+        "triton": _triton_filter("input_gradient"),
+        "cpu": _numba("depthwise_gradients", "input_gradient"),
+        "torch": Backend(forward=depthwise.input_gradient),
+    },
+    "depthwise_conv2d_weight_gradient": {
+        "triton": _triton_filter("weight_gradient"),
+        "cpu": _numba("depthwise_gradients", "weight_gradient"),
+        "torch": Backend(forward=depthwise.weight_gradient),
+    },
+    "local_conv": {
+        "cpu": _numba("depthwise_gradients", "local_conv", "local_gradients"),
+        "torch": Backend(forward=depthwise.local_conv, backward=depthwise.local_gradients),
+    },
+    "sum_products": {"cpu": _numba("grn", "sum_products"), "torch": Backend(forward=grn.sum_products)},
+    "scale_and_add": {"cpu": _numba("grn", "scale_and_add"), "torch": Backend(forward=grn.scale_and_add)},
+}
+"""Of each operation, or each part of one that is chosen apart, the backends, the preferred first."""
 
 _chosen: contextvars.ContextVar[str] = contextvars.ContextVar("overlock_backend")
 
@@ -126,16 +177,44 @@ def exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def choose(name: str, *call: Tensor | int | None) -> Backend:
-    """The backend of a name, or for 'auto' the first of the table that can run a call."""
-    if name != AUTO:
-        reason = BACKENDS[name].why_not(*call)
-        if reason:
-            raise ValueError(f"The backend {name!r} cannot run this call: {reason}")
-        return BACKENDS[name]
-    for candidate, implementation in BACKENDS.items():
-        reason = implementation.why_not(*call)
+def why_not(operation: str, backend: str, *call: Any) -> str | None:
+    """Why a backend cannot run a call of an operation, or None."""
+    if backend not in TABLE[operation]:
+        return f"it has no {operation}"
+    return TABLE[operation][backend].why_not(*call)
+
+
+def choose(operation: str, asked: str, *call: Any) -> str:
+    """The backend that a call takes: the one asked for, or for 'auto' the first of the table that can run it.
+
+    Raises:
+        ValueError: where the backend asked for cannot run a call of ContMix.
+    """
+    for candidate in TABLE[operation] if asked == AUTO else (asked,):
+        reason = why_not(operation, candidate, *call)
         if reason is None:
-            return implementation
-        logger.debug("backend %s passed over: %s", candidate, reason)
-    raise AssertionError("the torch backend runs everywhere")
+            return candidate
+        if asked != AUTO and operation == "contmix":
+            raise ValueError(f"The backend {asked!r} cannot run this call: {reason}")
+        logger.debug("%s: backend %s passed over: %s", operation, candidate, reason)
+    return "torch"
+
+
+def run(operation: str, asked: str, *call: Any) -> Any:
+    """Call an operation with the backend that it takes."""
+    return TABLE[operation][choose(operation, asked, *call)].forward(*call)
+
+
+def trains_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call has a gradient to compute in float32 on CPU, where the kernels can run.
+
+    An exported or traced graph is to have operations that others know.
+    """
+    tensors = [x, *(other for other in others if other is not None)]
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return wanted and cpu.why_not(*tensors) is None and not _is_exporting()
+
+
+def _is_exporting() -> bool:
+    known = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7
+    return torch._C._get_tracing_state() is not None or (known is not None and known())

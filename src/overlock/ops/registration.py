@@ -93,3 +93,9 @@ def _register_autocast(name: str, cast: int, device: str) -> None:
             return call(*given, *inputs[cast:])
 
     LIBRARY.impl(name, autocast, f"Autocast{device.upper()}")
+
+
+def to_layout_of(like: Tensor, result: Tensor) -> Tensor:
+    """The result in the layout that ``torch.empty_like`` gives, as an operator's fake promises."""
+    wanted = torch.empty_like(like, device="meta").stride()
+    return result if result.stride() == wanted else torch.empty_like(like).copy_(result)

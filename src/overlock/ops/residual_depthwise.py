@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from overlock.kernels.torch import depthwise as plain
 from overlock.ops.checks import FilterInputs
-from overlock.ops.dispatch import asked_for, on_use
+from overlock.ops.dispatch import TABLE, asked_for, choose, run, trains_on_cpu
 from overlock.ops.gradients import register_backward
-from overlock.ops.registration import register
-from overlock.ops.training import takes_kernels, to_layout_of, trains_on_cpu
-
-filter_by_kernel, gradients_by_kernel = (
-    on_use("numba.depthwise_gradients", "local_conv"),
-    on_use("numba.depthwise_gradients", "local_gradients"),
-)
-
+from overlock.ops.registration import register, to_layout_of
 
 _INPUTS = FilterInputs("local_conv")
 
@@ -39,39 +34,23 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fals
         ValueError: where shapes, types or devices do not fit, or K is even.
     """
     if torch.jit.is_scripting():  # what follows does not script
-        return _convolve(x, weight, bias, gelu)
+        return plain.local_conv(x, weight, bias, gelu)
     if trains_on_cpu(x, weight, bias):
         return torch.ops.overlock.local_conv(x, weight, bias, gelu)
     _INPUTS.check_filter(x, weight, bias)
-    return _convolve(x, weight, bias, gelu)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    x = F.gelu(x) if gelu else x
-    reach = weight.shape[3] // 2
-    return x + F.conv2d(x, weight, bias, padding=(reach, reach), groups=weight.shape[0])
+    return plain.local_conv(x, weight, bias, gelu)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    run = filter_by_kernel if takes_kernels(asked_for(), x, weight) else _convolve
-    return to_layout_of(x, run(x, weight, bias, gelu))
+    return to_layout_of(x, run("local_conv", asked_for(), x, weight, bias, gelu))
 
 
 def _gradients(
     grad: Tensor, backend: str, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = gradients_by_kernel if takes_kernels(backend, x, weight) else _plain_gradients
-    of_x, of_weight, of_bias = run(grad, x, weight, gelu)
+    gradients_of: Any = TABLE["local_conv"][choose("local_conv", backend, x, weight, bias, gelu)].backward
+    of_x, of_weight, of_bias = gradients_of(grad, x, weight, gelu)
     return to_layout_of(x, of_x), to_layout_of(weight, of_weight), x.new_empty(0) if bias is None else of_bias.clone()
-
-
-def _plain_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    a, padding = F.gelu(x) if gelu else x, [weight.shape[3] // 2] * 2
-    channels = x.shape[1]
-    arguments = (grad, a, weight, [channels], [1, 1], padding, [1, 1], False, [0, 0], channels, [True] * 3)
-    of_a, of_weight, of_bias = torch.ops.aten.convolution_backward(*arguments)
-    of_a = of_a + grad
-    return torch.ops.aten.gelu_backward(of_a, x) if gelu else of_a, of_weight, of_bias
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, _gelu: bool) -> None:
@@ -84,6 +63,6 @@ register(
     check=_check, batched=1, cast=3,
 )  # fmt: skip
 register_backward(
-    "local_conv", _ARGUMENTS, _gradients, tensors=3, plain=_convolve, note=asked_for,
+    "local_conv", _ARGUMENTS, _gradients, tensors=3, plain=plain.local_conv, note=asked_for,
     check=_check, result_shape=lambda x, *_: x.shape,
 )  # fmt: skip

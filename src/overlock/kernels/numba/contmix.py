@@ -12,25 +12,25 @@ a few terms spelled out for each pass over them, so that partial sums are loaded
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
 from torch import Tensor
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
-def why_not(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, *_: int
-) -> str | None:
-    """The reason why a call cannot run here, or None."""
-    tensors = [x for x in (query, key, value, weight, bias, rpb) if x is not None]
-    if value.device.type != "cpu":
-        return f"it runs on CPU, not on {value.device.type}"
-    if any(x.dtype != torch.float32 for x in tensors):
-        return "it computes in float32 only"
-    if not numba_installed():
+
+def why_not(*call: object) -> str | None:
+    """Why numba's kernels, of any operation, cannot run a call; or None."""
+    tensors = [x for x in call if isinstance(x, Tensor)]
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it runs on CPU, not on {x.device.type}"
+        if x.dtype != torch.float32:
+            return "it computes in float32 only"
+    if not HAS_NUMBA:
         return "numba is not installed; pip install numba"
-    return None
+    return "there is nothing to compute" if tensors[0].numel() == 0 else None
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -43,10 +43,9 @@ def to_images(tokens: Tensor) -> Tensor:
     return tokens.permute(0, 3, 1, 2)
 
 
-@functools.lru_cache(maxsize=1)
 def numba_installed() -> bool:
     """Whether the kernels written for numba can be compiled."""
-    return importlib.util.find_spec("numba") is not None
+    return HAS_NUMBA
 
 
 def forward(
