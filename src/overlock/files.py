@@ -35,9 +35,9 @@ def write_atomically(path: PathLike, content: bytes | str) -> None:
                 Path(partial).unlink()
 
 
-def unwritable(path: PathLike, error: OSError) -> ValueError:
+def unwritable(path: PathLike, error: Exception) -> ValueError:
     """The sentence for a file that cannot be written."""
-    return ValueError(f"{path}: cannot write here ({error.strerror}); choose another place")
+    return ValueError(f"{path}: cannot write here ({getattr(error, 'strerror', None) or error}); choose another place")
 
 
 class Outputs:
@@ -110,6 +110,8 @@ class Outputs:
             ValueError: where it cannot be made, is one that is read, or holds files already that may not be replaced.
         """
         folder = self.check_folder(path)
+        if Path(_key(folder)) in self._claimed:
+            raise ValueError(f"{folder}: this command writes into it already; choose another folder")
         self._claimed.append(Path(_key(folder)))
         try:
             folder.mkdir(parents=True, exist_ok=True)

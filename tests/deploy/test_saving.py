@@ -6,6 +6,11 @@ import csv
 import json
 import logging
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +249,41 @@ def test_options_of_detectors_are_not_a_segmenter_s(segmenter, scenes, tmp_path,
 def make(folder):
     make_scene(0)[0].save(folder / "a.png")
     return folder / "a.png"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.json", "v.mp4"])
+def test_a_full_disk_is_one_sentence(detector, scenes, tmp_path, capsys, name):  # noqa: F811
+    link = tmp_path / ("." + "v.partial.mp4" if name == "v.mp4" else name)
+    link.symlink_to("/dev/full")
+    assert predict(detector, scenes / "val", "--threshold", "0", "--save", tmp_path / name, "--overwrite") == 2
+    err = capsys.readouterr().err
+    assert err.count("error: ") == err.count("\n") == 1
+    assert f"{link}: cannot write here (No space left on device)" in err
+
+
+def test_one_folder_is_taken_once(detector, scenes, tmp_path, capsys):  # noqa: F811
+    out = ("--save", tmp_path / "out", "--save", f"{tmp_path}/./out/")
+    assert predict(detector, scenes / "val", *out) == 2
+    assert "this command writes into it already" in capsys.readouterr().err
+
+
+def test_sigterm_leaves_whole_files(detector, scenes, tmp_path):  # noqa: F811
+    """As a scheduler sends it, in the midst of an endless list."""
+    saved = [tmp_path / name for name in ("r.csv", "r.json")]
+    words = ["predict", "-", "--checkpoint", str(detector), "--batch_size", "1", "--workers", "0"]
+    words += [word for path in saved for word in ("--save", str(path))]
+    command = [sys.executable, "-u", "-m", "overlock.cli", *words, "--save", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        for i in range(2):
+            process.stdin.write(f"{scenes / 'val' / f'{i}.png'}\n")
+            process.stdin.flush()
+        while not (tmp_path / "out" / "1.png").exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        table = process.stdout.read()
+    assert process.returncode == 143
+    assert "0.png" in table
+    assert isinstance(json.loads(saved[1].read_text()), list)
+    assert {Path(row["source"]).name for row in csv.DictReader(saved[0].open())} == {"0.png", "1.png"}
+    assert len(json.loads((tmp_path / "out" / "objects.json").read_text())["images"]) == 2

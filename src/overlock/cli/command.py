@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,9 +30,37 @@ class Command(NamedTuple):
 
 def add_runtime(parser: ArgumentParser) -> None:
     """The options of where, and in which precision, a network runs."""
-    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU where there is one.")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU if there is one.")
     parser.add_argument(
-        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Of the network's arithmetic."
+        "--precision", type=Literal["fp32", "bf16", "fp16"], default="fp32", help="Precision of the network."
+    )
+
+
+def add_limits(parser: ArgumentParser) -> None:
+    """The options of what a detector gives at most."""
+    parser.add_argument(
+        "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
+    )
+    parser.add_argument(
+        "--nms_iou",
+        type=float | None,
+        default=None,
+        help="detect: IoU from which on non-maximum suppression drops a box; 0.5 unless given.",
+    )
+
+
+def add_averaging(parser: ArgumentParser) -> None:
+    """The options of how a segmenter looks at an image."""
+    parser.add_argument(
+        "--scales",
+        type=list[float] | None,
+        default=None,
+        help="segment: scales to average over, such as [0.5,1,1.5]; 1 unless given.",
+    )
+    parser.add_argument("--flip", action="store_true", help="segment: average over the mirrored image too.")
+    parser.add_argument("--window", type=int | None, default=None, help="segment: side of a sliding window in pixels.")
+    parser.add_argument(
+        "--stride", type=int | None, default=None, help="segment: its stride; two thirds of the window unless given."
     )
 
 
@@ -58,6 +89,23 @@ def given_of(options: Namespace, names: Iterable[str]) -> dict[str, Any]:
     """The options of these names that are given, of those that are None, or False, unless given."""
     values = {name: options[name] for name in names}
     return {name: value for name, value in values.items() if value is not None and value is not False}
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM, as schedulers send it, ends the work as Ctrl-C does: what is open is closed first."""
+
+    def end(signum: int, _: object) -> None:
+        raise SystemExit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

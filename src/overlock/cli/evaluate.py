@@ -15,7 +15,15 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.table import Column, Table
 
-from overlock.cli.command import Command, add_overwrite, add_runtime, check_task, given_of
+from overlock.cli.command import (
+    Command,
+    add_averaging,
+    add_limits,
+    add_overwrite,
+    add_runtime,
+    check_task,
+    given_of,
+)
 from overlock.files import Outputs
 from overlock.label_files import LabelFiles
 from overlock.object_files import Format, ObjectFiles
@@ -50,78 +58,78 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         nargs="+",
         type=str,
         metavar="MODEL",
-        help="Folders of runs, files of weights, hf-hub:USER/NAME, or models of timm's with their published weights.",
+        help="Folders of runs, files of weights, hf-hub:USER/NAME, or names of timm models with published weights.",
     )
     parser.add_argument("--data", type=str, required=True, help="Labelled images, in any form that training takes.")
     parser.add_argument(
-        "--val_split", type=str | None, default=None, help="Name of the part to test on; the usual names are tried."
+        "--val_split", type=str | None, default=None, help="Name of the part to test on; the usual ones are tried."
     )
+    parser.add_argument("--classes", type=str | None, default=None, help="classify, segment: file of the class names.")
     parser.add_argument(
-        "--classes", type=str | None, default=None, help="classify, segment: file of the classes' names."
+        "--held_out", action="store_true", help="Of a folder without a test part, take what training holds out."
     )
-    parser.add_argument(
-        "--held_out", action="store_true", help="Of a folder without a test part, what training holds out."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of that split, as in training.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of that split, as in training.")
     parser.add_argument("--model", type=str | None, default=None, help="Model of a file that does not say.")
     parser.add_argument(
-        "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own."
+        "--image_size", type=int | None, default=None, help="classify: side in pixels; the model's own unless given."
     )
-    parser.add_argument("--crop_pct", type=float | None, default=None, help="classify: share kept by the crop.")
     parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="Images a pass: 64 to classify, 1 to detect unless given."
+        "--crop_pct",
+        type=float | None,
+        default=None,
+        help="classify: share of the image in the centre crop; the model's own unless given.",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="Images in a batch; classify: 64, detect: 1, unless given.",
     )
     parser.add_argument("--workers", type=int, default=2, help="Processes that load images.")
     add_runtime(parser)
     _add_detection(parser)
     _add_segmentation(parser)
+    parser.add_argument("--strict", action="store_true", help="Stop at the first image that cannot be read.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
-    parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
     parser.add_argument(
-        "--save", type=str | None, default=None,
-        help="Folder for a table of the classes; classify: and a picture of the confusions; detect: and the objects "
-        "as COCO's results, with the ids of the data.",
-    )  # fmt: skip
+        "--save",
+        type=str | None,
+        default=None,
+        help="Folder for a table of the classes. classify: and the confusion matrix as a picture. detect: and COCO's "
+        "results, with the ids of the data.",
+    )
     add_overwrite(parser)
 
 
 def _add_detection(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--format", type=Format | None, default=None, help="detect: form of the annotations; told by what lies there."
+        "--format", type=Format | None, default=None, help="detect: form of the annotations; recognised unless given."
     )
     parser.add_argument(
         "--annotations", type=str | None, default=None, help="detect: file of the annotations, or folder of such files."
     )
     parser.add_argument("--images", type=str | None, default=None, help="detect: folder of their images.")
-    parser.add_argument(
-        "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
-    )
-    parser.add_argument(
-        "--nms_iou", type=float | None, default=None,
-        help="detect: overlap from which on one of two boxes of a class is dropped; 0.5 unless given.",
-    )  # fmt: skip
+    add_limits(parser)
 
 
 def _add_segmentation(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--labels", type=str | None, default=None,
-        help="segment: pixel values of the classes in order, e.g. 0,255; as in the model's run unless given.",
-    )  # fmt: skip
+        "--labels",
+        type=str | None,
+        default=None,
+        help="segment: pixel values of the classes in order, such as 0,255; as in the model's run unless given.",
+    )
     parser.add_argument(
-        "--colours", type=str | None, default=None,
+        "--colours",
+        type=str | None,
+        default=None,
         help="segment: voc, cityscapes, or a file of lines 'name r g b'; as in the model's run unless given.",
-    )  # fmt: skip
+    )
     parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
     parser.add_argument(
-        "--ignore_index", type=int | None, default=None,
-        help="segment: value of pixels that do not count; 255 unless given.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scales", type=list[float] | None, default=None, help="segment: e.g. [0.5,1,1.5], their mean; 1 unless given."
+        "--ignore_index", type=int | None, default=None, help="segment: value of ignored pixels; 255 unless given."
     )
-    parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
-    parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
-    parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
+    add_averaging(parser)
 
 
 def run(options: Namespace, console: Console) -> int:

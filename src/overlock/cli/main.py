@@ -68,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, say head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # of the machine, say a full disk
+        sentence = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     errors.print("[red]error:[/red]", end=" ")
     errors.print(sentence, markup=False)
     return USER_FAULT

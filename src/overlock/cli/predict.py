@@ -14,7 +14,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from overlock.cli.command import Command, add_overwrite, add_runtime, check_task
+from overlock.cli.command import (
+    Command,
+    add_averaging,
+    add_limits,
+    add_overwrite,
+    add_runtime,
+    check_task,
+    ended_by_sigterm,
+)
 from overlock.files import Outputs
 
 if TYPE_CHECKING:
@@ -46,50 +54,27 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "--checkpoint",
         type=str | None,
         default=None,
-        help="Folder of a run, hf-hub:USER/NAME, a file of weights, or a model of timm's with its published ones; "
-        "without it a small model that comes with the package and knows the ten classes of CIFAR-10.",
+        help="Folder of a run, file of weights, hf-hub:USER/NAME, or name of a timm model with published weights. "
+        "Without it a small model answers that comes with the package and knows the ten classes of CIFAR-10.",
     )
     parser.add_argument(
         "--task",
         type=Literal["classify", "detect", "segment"] | None,
         default=None,
-        help="What the checkpoint is for; it says so itself.",
+        help="Task of the checkpoint, to make sure of it.",
     )
     parser.add_argument("--model", type=str | None, default=None, help="Model of a checkpoint that does not say.")
+    _add_settings(parser)
     parser.add_argument(
-        "--top", type=int | None, default=None, help="classify: how many classes to show; 5 unless given."
-    )
-    parser.add_argument(
-        "--threshold", type=float | None, default=None,
-        help="detect: score from which on an object counts; 0.5 unless given.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max_detections", type=int | None, default=None, help="detect: most objects of an image; 100 unless given."
-    )
-    parser.add_argument(
-        "--nms_iou", type=float | None, default=None,
-        help="detect: overlap from which on one of two boxes of a class is dropped; 0.5 unless given.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--annotations", type=str | None, default=None,
-        help="detect: JSON file of COCO's images and categories, whose ids --save FILE.json takes.",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scales", type=list[float] | None, default=None, help="segment: e.g. [0.5,1,1.5], their mean; 1 unless given."
-    )
-    parser.add_argument("--flip", action="store_true", help="segment: take the mean with the mirrored image.")
-    parser.add_argument("--window", type=int | None, default=None, help="segment: slide a window of this side.")
-    parser.add_argument("--stride", type=int | None, default=None, help="segment: its step, by default two thirds.")
-    parser.add_argument(
-        "--batch_size", type=int | None, default=None, help="Images a pass: 32 unless given; detect, segment: 1."
+        "--batch_size", type=int | None, default=None, help="Images in a batch: 32 to classify, else 1, unless given."
     )
     parser.add_argument("--workers", type=int, default=2, help="Threads that load images.")
     add_runtime(parser)
     parser.add_argument(
-        "--max_pixels", type=int | None, default=None, help="Pixels of the largest image; 178956970 unless given."
+        "--max_pixels", type=int | None, default=None, help="Largest image in pixels; 178956970 unless given."
     )
-    parser.add_argument("--every", type=int | None, default=None, help="Of a video, take one frame of so many.")
-    parser.add_argument("--strict", action="store_true", help="End at the first image that cannot be read.")
+    parser.add_argument("--every", type=int | None, default=None, help="Videos: take every N-th frame.", metavar="N")
+    parser.add_argument("--strict", action="store_true", help="Stop at the first image that cannot be read.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     parser.add_argument(
         "--save",
@@ -102,6 +87,24 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         "COCO's form or the label maps.",
     )
     add_overwrite(parser)
+
+
+def _add_settings(parser: ArgumentParser) -> None:
+    """The options of the tasks, none of which is set unless given."""
+    parser.add_argument(
+        "--top", type=int | None, default=None, help="classify: number of classes to show; 5 unless given."
+    )
+    parser.add_argument(
+        "--threshold", type=float | None, default=None, help="detect: lowest score of an object; 0.5 unless given."
+    )
+    add_limits(parser)
+    parser.add_argument(
+        "--annotations",
+        type=str | None,
+        default=None,
+        help="detect: JSON file in COCO's form, whose ids of images and categories --save FILE.json takes.",
+    )
+    add_averaging(parser)
 
 
 def run(options: Namespace, console: Console) -> int:
@@ -121,7 +124,7 @@ def run(options: Namespace, console: Console) -> int:
         sources.images, batch_size=options.batch_size, workers=options.workers, keep_images=bool(options.save),
         **{name: value for name, value in given.items() if name in SETTINGS[predictor.task]},
     )  # fmt: skip
-    with ExitStack() as stack:
+    with ended_by_sigterm(), ExitStack() as stack:
         writers = [_print_to(console, predictor.task, options.json)]
         stack.callback(writers[0].close)
         for name in options.save:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from overlock.checkpoint import Record
 from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
 from overlock.data.detection import load_detection_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
-from overlock.deploy.coco_results import describe_detections
+from overlock.deploy.coco_results import Id, describe_detections
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
 from overlock.deploy.runtime import not_finite
 from overlock.files import write_atomically
@@ -49,37 +50,30 @@ def evaluate_detector(
         ValueError: for data that cannot be read or is of other classes, and where the network gives no finite numbers.
         ImportError: without torchmetrics or pycocotools.
     """
-    check_limits(0, max_detections, nms_iou)
+    limits: dict[str, Any] = dict(max_detections=max_detections, nms_iou=nms_iou)
+    check_limits(0, **limits)
     given = EvaluationOptions(**options)
     runner = Runner(network, record, given)
     masks = "mask" in str(record.head)
     score = DetectionScore(masks=masks, by_class=True)
-    files = ObjectFiles(data=data) if isinstance(data, str) else data
     source: Any = load_detection_test(
-        files, classes=record.classes, masks=masks, held_out=given.held_out, seed=given.seed
-    )
-    loader = make_test_loader(
-        source, PrepareObjects(make_detection_transform(training=False)), batch_size=given.batch_size or 1,
-        join=as_lists, workers=given.workers,
+        ObjectFiles(data=data) if isinstance(data, str) else data, classes=record.classes, masks=masks,
+        held_out=given.held_out, seed=given.seed,
     )  # fmt: skip
+    prepare = PrepareObjects(make_detection_transform(training=False))
+    loader = make_test_loader(source, prepare, batch_size=given.batch_size or 1, join=as_lists, workers=given.workers)
     found: list[dict[str, Any]] = []
 
     def step(batch: Batch) -> None:
         images = [image.to(runner.device) for image in batch.images]
         try:
             with runner.computing():
-                results = find_objects(
-                    runner.network, images, max_detections=max_detections, nms_iou=nms_iou, strict=True
-                )
+                results = find_objects(runner.network, images, strict=True, **limits)
         except FloatingPointError:
             raise not_finite(given.precision) from None
         score.update(results, batch.labels)
         for result, target in zip(results, batch.labels, strict=True) if keep_found else ():
-            categories = [source.category_ids[label - 1] for label in result["labels"].tolist()]
-            entries = describe_detections(
-                result["boxes"].tolist(), result["scores"].tolist(), categories, result.get("masks")
-            )
-            found.extend(dict(image_id=target["image_id"]) | entry for entry in entries)
+            found.extend(dict(image_id=target["image_id"]) | one for one in _to_coco(result, source.category_ids))
 
     counts = runner.run(loader, step, name=name)
     precisions = score.class_measures()["box_AP"]
@@ -89,6 +83,12 @@ def evaluate_detector(
         notes=tuple(getattr(source, "notes", ())), speed_with_loading=counts.images / counts.seconds,
         found=tuple(found),
     )  # fmt: skip
+
+
+def _to_coco(result: Mapping[str, Any], category_ids: Sequence[Id | None]) -> Iterator[dict[str, Any]]:
+    """The objects of an image as COCO's results, without those of classes that the data do not have."""
+    categories = [category_ids[label - 1] for label in result["labels"].tolist()]
+    return describe_detections(result["boxes"].tolist(), result["scores"].tolist(), categories, result.get("masks"))
 
 
 def write_coco_results(evaluation: Evaluation, path: Path) -> None:

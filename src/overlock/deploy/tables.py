@@ -60,13 +60,32 @@ def rows_of(outcome: Result | Failure) -> Iterator[Row]:
         yield common | row
 
 
-def _open(path: Path) -> TextIO:
-    """A new text file; ValueError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w", encoding="utf-8", newline="")
-    except OSError as error:
-        raise unwritable(path, error) from None
+class TextFile:
+    """A new text file.
+
+    Raises:
+        ValueError: where it cannot be written, in each method.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = path.open("w", encoding="utf-8", newline="")
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    def write(self, text: str) -> int:
+        try:
+            return self.file.write(text)
+        except OSError as error:  # say a full disk
+            raise unwritable(self.path, error) from None
+
+    def close(self) -> None:
+        try:
+            self.file.close()
+        except OSError as error:
+            raise unwritable(self.path, error) from None
 
 
 class CsvFile:
@@ -77,7 +96,7 @@ class CsvFile:
     """
 
     def __init__(self, path: Path, task: str):
-        self.file = _open(path)
+        self.file = TextFile(path)
         self.writer = csv.DictWriter(self.file, [*COLUMNS[task], "error"], lineterminator="\n")
         self.writer.writeheader()
 
@@ -96,7 +115,7 @@ class JsonLinesFile:
     """
 
     def __init__(self, path: Path):
-        self.file = _open(path)
+        self.file = TextFile(path)
 
     def add(self, outcome: Result | Failure) -> None:
         self.file.write(json.dumps(describe(outcome), ensure_ascii=False) + "\n")
@@ -117,7 +136,7 @@ class JsonArray:
 
     def __init__(self, place: Path | TextIO):
         self.is_own = isinstance(place, Path)
-        self.file = _open(place) if isinstance(place, Path) else place
+        self.file: TextFile | TextIO = TextFile(place) if isinstance(place, Path) else place
         self.count = 0
 
     def add(self, entry: Any, *, indent: int | None = None) -> None:

@@ -105,9 +105,13 @@ class VideoFile:
 
     def close(self) -> None:
         """Write what is left."""
-        if self._container is not None:
+        if self._container is None:
+            return
+        try:
             self._container.mux(self._stream.encode())
             self._container.close()
+        except (OSError, self._av.FFmpegError) as error:
+            raise unwritable(self.path, error) from None
 
     def _open(self, image: Image.Image, rate: Fraction) -> None:
         codec = next(name for name in CODECS if name in self._av.codecs_available)
