@@ -16,6 +16,7 @@ from overlock import VARIANTS
 from overlock.analysis import count_cost
 from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_model
 from overlock.cli import make_parser
+from overlock.deploy.writers import FORMS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,6 +74,12 @@ def test_commands_parse(line, tmp_path, monkeypatch):
         file.write_text("data: photos\n")
     parser, _ = make_parser(words)
     parser.parse_args(words)
+
+
+def test_table_of_what_is_saved():
+    rows = README.partition("| `--save` |")[2].partition("\n\n")[0]
+    told = re.findall(r"`FILE(\.\w+)`", rows)
+    assert sorted(told) == sorted({ending for form in FORMS for ending in form.endings})
 
 
 def test_table_of_sizes():
