@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from overlock.fonts import font_for
+from overlock.fonts import as_line, font_for
 
 INK, PAPER = "#1d2129", "#ffffff"
 TEXT, SWATCH, GAP = 13, 12, 8  # sizes in pixels
@@ -42,7 +42,7 @@ def draw_objects(image: Image.Image, objects: Mapping[str, Any], classes: Sequen
     for i, (box, label, colour) in enumerate(zip(objects["boxes"], labels, colours, strict=True)):
         left, top, right, bottom = (float(side) for side in box)
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
-        text = classes[label - 1] + ("" if scores is None else f" {100 * float(scores[i]):.0f}")
+        text = as_line(classes[label - 1]) + ("" if scores is None else f" {100 * float(scores[i]):.0f}")
         font = font_for(text, TEXT)
         corner = (max(0.0, min(left, picture.width - font.getlength(text) - 6)) + 3, max(0.0, top - TEXT - 3))
         x0, y0, x1, y1 = draw.textbbox(corner, text, font=font)
@@ -77,16 +77,17 @@ def draw_labels(image: Image.Image, labels: Tensor | np.ndarray[Any, Any], class
 
 def draw_legend(classes: Sequence[str], shown: Sequence[int], *, height: int) -> Image.Image:
     """A column of names and their colours, as many as the height has room for."""
-    fonts = [font_for(classes[label], TEXT) for label in shown]
-    lengths = [font.getlength(classes[label]) for font, label in zip(fonts, shown, strict=True)]
+    names = [as_line(classes[label]) for label in shown]
+    fonts = [font_for(name, TEXT) for name in names]
+    lengths = [font.getlength(name) for font, name in zip(fonts, names, strict=True)]
     width = round(max(lengths, default=0)) + SWATCH + 3 * GAP
     legend = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(legend)
     room = max(1, height // (SWATCH + GAP))
-    for i, (label, font) in enumerate(zip(shown[:room], fonts, strict=False)):
+    for i, (label, name, font) in enumerate(zip(shown[:room], names, fonts, strict=False)):
         top = GAP // 2 + i * (SWATCH + GAP)
         draw.rectangle((GAP, top, GAP + SWATCH, top + SWATCH), fill=colour_of(label))
-        draw.text((2 * GAP + SWATCH, top + SWATCH // 2), classes[label], font=font, fill=INK, anchor="lm")
+        draw.text((2 * GAP + SWATCH, top + SWATCH // 2), name, font=font, fill=INK, anchor="lm")
     return legend
 
 

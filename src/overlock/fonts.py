@@ -28,6 +28,11 @@ NOWHERE = "\U0010ffff"  # a character that no font has
 _log = logging.getLogger(__name__)
 
 
+def as_line(text: str) -> str:
+    """A text for one line: what breaks lines, or is no character, replaced."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def font_for(text: str, size: int) -> Font:
     """A font that has the characters of a text, Pillow's own where it can be.
 

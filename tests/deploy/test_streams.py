@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from overlock.cli import main
 from overlock.deploy import Detector, Failure, Item, Predictor, Segmenter
 from overlock.files import Outputs
 
+PHOTO = Path(__file__).resolve().parents[2] / "examples" / "photos" / "cat.jpg"
 PREPROCESSING = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
 
 
@@ -222,6 +226,22 @@ def test_the_limit_of_pixels(run, tmp_path, monkeypatch, capsys):
     assert "more pixels than the limit of 100" in capsys.readouterr().err
     assert predict(run, tmp_path / "x.png", "--max_pixels", "100000") == 0
     assert predict(run, tmp_path / "x.png", "--max_pixels", "0") == 2
+
+
+def test_odd_names(run, detector, segmenter, tmp_path, capsys):
+    """Of files: with a new line, brackets and bytes that are not UTF-8; and none at all."""
+    names = [b"two\nlines #1 [x].png", b"caf\xe9.png"]
+    for name in names:
+        shutil.copyfile(PHOTO, tmp_path / os.fsdecode(name))
+    for network in (run, detector, segmenter):
+        out = tmp_path.with_name(f"{tmp_path.name}_{network.name}")
+        saved = [word for end in ("csv", "json", "png", "jsonl") for word in ("--save", out / f"r.{end}")]
+        assert predict(network, tmp_path, *saved) == 0
+        sources = {json.loads(line)["source"] for line in (out / "r.jsonl").open()}
+        assert sources == {f"{tmp_path}/two\nlines #1 [x].png", f"{tmp_path}/caf\ufffd.png"}
+    capsys.readouterr()
+    assert predict(run, "") == predict(run, PHOTO, "--save", "") == 2
+    assert capsys.readouterr().err.count("an empty word names no") == 2
 
 
 def test_items_keep_their_names(run, photos):

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from overlock.deploy.results import LabelMap, Objects, Prediction, Result
 from overlock.files import write_atomically
-from overlock.fonts import Font, font_for
+from overlock.fonts import Font, as_line, font_for
 
 WIDTH, HEIGHT = 272, 216  # of the space for an image
 GAP, INSET = 20, 14  # between cards, and within one
@@ -90,7 +90,8 @@ def make_card(result: Result) -> Card:
         counts = Counter(result.labels)  # in the order of the scores
         rows = [(f"{count} {label}" if count > 1 else label, best[label]) for label, count in counts.items()]
     frame = "" if result.frame is None else f" #{result.frame}"
-    return Card(_fit(image), Path(result.source).name + frame, rows[:ROWS])
+    shown = [(as_line(label), share) for label, share in rows[:ROWS]]
+    return Card(_fit(image), as_line(Path(result.source).name) + frame, shown)
 
 
 def draw_cards(cards: Sequence[Card]) -> Image.Image:

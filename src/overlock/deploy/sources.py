@@ -70,6 +70,8 @@ def expand(words: Iterable[str], *, outputs: Outputs, every: int = 1, results: S
 
 def _group_of(word: str, outputs: Outputs, results: Sequence[Path], left_out: Counter[str]) -> _Group:
     path = Path(word)
+    if not word:
+        raise ValueError("an empty word names no image or folder; the present folder is .")
     if word == STANDARD_INPUT:
         return _Group(_listed(word, outputs), None, None)
     if path.is_dir():

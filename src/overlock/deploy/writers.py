@@ -146,6 +146,8 @@ def open_writer(name: str, saving: Saving) -> Writer:
     Raises:
         ValueError: for another ending, and where the place may not or cannot be written.
     """
+    if not name:
+        raise ValueError("an empty word names no file or folder to save results in")
     path = Path(name)
     if is_folder(name) and saving.task in _DENSE:
         return ResultFolder(saving.outputs.claim_folder(path), saving.classes, saving.outputs)
