@@ -35,10 +35,10 @@ def predict(run, *words):
     return main(["predict", *map(str, words), "--checkpoint", str(run)])
 
 
-def found(source, *, place=0, **more):
+def found(source, *, class_id=0, **more):
     return Objects(
-        source=source, size=(8, 8), classes=CLASSES, places=(place,), scores=(0.5,), boxes=((1.0, 2.0, 5.0, 8.0),),
-        **more,
+        source=source, size=(8, 8), classes=CLASSES, class_ids=(class_id,), scores=(0.5,),
+        boxes=((1.0, 2.0, 5.0, 8.0),), **more,
     )  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_ids_of_images(tmp_path, caplog):
     file = CocoFile(tmp_path / "r.json", CLASSES, ids)
     with caplog.at_level(logging.WARNING):
         for source in ("y.jpg", "z.jpg", "a/x.jpg"):
-            file.add(found(source, place=int(source == "y.jpg")))
+            file.add(found(source, class_id=int(source == "y.jpg")))
         file.close()
     assert [entry["image_id"] for entry in json.loads((tmp_path / "r.json").read_text())] == [7]
     assert "1 images that are not in the file" in caplog.text
@@ -207,6 +207,25 @@ def test_frames_are_upright(tmp_path):
     red, blue = turned.getpixel((44, 30)), turned.getpixel((4, 30))
     assert red[0] > 200 > red[2]
     assert blue[2] > 200 > blue[0]
+
+
+@pytest.mark.parametrize("frames", [0, -1])
+def test_a_video_without_frames_is_told(detector, tmp_path, frames, capsys):  # noqa: F811
+    """None at all, or sound alone."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        if frames < 0:
+            stream = container.add_stream("pcm_s16le", rate=8000)
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+            samples.sample_rate = 8000
+            container.mux(stream.encode(samples))
+        else:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            container.start_encoding()
+        container.mux(stream.encode())
+    assert predict(detector, tmp_path / "v.mkv") == 2
+    assert "skipped " in capsys.readouterr().err
 
 
 def test_images_of_several_sizes_in_a_video(tmp_path, caplog):

@@ -325,7 +325,7 @@ def _print_measures(results: Sequence[Evaluation], measure: str, console: Consol
         return "none" if math.isnan(share) else f"{100 * share:.2f}"
 
     columns = (Column(result.name, justify="right", overflow="fold") for result in results)
-    table = Table("measure", *columns, title=f"{results[0].images} images")
+    table = Table("metric", *columns, title=f"{results[0].images} images")
     table.add_row("parameters, M", *(f"{result.params / 1e6:.2f}" for result in results))
     for name in results[0].measures:
         table.add_row(f"{name}, %", *(percent(result.measures[name]) for result in results))

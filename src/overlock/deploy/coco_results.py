@@ -126,7 +126,7 @@ class CocoFile:
             mend = "give each image once" if self.ids else "give a file that says the ids with --annotations"
             raise ValueError(f"{outcome.source}: another image has its id {number} in {self.path}; {mend}")
         self.seen.add(hash(number))
-        categories = [self.category_ids[place] for place in outcome.places]
+        categories = [self.category_ids[class_id] for class_id in outcome.class_ids]
         for label, category in zip(outcome.labels, categories, strict=True):
             if category is None:
                 self.left_out[f"objects of the class {label}, which is no category there"] += 1

@@ -87,7 +87,7 @@ class Detector(ImagePredictor[Objects]):
         return [
             Objects(
                 source=one.item.source, name=one.item.name, frame=one.item.frame, image=one.kept, size=one.size,
-                classes=self.record.classes, places=tuple(label - 1 for label in result["labels"].tolist()),
+                classes=self.record.classes, class_ids=tuple(label - 1 for label in result["labels"].tolist()),
                 scores=tuple(result["scores"].tolist()), boxes=tuple(map(tuple, result["boxes"].tolist())),
                 masks=result.get("masks"),
             )

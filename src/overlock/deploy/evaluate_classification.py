@@ -145,22 +145,23 @@ class _Counting:
     """What a classifier takes the images for.
 
     Args:
-        places: the network's class of each of the data's.
+        class_ids: the network's class of each of the data's.
         classes: of the network.
     """
 
-    def __init__(self, places: Sequence[int], *, classes: int):
-        self.places = torch.tensor(places)
-        self.column = torch.full((classes,), len(places))
-        self.column[self.places] = torch.arange(len(places))
-        self.confusion = np.zeros((len(places), len(places) + 1), dtype=np.int64)
+    def __init__(self, class_ids: Sequence[int], *, classes: int):
+        count = len(class_ids)
+        self.class_ids = torch.tensor(class_ids)
+        self.column = torch.full((classes,), count)
+        self.column[self.class_ids] = torch.arange(count)
+        self.confusion = np.zeros((count, count + 1), dtype=np.int64)
         self.within = 0  # the five best
         self.largest: Tensor | None = None  # batch, to time the network with
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count images: logits (B, the network's classes), labels (B,) of the data."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        self.within += int((best == self.places[labels][:, None]).sum())
+        self.within += int((best == self.class_ids[labels][:, None]).sum())
         np.add.at(self.confusion, (labels.numpy(), self.column[best[:, 0]].numpy()), 1)
 
     @property
@@ -209,7 +210,7 @@ def write_per_class(evaluation: Classification, path: str | os.PathLike[str]) ->
 
 
 def draw_confusion(evaluation: Classification, path: str | os.PathLike[str]) -> None:
-    """The confusions as a PNG picture: rows are the classes, columns what they were taken for, in shares of a row."""
+    """The confusion matrix as a PNG picture: rows are true classes, columns predicted ones, in shares of a row."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -223,8 +224,8 @@ def draw_confusion(evaluation: Classification, path: str | os.PathLike[str]) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     axes.set_title(f"{Path(evaluation.name).name}: top-1 {100 * evaluation.top1:.2f} % of {evaluation.images} images")
     if size <= 40:
         axes.set_xticks(range(size), _short(evaluation.classes), rotation=90)

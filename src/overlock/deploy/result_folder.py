@@ -69,7 +69,7 @@ class ResultFolder:
         height, width = objects.size
         number = self.images.count + 1
         self.images.add(dict(id=number, file_name=objects.source, height=height, width=width))
-        ids = [place + 1 for place in objects.places]
+        ids = [class_id + 1 for class_id in objects.class_ids]
         entries = list(describe_detections(objects.boxes, objects.scores, ids, objects.masks))
         areas = [box[2] * box[3] for box in (entry["bbox"] for entry in entries)]
         for entry, area in zip(entries, areas if objects.masks is None else objects.masks.areas(), strict=True):

@@ -54,8 +54,8 @@ class Objects(Result):
     """Height and width of the image in pixels."""
     classes: tuple[str, ...]
     """Names of all classes that the detector knows."""
-    places: tuple[int, ...]
-    """The objects' classes as places in those."""
+    class_ids: tuple[int, ...]
+    """The objects' classes, counted from 0 in those."""
     scores: tuple[float, ...]
     """Of 0 to 1."""
     boxes: tuple[tuple[float, float, float, float], ...]
@@ -66,12 +66,17 @@ class Objects(Result):
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the objects' classes."""
-        return tuple(self.classes[place] for place in self.places)
+        return tuple(self.classes[class_id] for class_id in self.class_ids)
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """An earlier name of :attr:`class_ids`."""
+        return self.class_ids
 
     def draw(self) -> Image.Image:
         """The image with boxes, names, scores and masks."""
         objects: dict[str, Any] = dict(
-            boxes=self.boxes, labels=[place + 1 for place in self.places], scores=self.scores
+            boxes=self.boxes, labels=[class_id + 1 for class_id in self.class_ids], scores=self.scores
         )  # fmt: skip
         if self.masks is not None:
             objects["masks"] = self.masks
@@ -83,7 +88,7 @@ class LabelMap(Result):
     """The class of each pixel of an image."""
 
     labels: np.ndarray[Any, Any]
-    """(H, W), places in the classes."""
+    """(H, W), classes counted from 0."""
     classes: tuple[str, ...]
     """Their names."""
 

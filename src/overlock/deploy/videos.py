@@ -40,6 +40,7 @@ def read_frames(path: Path, *, every: int = 1) -> Iterator[tuple[int, Image.Imag
         ValueError: without PyAV.
     """
     av = _import(path)
+    number = -1
     try:
         with av.open(str(path)) as container:
             for number, frame in enumerate(container.decode(video=0)):
@@ -47,6 +48,8 @@ def read_frames(path: Path, *, every: int = 1) -> Iterator[tuple[int, Image.Imag
                     yield number, _upright(frame)
     except (av.FFmpegError, IndexError) as error:  # the latter without a picture
         raise DamagedVideoError(f"the video is damaged ({error}); replace or remove the file") from None
+    if number < 0:
+        raise DamagedVideoError("the video has no frames; replace or remove the file")
 
 
 def _upright(frame: Any) -> Image.Image:
