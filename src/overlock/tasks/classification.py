@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from overlock.network import VARIANTS, OverLoCK
+from overlock.network import VARIANTS, OverLoCK, Variant
 from overlock.weights import RELEASE, translate
 
 __all__: list[str] = []
@@ -54,11 +55,39 @@ default_cfgs = generate_default_cfgs(
 )
 
 
+SHAPE = ("dims", "base_depths", "overview_depth", "focus_depths", "groups", "kernel_sizes", "head_width")
+"""Fields of a variant that can be given as keywords of its model, as other families of timm take them."""
+
+
 def _build(*, name: str, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> OverLoCK:
-    """The network on a device and in a type from the start."""
+    """The network on a device and in a type from the start.
+
+    Raises:
+        ValueError: for what the network does not take, and for a shape of another length than the variant's.
+    """
+    variant = reshape(name, {key: kwargs.pop(key) for key in SHAPE if key in kwargs})
     with torch.device(device) if device is not None else contextlib.nullcontext():
-        model = OverLoCK(VARIANTS[name], **kwargs)
+        model = OverLoCK(variant, **kwargs)
     return model.to(dtype) if dtype is not None else model
+
+
+def reshape(name: str, shape: Mapping[str, Any]) -> Variant:
+    """A variant with some of its widths, depths and kernels changed.
+
+    Raises:
+        ValueError: for numbers that are not whole and above zero, or not as many as the variant has.
+    """
+    variant = VARIANTS[name]
+    changes: dict[str, Any] = {}
+    for key, value in shape.items():
+        own = getattr(variant, key)
+        if isinstance(own, int) != isinstance(value, int) or (not isinstance(own, int) and len(own) != len(value)):
+            wanted = "one whole number" if isinstance(own, int) else f"{len(own)} whole numbers"
+            raise ValueError(f"{key} must be {wanted}, as {own} of {name}, got {value!r}")
+        if not all(isinstance(n, int) and n > 0 for n in ([value] if isinstance(value, int) else value)):
+            raise ValueError(f"{key} must be whole and above zero, got {value!r}")
+        changes[key] = value if isinstance(value, int) else tuple(value)
+    return replace(variant, **changes)
 
 
 class FeatureGetter(FeatureGetterNet):
