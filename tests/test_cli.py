@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_model
+from overlock.checkpoints import MODEL_FILE, Record, load_classifier, save_model
 from overlock.cli import main
 from overlock.weights import to_official
 
@@ -340,7 +340,7 @@ def test_foreign_and_damaged_checkpoints(run_folder, official_file, tmp_path, mo
     refuse("evil.pth")
     assert not (tmp_path / "evil").exists()
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pth")
-    assert "not the weights of an OverLoCK classifier" in refuse("other.pth")
+    assert "not the weights of an OverLoCK model" in refuse("other.pth")
     broken = {k: v for k, v in to_official(official_file[1].state_dict()).items() if k != "blocks1.0.dwconv.weight"}
     torch.save(broken, tmp_path / "part.pth")
     assert "fit none of overlock_atto" in refuse("part.pth")

@@ -144,5 +144,5 @@ def test_what_does_not_fit(spoil, message, tmp_path):
 
 def test_other_backbones(tmp_path):
     torch.save(official(MODELS["upernet"]()), tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match="this model has another one"):
+    with pytest.raises(ValueError, match="weights of OverLoCK; this model has another network"):
         segmentation.load_weights(segmentation.upernet("convnext_atto", num_classes=3), tmp_path / "theirs.pth")

@@ -12,9 +12,19 @@ import torch
 from helpers import randomise
 from pictures import COLOURS
 
-from overlock.checkpoint import CONFIG_FILE, MODEL_FILE, Record, load_classifier, save_model, to_timm_config
+from overlock.checkpoints import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    Record,
+    find_weights,
+    load_classifier,
+    push,
+    save_model,
+    to_timm_config,
+    write_card,
+)
 from overlock.deploy import Detector
-from overlock.hub import CARD_FILE, find_weights, push, write_card
 
 PREPROCESSING = dict(
     input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic", crop_pct=1.0
@@ -82,8 +92,16 @@ def test_a_detector_is_pushed_without_timm_s_configuration(tmp_path, monkeypatch
     assert "# faster_rcnn on overlock_atto, trained on streets" in card
     assert "| box AP, % | 25.00 |" in card
     assert 'Detector.from_checkpoint("hf-hub:me/streets")' in card
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / "hub" / name / file))
+    asked = []
+
+    def download(name, file, revision=None):
+        asked.append((name, revision))
+        return str(tmp_path / "hub" / name / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert Detector.from_checkpoint("hf-hub:me/streets").record == record
+    assert Detector.from_checkpoint("hf-hub:me/streets@v2").record == record
+    assert asked == [("me/streets", None), ("me/streets", "v2")]
 
 
 def test_the_hub_refuses(folder, monkeypatch):
@@ -101,3 +119,26 @@ def test_a_folder_that_is_no_run(tmp_path):
         push(tmp_path, "me/it")
     with pytest.raises(ValueError, match=r"no model\.safetensors in this folder"):
         find_weights(tmp_path)
+
+
+def test_what_timm_pushed_is_loaded(tmp_path, monkeypatch):
+    """Without a record of ours: model, classes and preparation are in timm's configuration."""
+    model = randomise(timm.create_model("overlock_atto", num_classes=2, in_chans=1, global_pool="max"))
+    settings = dict(label_names=["no", "yes"], pretrained_cfg=dict(input_size=(1, 48, 48), mean=(0.4,), std=(0.2,)))
+    timm.models.save_for_hf(model, tmp_path / "hub" / "me" / "it", model_config=settings, safe_serialization=True)
+    asked = []
+
+    def download(name, file, revision=None):
+        asked.append(file)
+        return str(tmp_path / "hub" / name / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for source in ("hf-hub:me/it", tmp_path / "hub" / "me" / "it"):
+        network, record = load_classifier(source)
+        assert record.classes == ("no", "yes")
+        assert (record.model, record.channels) == ("overlock_atto", 1)
+        assert record.preprocessing["input_size"] == (1, 48, 48)
+        assert record.preprocessing["mean"] == (0.4,)
+        x = torch.rand(1, 1, 48, 48)
+        assert torch.equal(network(x), model(x))
+    assert asked[0] == MODEL_FILE

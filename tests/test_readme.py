@@ -14,7 +14,7 @@ from pictures import make_image
 
 from overlock import VARIANTS
 from overlock.analysis import count_cost
-from overlock.checkpoint import MODEL_FILE, Record, load_classifier, save_model
+from overlock.checkpoints import MODEL_FILE, Record, load_classifier, save_model
 from overlock.cli import make_parser
 from overlock.deploy.writers import FORMS
 

@@ -18,8 +18,8 @@ import torch
 from helpers import randomise
 from timm.utils import CheckpointSaver, ModelEmaV3
 
-from overlock.checkpoint import load_model, load_record
-from overlock.unpickling import read_saved
+from overlock.checkpoints import load_model, load_record
+from overlock.weights.unpickling import read_saved
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_timm_checkpoints_of_other_families(noted, channels, tmp_path):
 
 def test_a_name_that_the_weights_do_not_bear_out(network, tmp_path):
     save_by_timm(tmp_path, network, arguments("test_convnext"))
-    with pytest.raises(ValueError, match=r"last\.pth\.tar: these are not the weights of a classifier test_convnext"):
+    with pytest.raises(ValueError, match=r"last\.pth\.tar: these are not the weights of test_convnext but of OverLoCK"):
         load_model(tmp_path / "last.pth.tar")
     save_by_timm(tmp_path, network, arguments("hf_hub:someone/something"))
     assert load_model(tmp_path / "last.pth.tar")[1].model == "overlock_atto"  # told from the shapes

@@ -179,7 +179,7 @@ def test_merged_form_into_a_training_model(path):
 def test_dense_file_into_a_classifier(form, path):
     """Its feature norms are part of the network: the message names the class that has them."""
     torch.save({"state_dict": to_official(randomise(build("overlock_atto", form)).state_dict(), "pyramid")}, path)
-    with pytest.raises(ValueError, match=r"extra_norm\.\d.*overlock\.Pyramid"):
+    with pytest.raises(ValueError, match=r"norms\.0\.weight.*overlock\.Pyramid"):
         overlock.load_weights(atto(), path)
 
 

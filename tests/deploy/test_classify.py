@@ -12,7 +12,7 @@ from helpers import randomise
 from pictures import make_image
 from PIL import Image, ImageColor
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data import make_eval_transform
 from overlock.deploy import Prediction, Predictor, models
 from overlock.deploy import picture as picture_module

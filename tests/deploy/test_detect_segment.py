@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 from scenes import CLASSES, make_scene, write_scenes
 
-from overlock.checkpoint import MODEL_FILE, Record, read_record, save_model
+from overlock.checkpoints import MODEL_FILE, Record, read_record, save_model
 from overlock.cli import main
 from overlock.deploy import Detector, Predictor, Segmenter
 from overlock.drawing import colour_of, draw_labels, draw_objects

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data import load_test_data
 from overlock.data.images import ImageData, Samples
 from overlock.deploy import evaluate_classification as module

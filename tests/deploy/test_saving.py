@@ -19,7 +19,7 @@ from pycocotools.coco import COCO
 from scenes import CLASSES, make_scene, write_scenes
 from test_detect_segment import detector, segmenter  # noqa: F401  # fixtures
 
-from overlock.checkpoint import MODEL_FILE
+from overlock.checkpoints import MODEL_FILE
 from overlock.cli import main
 from overlock.deploy import Objects, writers
 from overlock.deploy.coco_results import CocoFile, ImageIds

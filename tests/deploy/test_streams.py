@@ -19,7 +19,7 @@ from pictures import make_image
 from PIL import Image
 from scenes import CLASSES
 
-from overlock.checkpoint import MODEL_FILE, Record, save_model
+from overlock.checkpoints import MODEL_FILE, Record, save_model
 from overlock.cli import main
 from overlock.deploy import Detector, Failure, Item, Predictor, Segmenter
 from overlock.files import Outputs

@@ -15,7 +15,7 @@ SIZE, OBJECTS = (3000, 4000), 100
 SCRIPT = """
 import resource, sys
 import torch
-from overlock.checkpoint import HEADS, Record
+from overlock.checkpoints import HEADS, Record
 from overlock.deploy.evaluate import evaluate_by_task
 
 def peak():

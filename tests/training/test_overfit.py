@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from runs import run
 
-from overlock.checkpoint import load_model
+from overlock.checkpoints import load_model
 from overlock.deploy.evaluate import evaluate_by_task
 from overlock.training import CONFIGS
 

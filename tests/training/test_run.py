@@ -15,7 +15,7 @@ from PIL import Image
 from runs import run, settings
 from torch.nn import functional as F
 
-from overlock.checkpoint import load_classifier
+from overlock.checkpoints import load_classifier
 from overlock.data import load_data
 from overlock.data.loaders import Batch
 from overlock.deploy import Predictor

@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 def run(options: Namespace, console: Console) -> None:
     from torch.optim.swa_utils import AveragedModel  # noqa: PLC0415
 
-    from overlock.checkpoint import load_model, save_model  # noqa: PLC0415
+    from overlock.checkpoints import load_model, save_model  # noqa: PLC0415
 
     first, *others = options.checkpoints
     if not others:

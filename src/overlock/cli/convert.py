@@ -17,7 +17,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.checkpoint import load_classifier, save_model  # noqa: PLC0415
+    from overlock.checkpoints import load_classifier, save_model  # noqa: PLC0415
 
     target = claim_target(options.target, [options.source], overwrite=options.overwrite)
     network, record = load_classifier(options.source, model=options.model)

@@ -17,7 +17,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.hub import push  # noqa: PLC0415
+    from overlock.checkpoints import push  # noqa: PLC0415
 
     url = push(options.run, options.repository, private=options.private)
     console.print(f"{url}: overlock predict IMAGE --checkpoint hf-hub:{options.repository} uses it")

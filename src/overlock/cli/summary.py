@@ -34,7 +34,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 def run(options: Namespace, console: Console) -> None:
     from overlock.analysis import DENSE_TASKS, count_cost, count_dense_cost  # noqa: PLC0415
-    from overlock.checkpoint import check_model_name  # noqa: PLC0415
+    from overlock.checkpoints import check_model_name  # noqa: PLC0415
     from overlock.network import VARIANTS  # noqa: PLC0415
 
     check_model_name(options.model)

@@ -18,7 +18,8 @@ def make_eval_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Ima
     """Resize, centre crop, normalise.
 
     Args:
-        preprocessing: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct.
+        preprocessing: timm's data configuration: input_size (C, H, W), mean, std, interpolation, crop_pct, and a
+            crop_mode where it is another than 'center'.
 
     Returns:
         A function from a PIL image to (C, H, W).
@@ -43,7 +44,7 @@ def make_train_transform(
     changes = augmentation or Augmentation()
     flip = 0.5 if (mirror if changes.mirror is None else changes.mirror) else 0.0
     arguments = _arguments(preprocessing)
-    del arguments["crop_pct"], arguments["interpolation"]
+    del arguments["crop_pct"], arguments["crop_mode"], arguments["interpolation"]
     crop, change, finish = create_transform(
         is_training=True,
         separate=True,
@@ -84,7 +85,8 @@ def _at_least_a_bit(level_fn: Callable[..., tuple[int, ...]], level: float, hpar
 
 
 def _arguments(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: preprocessing[name] for name in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    return {name: preprocessing[name] for name in names} | {"crop_mode": preprocessing.get("crop_mode")}
 
 
 def _to_channels(preprocessing: Mapping[str, Any]) -> list[Any]:

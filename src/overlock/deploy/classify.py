@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data import make_eval_transform
 from overlock.deploy.inputs import ImageLike
 from overlock.deploy.results import Prediction

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.deploy.evaluate_detection import evaluate_detector
 from overlock.deploy.evaluate_segmentation import evaluate_segmenter
 from overlock.deploy.evaluation import Evaluation

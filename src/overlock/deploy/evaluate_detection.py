@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
 from overlock.data.detection import load_detection_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
@@ -37,7 +37,7 @@ def evaluate_detector(
     """Evaluate a detector on the images to test on.
 
     Args:
-        network: as :func:`overlock.checkpoint.load_model` gives it.
+        network: as :func:`overlock.checkpoints.load_model` gives it.
         record: likewise.
         data: folder, in a form that training takes; or where in it, or elsewhere, the part to test on lies.
         name: what the result calls the network.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.dense_transforms import PrepareLabels, make_segmentation_transform
 from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
@@ -33,7 +33,7 @@ def evaluate_segmenter(
     """Evaluate a segmenter on the images to test on, one at a time in their own sizes.
 
     Args:
-        network: as :func:`overlock.checkpoint.load_model` gives it.
+        network: as :func:`overlock.checkpoints.load_model` gives it.
         record: likewise.
         data: folder, in a form that training takes; or where in it, or elsewhere, the part to test on lies.
         name: what the result calls the network.

@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.loaders import Batch, ImageLoader
 from overlock.deploy.runtime import Precision, autocast_to, choose_device, inference_copy
 from overlock.files import write_atomically
@@ -83,7 +83,7 @@ class Runner:
     """A network where it is evaluated.
 
     Args:
-        network: as :func:`overlock.checkpoint.load_model` gives it; it stays as it is.
+        network: as :func:`overlock.checkpoints.load_model` gives it; it stays as it is.
         record: likewise.
         options: of the evaluation.
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from overlock.checkpoint import Record, build, default_classes, default_preprocessing, load_model, load_record
-from overlock.hub import PREFIX, find_weights
+from overlock.checkpoints import Record, build, default_classes, default_preprocessing, load_model, load_record
+from overlock.checkpoints.hub import PREFIX
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
 """Endings of files of weights."""
@@ -27,7 +27,7 @@ def load_network(source: str | os.PathLike[str], *, model: str | None = None) ->
         ValueError: for what is none of these, and a damaged or foreign file.
     """
     if _is_file(source):
-        return load_model(find_weights(source), model=model)
+        return load_model(source, model=model)
     name = str(source)
     try:
         network = build(name, pretrained=True)
@@ -49,7 +49,7 @@ def task_of(source: str | os.PathLike[str], *, model: str | None = None) -> str:
     Raises:
         ValueError: as :func:`load_network`, for files.
     """
-    return load_record(find_weights(source), model=model).task if _is_file(source) else "classify"
+    return load_record(source, model=model).task if _is_file(source) else "classify"
 
 
 def _is_file(source: str | os.PathLike[str]) -> bool:

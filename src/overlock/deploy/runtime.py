@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.fused.fuse import fuse
 from overlock.network import VARIANTS
 
@@ -54,6 +54,6 @@ def inference_copy(network: nn.Module, record: Record, device: torch.device) -> 
     """An inference copy of a network on a device: moved first and fused there, in the form that is fastest on it."""
     if any(parameter.device != device for parameter in network.parameters()):
         network = copy.deepcopy(network).to(device)
-    if record.head is None and record.model not in VARIANTS:
+    if record.head is None and record.model.partition(".")[0] not in VARIANTS:
         return network.eval()
     return fuse(network)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.functional import pil_to_tensor
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.dense_transforms import make_segmentation_transform
 from overlock.deploy.inputs import ImageLike
 from overlock.deploy.results import LabelMap

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.deploy.inputs import SINGLE, Failure, ImageLike, Item, as_item, as_pil
 from overlock.deploy.models import load_network
 from overlock.deploy.results import Result
@@ -48,13 +48,14 @@ class ImagePredictor(Generic[R]):
     """A trained network that takes images as they come.
 
     Args:
-        network: as :func:`overlock.checkpoint.load_model` gives it; it stays as it is.
+        network: as :func:`overlock.checkpoints.load_model` gives it; it stays as it is.
         record: likewise.
         device: 'cpu', 'cuda' and so on; by default a GPU where there is one.
         precision: of the network's arithmetic: 'fp32', 'bf16' or 'fp16'.
 
     Raises:
-        ValueError: for a network of another task, a device that is not there, or another precision.
+        ValueError: for a network of another task, or of images that are neither grey nor coloured, a device that is
+            not there, or another precision.
     """
 
     task: ClassVar[str]
@@ -64,6 +65,11 @@ class ImagePredictor(Generic[R]):
     def __init__(self, network: nn.Module, record: Record, *, device: str | None = None, precision: Precision = "fp32"):
         if record.task != self.task:
             raise ValueError(f"this is a {record.name}, of the task {record.task}, not {self.task}")
+        if record.channels not in ((1, 3) if record.head is None else (3,)):
+            raise ValueError(
+                f"this is a {record.name} for images of {record.channels} channels, which files of images do not have; "
+                f"load it with overlock.checkpoints.load_model and call the network itself"
+            )
         self.record, self.precision, self.device = record, precision, choose_device(device)
         autocast_to(precision, self.device)
         self.network = inference_copy(network, record, self.device)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -130,6 +131,7 @@ def make_settings(  # noqa: PLR0913 - public keywords
     hidden_channels: int = 256,
     proposals: int = 1000,
     regions: int = 512,
+    in_chans: int = 3,
     **options: Any,
 ) -> dict[str, Any]:
     """What all detectors have in common, as arguments of torchvision's ``FasterRCNN``.
@@ -145,6 +147,7 @@ def make_settings(  # noqa: PLR0913 - public keywords
         hidden_channels: of the pyramid and of the heads' convolutions, less than the paper's 256 for small data.
         proposals: regions of an image that the heads look at; most of the heads' cost.
         regions: those of them that they learn from.
+        in_chans: channels of the images; others than colours are normalised by the average of the three.
         options: further arguments of the backbone.
 
     Raises:
@@ -152,7 +155,9 @@ def make_settings(  # noqa: PLR0913 - public keywords
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1 (the background is added), got {num_classes}")
-    features = make_features(backbone, pretrained=pretrained, overview=True, drop_path=drop_path, **options)
+    features = make_features(
+        backbone, pretrained=pretrained, overview=True, drop_path=drop_path, in_chans=in_chans, **options
+    )
     if features.strides != STRIDES:
         raise ValueError(
             f"a detector's anchors need features at strides {STRIDES}, got {features.strides};"
@@ -163,12 +168,21 @@ def make_settings(  # noqa: PLR0913 - public keywords
         num_classes=num_classes + 1,
         min_size=min_size,
         max_size=max_size,
+        **_make_normalisation(in_chans),
         rpn_anchor_generator=ExactAnchors(),
         rpn_post_nms_top_n_train=proposals,
         rpn_post_nms_top_n_test=proposals,
         box_batch_size_per_image=regions,
         box_roi_pool=AlignedRoIAlign(7),
     )
+
+
+def _make_normalisation(in_chans: int) -> dict[str, Sequence[float]]:
+    """Mean and deviation of each channel."""
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if in_chans == len(mean):
+        return dict(image_mean=mean, image_std=std)
+    return dict(image_mean=(sum(mean) / len(mean),) * in_chans, image_std=(sum(std) / len(std),) * in_chans)
 
 
 def faster_rcnn(backbone: str = "overlock_t", *, num_classes: int, **options: Any) -> FasterRCNN:

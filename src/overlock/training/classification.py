@@ -11,16 +11,24 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.checkpoint import CONFIG_FILE, Record, build, default_preprocessing, find_ends, to_timm_config
+from overlock.checkpoints import (
+    CONFIG_FILE,
+    Record,
+    build,
+    default_preprocessing,
+    find_ends,
+    find_weights,
+    start_from,
+    to_timm_config,
+)
 from overlock.data import ImageData, load_data, make_eval_transform, make_train_transform
 from overlock.data.images import save_examples
 from overlock.data.loaders import Batch, OnImage
 from overlock.files import write_atomically
-from overlock.hub import find_weights
 from overlock.network import VARIANTS
 from overlock.training.config import LossConfig, TrainConfig
 from overlock.training.job import Job
-from overlock.weights import load_weights, read_checkpoint, unwrap
+from overlock.weights import read_checkpoint, unwrap
 
 EXAMPLES = "examples"
 
@@ -159,7 +167,7 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
     if source is not None and ours:
-        load_weights(network, source)
+        start_from(network, source)
     cast(Any, network).pretrained_cfg.pop("state_dict", None)  # or every copy of the network would copy it too
     smallest = getattr(network, "smallest_image", 1)
     if config.image_size < smallest:

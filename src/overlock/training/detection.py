@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
 from overlock.data.detection import load_detection
 from overlock.data.loaders import Batch, as_lists
@@ -85,14 +85,14 @@ def make_job(config: DetectConfig) -> Job:
         config.train_files, config.test_files, masks=config.masks, categories=config.categories,
         background=config.background, seed=config.seed,
     )  # fmt: skip
-    kept = ("min_size", "max_size", "hidden_channels", "proposals")
-    record = Record(
-        model=config.model, head=config.detector, classes=data.classes,
-        model_args={name: getattr(config, name) for name in kept},
-    )  # fmt: skip
+    kept = ("max_size", "hidden_channels", "proposals", "regions")
     # torchvision's detectors draw one of several sizes in training, and test at the last.
     scales = (*(size for size in config.multi_scale if size != config.min_size), config.min_size)
-    network = make_network(config, record, min_size=scales, regions=config.regions)
+    record = Record(
+        model=config.model, head=config.detector, classes=data.classes,
+        model_args={name: getattr(config, name) for name in kept} | dict(min_size=scales, drop_path=config.drop_path),
+    )  # fmt: skip
+    network = make_network(config, record)
 
     def draw(place: int, tested: nn.Module) -> list[Image.Image]:
         image, target = data.test.read(place)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data import ImageData
 from overlock.data.loaders import Join, Prepare, stack
 from overlock.training.loop import Task

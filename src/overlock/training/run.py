@@ -17,10 +17,9 @@ from lightning.fabric import Fabric
 from rich.console import Console
 from torch import nn
 
-from overlock.checkpoint import MODEL_FILE, save_model
+from overlock.checkpoints import CARD_FILE, MODEL_FILE, save_model, write_card
 from overlock.data.loaders import TrainBatches, make_test_loader
 from overlock.files import write_atomically
-from overlock.hub import CARD_FILE, write_card
 from overlock.training import classification, detection, reports, segmentation
 from overlock.training.config import RunConfig
 from overlock.training.effects import tell_effects

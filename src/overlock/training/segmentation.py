@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 from PIL import Image
 from torch import Tensor, nn
 
-from overlock.checkpoint import Record
+from overlock.checkpoints import Record
 from overlock.data.dense_transforms import PrepareLabels, make_segmentation_transform
 from overlock.data.label_maps import load_label_maps
 from overlock.data.loaders import Batch, as_lists
@@ -78,7 +78,8 @@ def make_job(config: SegmentConfig) -> Job:
     data = load_label_maps(config.label_files, seed=config.seed)
     record = Record(
         model=config.model, head="upernet", classes=data.classes,
-        model_args=dict(hidden_channels=config.hidden_channels), preprocessing=dict(scale=config.scale),
+        model_args=dict(hidden_channels=config.hidden_channels, drop_path=config.drop_path),
+        preprocessing=dict(scale=config.scale),
     )  # fmt: skip
     network = make_network(config, record)
     testing = PrepareLabels(make_segmentation_transform(training=False, scale=config.scale))

@@ -37,7 +37,7 @@ class PlainDict:
     """Makes an ordered dict, with the items alone, of those of other libraries."""
 
     def __new__(cls, *given: object, **_: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        return OrderedDict(given[0] if given and isinstance(given[0], dict) else {})
+        return OrderedDict(given[0] if given and isinstance(given[0], (dict, list, tuple)) else {})
 
 
 _PATHS = {"PosixPath": "PurePosixPath", "PurePosixPath": "PurePosixPath", "WindowsPath": "PureWindowsPath",

@@ -1,0 +1,66 @@
+"""First weights of a training: the backbone of another model, and what else fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from overlock.checkpoints.record import read_record
+from overlock.weights import adapt_channels, read_checkpoint, translate, unwrap
+from overlock.weights.files import summarise
+from overlock.weights.parts import find_network
+
+logger = logging.getLogger(__name__)
+ROOTS = ("backbone.body.", "backbone.", "")
+"""What the names of a backbone begin with, in detectors, in segmenters, and alone."""
+
+
+def start_from(network: nn.Module, path: Path) -> None:
+    """Take from a file the whole backbone, and of the head all that has the same name and shape.
+
+    What is not taken is logged, the norms of a detector's or segmenter's features too, where a classifier starts from
+    one.
+
+    Args:
+        network: a classifier, detector or segmenter.
+        path: of the weights of any of these, or of a backbone alone.
+
+    Raises:
+        ValueError: for weights that leave something of the backbone without.
+    """
+    state, record = unwrap(read_checkpoint(path)), read_record(path)
+    try:
+        if find_network(network.state_dict()) is not None:
+            found = adapt_channels(translate(state, network, strict=False), network)
+        else:
+            found = _match(state, network)
+    except ValueError as error:
+        what = "" if record is None else f"its {record.name}: "
+        raise ValueError(f"{path}: {what}{error}; set --model to its own") from None
+    network.load_state_dict(found, strict=False)
+    kept = [name for name in network.state_dict() if name not in found]
+    if kept:
+        logger.info("%s: the backbone is taken from it; %s start anew", path, summarise(kept))
+
+
+def _match(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Of a model of timm's other families: names tell, whatever they begin with on either side.
+
+    What a classifier calls stages.0 is stages_0 where features are taken from it.
+    """
+    target = network.state_dict()
+    root = next(root for root in ROOTS if any(name.startswith(root) for name in target))
+    own = {name.removeprefix(root).replace(".", "_"): name for name in target if name.startswith(root)}
+    best: dict[str, Tensor] = {}
+    for theirs in ROOTS:
+        given = {name.removeprefix(theirs).replace(".", "_"): x for name, x in state.items() if name.startswith(theirs)}
+        fitting = {own[name]: x for name, x in given.items() if name in own and x.shape == target[own[name]].shape}
+        best = max(best, fitting, key=len)
+    missing = [name for name in target if name.startswith(root) and name not in best]
+    if missing:
+        raise ValueError(f"it has nothing for {len(missing)} weights of the backbone (first: {missing[0]})")
+    heads = {name: x for name, x in state.items() if not name.startswith(root) and name in target}
+    return best | {name: x for name, x in heads.items() if x.shape == target[name].shape}

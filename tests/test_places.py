@@ -1,0 +1,309 @@
+"""Plain state dicts of everything that has the network in it: as models, and into one another."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from helpers import images, randomise
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import overlock
+from overlock import detection, segmentation
+from overlock.checkpoints import Record, default_preprocessing, load_model, save_model, start_from
+from overlock.network import VARIANTS
+from overlock.weights import to_official
+from overlock.weights.names import from_official
+from overlock.weights.parts import find_network, take_apart
+
+SMALL = dict(num_classes=3, hidden_channels=32)
+
+
+def classifier(**options):
+    return timm.create_model("overlock_atto", **{"num_classes": 3, **options})
+
+
+def features(**options):
+    return timm.create_model("overlock_atto", features_only=True, **options)
+
+
+class Other(nn.Module):
+    """Another framework's model around the backbone, as segmentation_models_pytorch has it."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.model = features(**options)
+        self.decoder = nn.Conv2d(120, 3, 1)
+
+
+MODELS = dict(
+    classifier=classifier,
+    features=features,
+    pyramid=lambda **k: overlock.Pyramid(classifier(**k)),
+    overview=lambda **k: overlock.Pyramid(classifier(**k), overview=True),
+    detector=lambda **k: detection.faster_rcnn("overlock_atto", **SMALL, **k),
+    cascade=lambda **k: detection.cascade_mask_rcnn("overlock_atto", **SMALL, **k),
+    segmenter=lambda **k: segmentation.upernet("overlock_atto", **SMALL, **k),
+    other=Other,
+)
+NORMED = ("pyramid", "overview", "detector", "cascade", "segmenter")
+
+
+def parts_of(model):
+    state = model.state_dict()
+    return take_apart(state, find_network(state))
+
+
+def write(model, path, prefix=""):
+    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, path)
+    return path
+
+
+def assert_taken(model, given, *, norms):
+    """The network of one, and the norms that both have."""
+    ours, theirs = parts_of(model), parts_of(given)
+    network = {name for name in ours.network.keys() & theirs.network.keys() if "head" not in name}
+    assert len(network) > 300
+    assert all(torch.equal(ours.network[name], theirs.network[name]) for name in network)
+    common = ours.pyramid.keys() & theirs.pyramid.keys()
+    assert bool(common) == norms
+    assert all(torch.equal(ours.pyramid[name], theirs.pyramid[name]) for name in common)
+
+
+@pytest.fixture(scope="module")
+def given():
+    return {name: randomise(make(), seed=1) for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def files(given, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    return {name: write(model, folder / f"{name}.pth") for name, model in given.items()}
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return {name: make() for name, make in MODELS.items()}
+
+
+@pytest.mark.parametrize("theirs", MODELS)
+@pytest.mark.parametrize("ours", MODELS)
+def test_a_file_of_each_into_each(ours, theirs, given, files, fresh):
+    """The network, and norms and heads where both have them; norms without a place are refused where they count."""
+    path, model = files[theirs], copy.deepcopy(fresh[ours])
+    norms = ours in NORMED and theirs in NORMED
+    if theirs in NORMED and ours not in NORMED:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"no place for its norms \(first: .*overlock\.Pyramid"):
+            overlock.load_weights(model, path)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        start_from(model, path)
+    elif {ours, theirs} == {"detector", "cascade"}:  # both have region proposals, but other heads
+        with pytest.raises(ValueError, match=r"missing .*left over"):
+            overlock.load_weights(model, path)
+        start_from(model, path)
+        assert torch.equal(model.rpn.head.bbox_pred.weight, given[theirs].rpn.head.bbox_pred.weight)
+    else:
+        overlock.load_weights(model, path)
+    assert_taken(model, given[theirs], norms=norms)
+    if ours == theirs:
+        expected = given[theirs].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "module.", "a.b.c."])
+@pytest.mark.parametrize("official", [False, True])
+def test_prefixes(prefix, official, given, fresh, tmp_path):
+    source, model = given["classifier"], copy.deepcopy(fresh["classifier"])
+    state = to_official(source.state_dict()) if official else source.state_dict()
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pth")
+    overlock.load_weights(model, tmp_path / "x.pth")
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_kept_and_left_out_is_logged(given, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "overlock")
+    overlock.load_weights(classifier(num_classes=7), write(given["classifier"], tmp_path / "x.pth"))
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/x.pth: has nothing for head.fc (2), which stay as they were",
+        f"{tmp_path}/x.pth: the model has no place for its head.fc (2)",
+    ]
+    caplog.clear()
+    start_from(classifier(), write(given["segmenter"], tmp_path / "x.pth"))
+    (said,) = [record.message for record in caplog.records]
+    assert "the backbone is taken from it; head.hidden" in said
+
+
+def test_two_networks_in_a_file(tmp_path):
+    state = {f"{part}.{name}": x for part in ("teacher", "student") for name, x in classifier().state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(
+        ValueError, match=r"several networks, under 'student\.', 'teacher\.'; save the state dict of one"
+    ):
+        overlock.load_weights(classifier(), tmp_path / "x.pth")
+
+
+# As models
+
+
+@pytest.mark.parametrize("name", ["classifier", "detector", "cascade", "segmenter"])
+def test_a_plain_file_as_a_model(name, given, tmp_path):
+    """Told by names and shapes: head, width, classes, variant."""
+    network, record = load_model(write(given[name], tmp_path / "x.pth", prefix="module."))
+    heads = dict(classifier=None, detector="faster_rcnn", cascade="cascade_mask_rcnn", segmenter="upernet")
+    assert (record.model, record.head, record.classes) == ("overlock_atto", heads[name], ("0", "1", "2"))
+    assert record.model_args.get("hidden_channels") == (None if name == "classifier" else 32)
+    expected = given[name].state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["features", "pyramid", "other"])
+def test_a_backbone_alone_is_no_model_to_predict_with(name, given, tmp_path):
+    with pytest.raises(ValueError, match=r"x\.pth: this is the backbone of an overlock_atto without a head; start a"):
+        load_model(write(given[name], tmp_path / "x.pth"))
+
+
+def test_dense_models_on_other_backbones(tmp_path):
+    model = randomise(segmentation.upernet("test_convnext", num_classes=3, hidden_channels=32))
+    write(model, tmp_path / "x.pth")
+    network, record = load_model(tmp_path / "x.pth", model="test_convnext")
+    assert (record.head, record.model) == ("upernet", "test_convnext")
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"not the weights of a upernet on OverLoCK; name another backbone .* --model"):
+        load_model(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_told_by_its_shapes(name):
+    from overlock.checkpoints.recognise import find_variant, read_shape
+
+    with torch.device("meta"):
+        state = timm.create_model(name, num_classes=0).state_dict()
+    assert find_variant(state, "x") == name
+    shape = read_shape(state)
+    assert replace(VARIANTS[name], **shape) == VARIANTS[name]
+    assert len(shape) == 7
+
+
+# Channels
+
+
+@pytest.mark.parametrize("name", ["detector", "segmenter"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(name, channels, given, tmp_path):
+    """Built, saved with a record or without, loaded, and started from weights for colours as timm converts them."""
+    model = randomise(MODELS[name](in_chans=channels))
+    heads = dict(detector="faster_rcnn", segmenter="upernet")
+    record = Record(
+        model="overlock_atto", head=heads[name], classes=("a", "b", "c"),
+        model_args=dict(in_chans=channels, hidden_channels=32),
+    )  # fmt: skip
+    save_model(tmp_path / "x.safetensors", model.state_dict(), record)
+    for path in (tmp_path / "x.safetensors", write(model, tmp_path / "x.pth")):
+        network, found = load_model(path)
+        assert found.model_args == record.model_args
+        x = images(1, channels, 64, 64).sigmoid()
+        if name == "segmenter":
+            assert torch.equal(network(x), model(x))
+        else:
+            assert network([x[0]])[0].keys() == {"boxes", "labels", "scores"}
+    start_from(model, write(given["classifier"], tmp_path / "c.pth"))
+    first, colours = (
+        parts_of(m).network["base_net.stages.0.embed.0.conv.weight"] for m in (model, given["classifier"])
+    )
+    expected = colours.sum(1, keepdim=True) if channels == 1 else colours[:, [0, 1, 2, 0]] * 3 / 4
+    torch.testing.assert_close(first, expected)
+
+
+def test_names_that_are_not_the_authors_stay():
+    state = dict(extra=torch.ones(1, 2, 1, 1))
+    assert torch.equal(from_official(state)["extra"], state["extra"])
+
+
+# What is not in the weights
+
+
+def test_an_incomplete_model_is_a_warning(given, tmp_path, caplog):
+    overlock.load_weights(classifier(aux_head=True), write(given["classifier"], tmp_path / "x.pth"))
+    assert [(r.levelname, r.message.split(": ")[1]) for r in caplog.records] == [
+        ("WARNING", "has nothing for aux_head.norm (5), aux_head.fc (2), which stay as they were")
+    ]
+
+
+def test_what_is_taken_for_granted_is_told(given, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "overlock")
+    state = given["classifier"].state_dict()
+    torch.save(dict(state_dict=state, state_dict_ema=state), tmp_path / "x.pth")
+    load_model(tmp_path / "x.pth")
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "no record; the weights say overlock_atto of 3 classes, strides and the size of images are the usual",
+        "the averaged weights are taken",
+    ]
+
+
+def test_averages_of_torch_and_mmengine(given, tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(given["classifier"])
+    state = average.state_dict()
+    steps = {"steps" if name == "n_averaged" else name: tensor for name, tensor in state.items()}
+    for content in (state, dict(state_dict={}, ema_state_dict=steps)):
+        torch.save(content, tmp_path / "x.pth")
+        network, _ = load_model(tmp_path / "x.pth")
+        assert torch.equal(network.head.fc.weight, given["classifier"].head.fc.weight)
+
+
+def test_what_a_run_goes_on_from(given, tmp_path):
+    torch.save(dict(network=given["classifier"].state_dict(), optimizer={}, average=None), tmp_path / "last.ckpt")
+    for load in (load_model, lambda path: overlock.load_weights(classifier(), path)):
+        with pytest.raises(ValueError, match=r"last\.ckpt: this is what a run goes on from \(--resume\); .*best\.safe"):
+            load(tmp_path / "last.ckpt")
+
+
+def test_a_record_of_a_later_version(given, tmp_path):
+    record = Record(model="overlock_atto", classes=("a", "b", "c"), model_args=dict(num_classes=3))
+    for change, said in ((dict(colour="red"), "colour"), (dict(head="mask2former"), "mask2former")):
+        text = json.dumps(json.loads(record.to_json()) | change)
+        save_file(given["classifier"].state_dict(), tmp_path / "x.safetensors", metadata=dict(overlock=text))
+        with pytest.raises(
+            ValueError, match=rf"its record has {said}, which a newer overlock wrote; update the package"
+        ):
+            load_model(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("name", "channels"), [("classifier", 4), ("detector", 4), ("segmenter", 1)])
+def test_files_of_images_do_not_have_such_channels(name, channels, tmp_path):
+    from overlock.deploy import Detector, Predictor, Segmenter
+
+    kinds = dict(classifier=Predictor, detector=Detector, segmenter=Segmenter)
+    path = write(MODELS[name](in_chans=channels), tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=f"for images of {channels} channels, which files of images do not have"):
+        kinds[name].from_checkpoint(path)
+
+
+def test_the_crop_of_timm_s_models_is_kept():
+    """Some models' images are squashed, not cropped."""
+    from overlock.data import make_eval_transform
+
+    squashed = default_preprocessing("convnext_tiny.in12k_ft_in1k_384", in_chans=3)
+    assert squashed["crop_mode"] == "squash"
+    assert "crop_mode" not in default_preprocessing("overlock_atto", in_chans=3)
+    image = Image.new("RGB", (400, 100))
+    image.paste((255, 255, 255), (350, 0, 400, 100))  # out of the centre
+    assert make_eval_transform(squashed)(image).max() > 0.9
+    assert make_eval_transform(dict(squashed, crop_mode="center"))(image).max() < 0
+
+
+def test_a_mean_for_other_channels():
+    with pytest.raises(
+        ValueError, match=r"mean must have 1 or 4 values, as the images have channels, got \[0\.5, 0\.4\]"
+    ):
+        default_preprocessing("overlock_atto", in_chans=4, arguments=dict(mean=[0.5, 0.4]))
+    four = default_preprocessing("overlock_atto", in_chans=4, arguments=dict(mean=[0.1, 0.2, 0.3, 0.4], std=[0.5]))
+    assert (four["mean"], four["std"]) == ((0.1, 0.2, 0.3, 0.4), (0.5,) * 4)
