@@ -17,7 +17,7 @@ from torch import nn
 
 import overlock
 from overlock import detection, segmentation
-from overlock.checkpoints import Record, default_preprocessing, load_model, save_model, start_from
+from overlock.checkpoints import HEADS, Record, default_preprocessing, load_model, save_model, start_from
 from overlock.network import VARIANTS
 from overlock.weights import to_official
 from overlock.weights.names import from_official
@@ -307,3 +307,27 @@ def test_a_mean_for_other_channels():
         default_preprocessing("overlock_atto", in_chans=4, arguments=dict(mean=[0.5, 0.4]))
     four = default_preprocessing("overlock_atto", in_chans=4, arguments=dict(mean=[0.1, 0.2, 0.3, 0.4], std=[0.5]))
     assert (four["mean"], four["std"]) == ((0.1, 0.2, 0.3, 0.4), (0.5,) * 4)
+
+
+@pytest.mark.parametrize("model", ["test_convnext", "test_resnet"])
+@pytest.mark.parametrize("head", ["faster_rcnn", "upernet"])
+def test_a_classifier_of_timm_s_starts_from_a_dense_model(model, head, tmp_path):
+    """Its head is new; a backbone of another kind is refused."""
+    given = randomise(HEADS[head](model, **SMALL))
+    network = timm.create_model(model, num_classes=3)
+    before = network.get_classifier().weight.clone()
+    start_from(network, write(given, tmp_path / "x.pth"))
+    body = given.get_submodule("backbone.body" if head == "faster_rcnn" else "backbone").state_dict()
+    taken = {name.replace(".", "_"): tensor for name, tensor in network.state_dict().items()}
+    assert all(torch.equal(tensor, taken[name.replace(".", "_")]) for name, tensor in body.items())
+    assert torch.equal(network.get_classifier().weight, before)
+    other = {"test_convnext": "test_resnet", "test_resnet": "test_convnext"}[model]
+    with pytest.raises(ValueError, match=r"of its weights have no place in the network.*; set --model to its own"):
+        start_from(timm.create_model(other, num_classes=3), tmp_path / "x.pth")
+
+
+def test_former_names():
+    from overlock import checkpoint, checkpoints, hub
+
+    assert all(getattr(checkpoint, name) is getattr(checkpoints, name) for name in checkpoints.__all__)
+    assert all(getattr(hub, name) is getattr(checkpoints, name) for name in hub.__all__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,13 +55,26 @@ def _match(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]
     target = network.state_dict()
     root = next(root for root in ROOTS if any(name.startswith(root) for name in target))
     own = {name.removeprefix(root).replace(".", "_"): name for name in target if name.startswith(root)}
-    best: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    lost: list[str] = []
     for theirs in ROOTS:
-        given = {name.removeprefix(theirs).replace(".", "_"): x for name, x in state.items() if name.startswith(theirs)}
-        fitting = {own[name]: x for name, x in given.items() if name in own and x.shape == target[own[name]].shape}
-        best = max(best, fitting, key=len)
-    missing = [name for name in target if name.startswith(root) and name not in best]
-    if missing:
+        given = {name: name.removeprefix(theirs).replace(".", "_") for name in state if name.startswith(theirs)}
+        fitting = {
+            own[part]: state[name]
+            for name, part in given.items()
+            if part in own and state[name].shape == target[own[part]].shape
+        }
+        if len(fitting) > len(found):
+            found = fitting
+            lost = [name for name, part in given.items() if own.get(part) not in fitting and not _HEAD.match(name)]
+    missing = [name for name in target if name.startswith(root) and name not in found]
+    if root and missing:
         raise ValueError(f"it has nothing for {len(missing)} weights of the backbone (first: {missing[0]})")
-    heads = {name: x for name, x in state.items() if not name.startswith(root) and name in target}
-    return best | {name: x for name, x in heads.items() if x.shape == target[name].shape}
+    if not root and (lost or not found):  # a classifier, whose head may be new
+        first = f" (first: {lost[0]})" if lost else ""
+        raise ValueError(f"{len(lost) or 'none'} of its weights have no place in the network{first}")
+    heads = {name: x for name, x in state.items() if root and not name.startswith(root) and name in target}
+    return found | {name: x for name, x in heads.items() if x.shape == target[name].shape}
+
+
+_HEAD = re.compile(r"backbone\.fpn\.|rpn\.|roi_heads\.|decode_head\.|auxiliary_head\.")

@@ -29,6 +29,7 @@ from overlock.network import VARIANTS
 from overlock.training.config import LossConfig, TrainConfig
 from overlock.training.job import Job
 from overlock.weights import read_checkpoint, unwrap
+from overlock.weights.dense_names import find_head
 
 EXAMPLES = "examples"
 
@@ -157,8 +158,9 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
         only_training["aux_head"] = True
     source = None if config.weights is None else find_weights(config.weights)
     given: dict[str, Any] = dict(pretrained=config.pretrained)
-    if source is not None and not ours:  # timm fits them to another number of classes or channels
-        state = unwrap(read_checkpoint(source))
+    state = {} if source is None or ours else unwrap(read_checkpoint(source))
+    by_timm = bool(state) and find_head(state) is None
+    if by_timm:  # which fits them to another number of classes or channels
         count, _ = find_ends(state, config.model)
         its_classes = {} if count is None else dict(num_classes=count)
         given = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, **its_classes))
@@ -166,7 +168,7 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
         network = build(config.model, **given, **arguments, **only_training)
     except OSError as error:
         raise ValueError(f"the weights of {config.model} could not be fetched ({error}); try --weights FILE") from None
-    if source is not None and ours:
+    if source is not None and not by_timm:
         start_from(network, source)
     cast(Any, network).pretrained_cfg.pop("state_dict", None)  # or every copy of the network would copy it too
     smallest = getattr(network, "smallest_image", 1)
