@@ -343,7 +343,7 @@ def test_foreign_and_damaged_checkpoints(run_folder, official_file, tmp_path, mo
     assert "not the weights of an OverLoCK model" in refuse("other.pth")
     broken = {k: v for k, v in to_official(official_file[1].state_dict()).items() if k != "blocks1.0.dwconv.weight"}
     torch.save(broken, tmp_path / "part.pth")
-    assert "fit none of overlock_atto" in refuse("part.pth")
+    assert "1 missing (first: base_net.stages.0.blocks.0.local.weight)" in refuse("part.pth")
     assert "1 missing" in fails(capsys, "convert", "part.pth", "out.safetensors", "--model", "overlock_atto")
     (tmp_path / "empty").mkdir()
     assert "empty: no model.safetensors in this folder" in refuse("empty")
