@@ -57,21 +57,23 @@ def expand_tokens(packed, count, depth, weight, channels, tile, ring, row, follo
     result_step = result_bytes // (max(panels - 1, 1) * tiles * depth) + 1
     for panel in range(panels):
         used, at = min(NR, channels - panel * NR), weight + 4 * panel * (depth + 1) * NR
+        ahead, ahead_step = following, 4 * MR
+        if panel > 0:
+            ahead, ahead_step = result + (panel - 1) * tiles * depth * result_step, result_step
         y, column = row, 0
         for n in range(tiles):
-            rows = min(MR, count - n * MR)
-            ahead, ahead_step = following + 4 * n * MR * depth, 4 * MR
-            if panel > 0:
-                ahead, ahead_step = result + ((panel - 1) * tiles + n) * depth * result_step, result_step
-            multiply_panel(rows, packed_at + 4 * n * size, depth, KC, at, used, tile_at, tile_at, NR, ahead, ahead_step)
+            rows, come = min(MR, count - n * MR), ahead + n * depth * ahead_step
+            multiply_panel(rows, packed_at + 4 * n * size, depth, KC, at, used, tile_at, tile_at, NR, come, ahead_step)
             for r in range(rows):
                 place = panel * (NR // LANES) * ring.block + y * ring.line + (column + 1) * LANES
-                for c in range(0, used, LANES):
+                for c in range(0, NR, LANES):  # of a part of a panel more than is read
                     store(ring.lines, place, gelu(load(tile, r * NR + c)))
                     place += ring.block
                 column += 1
                 if column == ring.width:
-                    y, column = (y + 1) % ring.rows, 0
+                    y, column = y + 1, 0
+                    if y == ring.rows:  # a remainder would be checked for a divisor of 0, in loops of their own
+                        y = 0
 
 
 @kernel(
