@@ -28,8 +28,8 @@ from overlock.data import load_test_data, make_train_transform
 from overlock.data.loaders import Batch, OnImage, Share, TrainBatches
 from overlock.training import RECIPES, TrainConfig
 from overlock.training.loop import Fit
-from overlock.training.machine import keep_freed_memory, make_fabric
 from overlock.training.run import prepare, quiet
+from overlock.training.runtime import keep_freed_memory, make_fabric
 from overlock.training.stop import StopRequest
 
 
@@ -58,13 +58,13 @@ def make_fit(options: argparse.Namespace, folder: Path) -> Fit:
         batch_size=options.batch_size,
         optim=dict(clip_norm=5.0 if options.recipe else 0.0),
         ema=dict(decay=0.9999 if options.recipe else 0.0),
-        machine=dict(precision=options.precision, workers=0),
+        runtime=dict(precision=options.precision, workers=0),
         safety=dict(minutes=1e6),
     )
     config = TrainConfig.from_dict(settings)
     with quiet():
         keep_freed_memory()  # as a run does on CPU
-        fit, _ = prepare(config, make_fabric(config.machine), StopRequest(), Console(quiet=True))
+        fit, *_ = prepare(config, make_fabric(config.runtime), StopRequest(), Console(quiet=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
     labels = torch.randint(0, 2, (options.batch_size,), generator=generator)

@@ -39,9 +39,9 @@ def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
         drop_path=0.2,
         augment=dict(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5),
         loss=dict(mixup=0.8, cutmix=1.0),
-        optim=dict(lr=1e-3, lr_batch=4, warmup_epochs=0.5),
+        optim=dict(lr=1e-3, base_batch_size=4, warmup_epochs=0.5),
         ema=dict(decay=0.8),
-        machine=dict(accelerator="cpu", workers=0),
+        runtime=dict(accelerator="cpu", workers=0),
         safety=dict(steps=2),
     )
     for name, value in changes.items():

@@ -70,7 +70,7 @@ def succeeds(capsys, *arguments: object) -> str:
     return out
 
 
-QUICK = ("--model", "overlock_atto", "--image-size", 32, "--epochs", 1, "--machine.workers", 0)
+QUICK = ("--model", "overlock_atto", "--image-size", 32, "--epochs", 1, "--runtime.workers", 0)
 
 
 def test_train_evaluate_predict(tmp_path, capsys):
@@ -104,12 +104,12 @@ def test_train_evaluate_predict(tmp_path, capsys):
 
 def test_settings_of_a_run_can_be_given_again(tmp_path, capsys):
     settings = dict(data=str(make_classes(tmp_path / "data", 3)), output=str(tmp_path / "a"), model="overlock_atto")
-    settings |= dict(image_size=32, epochs=1, batch_size=4, machine=dict(workers=0), augment=dict(mirror=False))
+    settings |= dict(image_size=32, epochs=1, batch_size=4, runtime=dict(workers=0), augment=dict(hflip=False))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
-    succeeds(capsys, "train", "--config", tmp_path / "train.yaml", "--optim.lr_batch", 4)
+    succeeds(capsys, "train", "--config", tmp_path / "train.yaml", "--optim.base_batch_size", 4)
     saved = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
-    assert saved["machine"] | settings["machine"] == saved["machine"]
-    assert saved["augment"]["mirror"] is False
+    assert saved["runtime"] | settings["runtime"] == saved["runtime"]
+    assert saved["augment"]["hflip"] is False
     assert "or pass --resume" in fails(capsys, "train", "--config", tmp_path / "a" / "config.yaml")
     succeeds(capsys, "train", "--config", tmp_path / "a" / "config.yaml", "--seed", 5, "--overwrite")
     assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text()) == saved | {"seed": 5}
@@ -403,7 +403,7 @@ def test_signals_save_and_end(tmp_path, signum, code):
     root = make_classes(tmp_path / "data", 40)
     command = [
         sys.executable, "-m", "overlock.cli", "train", "small", "--data", str(root), "--output", str(tmp_path / "run"),
-        "--model", "overlock_atto", "--image_size", "32", "--epochs", "1000", "--machine.workers", "1",
+        "--model", "overlock_atto", "--image_size", "32", "--epochs", "1000", "--runtime.workers", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -21,7 +21,7 @@ class LabelFiles:
     """'voc' or 'cityscapes', or a file of names and colours."""
     labels: str | None = None
     """Pixel values of the classes in their order, such as '0,255'."""
-    shift: bool = False
+    reduce_zero_label: bool = False
     """As in :class:`overlock.data.label_values.LabelForm`."""
     ignore_index: int = 255
     """Likewise."""

@@ -46,7 +46,7 @@ def test_digits_are_split_by_class():
     data = load_data("digits")
     assert (len(data.train), len(data.test)) == (1438, 359)
     assert data.classes == tuple("0123456789")
-    assert not data.mirrors
+    assert not data.hflip
     counts = Counter(label for _, label in data.test)
     assert min(counts.values()) >= 34
     held_out = {np.asarray(image).tobytes() for image, _ in data.test}
@@ -144,7 +144,7 @@ def test_mirroring_can_be_switched_off():
     image.paste("white", (0, 0, 16, 32))
     torch.manual_seed(0)
     for mirror in (False, True):
-        transform = make_train_transform(GREY, Augmentation(scale=(1.0, 1.0)), mirror=mirror)
+        transform = make_train_transform(GREY, Augmentation(scale=(1.0, 1.0)), hflip=mirror)
         outs = [transform(image.convert("RGB")) for _ in range(30)]
         mirrored = any(out[0, 8, 0] < out[0, 8, -1] for out in outs)
         assert mirrored == mirror

@@ -35,7 +35,10 @@ def save_map(path, values=None, mode="L"):
 
 def test_labels_as_they_are_and_shifted(folders):
     images, maps = folders
-    plain, shifted = read_maps(images, maps, num_classes=4), read_maps(images, maps, num_classes=3, shift=True)
+    plain, shifted = (
+        read_maps(images, maps, num_classes=4),
+        read_maps(images, maps, num_classes=3, reduce_zero_label=True),
+    )
     assert len(plain) == 2
     image, labels = plain.read(0)
     assert image.size == (6, 4)

@@ -9,10 +9,10 @@ import pytest
 from overlock.data import Augmentation
 from overlock.network import VARIANTS
 from overlock.training import CONFIGS, RECIPES, DetectConfig, SegmentConfig, TrainConfig
-from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, SafetyConfig
+from overlock.training.config import EmaConfig, LossConfig, OptimConfig, RuntimeConfig, SafetyConfig
 
 GROUPS = dict(
-    augment=Augmentation, loss=LossConfig, optim=OptimConfig, ema=EmaConfig, machine=MachineConfig, safety=SafetyConfig
+    augment=Augmentation, loss=LossConfig, optim=OptimConfig, ema=EmaConfig, runtime=RuntimeConfig, safety=SafetyConfig
 )
 
 
@@ -24,7 +24,7 @@ GROUPS = dict(
         (dict(optim=dict(lr=0.0)), r"optim\.lr must be a finite number at least 1e-12, got 0"),
         (dict(optim=dict(lr=float("nan"))), r"optim\.lr must be a finite number"),
         (dict(optim=dict(lr=1e-7)), r"optim\.min_lr 1e-05 is above the peak learning rate"),
-        (dict(machine=dict(workers=-1)), r"machine\.workers must be a finite number at least 0"),
+        (dict(runtime=dict(workers=-1)), r"runtime\.workers must be a finite number at least 0"),
         (dict(loss=dict(label_smoothing=1.0)), r"loss\.label_smoothing must be a finite number in 0 to"),
         (dict(augment=dict(scale=[0.5, 0.1])), r"augment\.scale must be a range"),
         (dict(augment=dict(rand_augment="m9")), r"augment\.rand_augment must be like rand-m9"),
@@ -35,15 +35,15 @@ GROUPS = dict(
         (dict(task="detect"), "task must be 'classify', got 'detect'"),
         (dict(optim=None), "optim must be a table of settings, got None"),
         (dict(optim=dict(betas=[0.9])), r"optim\.betas must be a list of 2, each a number"),
-        (dict(optim=dict(schedule="flat")), r"optim\.schedule must be 'cosine' or 'line' or 'drops', got 'flat'"),
-        (dict(optim=dict(schedule="drops", drop_epochs=[9, 3])), r"optim\.drop_epochs must rise, got 9, 3"),
-        (dict(machine=dict(compile=1)), r"machine\.compile must be true or false, got 1"),
+        (dict(optim=dict(schedule="flat")), r"optim\.schedule must be 'cosine' or 'linear' or 'multistep', got 'flat'"),
+        (dict(optim=dict(schedule="multistep", milestones=[9, 3])), r"optim\.milestones must rise, got 9, 3"),
+        (dict(runtime=dict(compile=1)), r"runtime\.compile must be true or false, got 1"),
         (dict(pretrained=True, weights="a.pth"), "either pretrained or weights"),
         (dict(model="resnet18", stem_stride=2), "stem_stride is an option of OverLoCK"),
-        (dict(machine=dict(strategy="fsdp"), ema=dict(decay=0.9)), "not available with fsdp"),
-        (dict(machine=dict(strategy="fsdp", precision="fp16")), "fp16 is not available with fsdp"),
+        (dict(runtime=dict(strategy="fsdp"), ema=dict(decay=0.9)), "not available with fsdp"),
+        (dict(runtime=dict(strategy="fsdp", precision="fp16")), "fp16 is not available with fsdp"),
         (dict(epoch=3), "unknown setting epoch; did you mean epochs"),
-        (dict(optim=dict(learning=3)), r"unknown setting optim\.learning; known are betas"),
+        (dict(optim=dict(learning=3)), r"unknown setting optim\.learning; known are base_batch_size, betas"),
         (dict(safety=dict(unreadible=3)), r"unknown setting safety\.unreadible; did you mean safety\.unreadable"),
     ],
 )
@@ -90,7 +90,7 @@ def test_dense_recipes_are_the_papers(size, rate, others):
     ):
         config = RECIPES[name]("somewhere")
         assert (config.model, config.epochs, config.drop_path) == (f"overlock_{size}", epochs, rate)
-        assert (config.batch_size, config.optim.peak(16), config.optim.drop_epochs) == (16, lr, drops)
+        assert (config.batch_size, config.optim.peak(16), config.optim.milestones) == (16, lr, drops)
         assert (config.optim.warmup_steps, config.optim.warmup_lr) == (500, pytest.approx(lr / 1000))
         assert (config.optim.weight_decay, config.min_size, config.max_size) == (0.05, 800, 1333)
         assert config.multi_scale == (() if name.endswith("1x") else tuple(range(480, 801, 32)))
@@ -98,8 +98,8 @@ def test_dense_recipes_are_the_papers(size, rate, others):
     config = RECIPES[f"upernet_{size}"]("somewhere")
     assert config.epochs * config.epoch_steps == 160_000
     assert (config.drop_path, config.optim.peak(16), config.optim.weight_decay) == (others[1], 6e-5, 0.01)
-    assert (config.optim.warmup_steps, config.optim.schedule, config.optim.min_lr) == (1500, "line", 0)
-    assert (config.shift, config.crop, config.scale, config.ratio) == (True, 512, (2048, 512), (0.5, 2.0))
+    assert (config.optim.warmup_steps, config.optim.schedule, config.optim.min_lr) == (1500, "linear", 0)
+    assert (config.reduce_zero_label, config.crop, config.scale, config.ratio) == (True, 512, (2048, 512), (0.5, 2.0))
 
 
 @pytest.mark.parametrize("size", ["xt", "t", "s", "b"])
@@ -117,7 +117,7 @@ def test_imagenet_recipes_are_the_papers(size):
         0.8, 1.0, 0.5, 0.1, 0.4,
     )  # fmt: skip
     assert config.ema.decay == 0.9999
-    assert config.machine.sync_norm
+    assert config.runtime.sync_bn
     assert config.drop_path is None  # the size's own
     assert VARIANTS[config.model].drop_path == dict(xt=0.1, t=0.15, s=0.4, b=0.5)[size]
     assert VARIANTS[config.model].crop_pct == dict(xt=0.925, t=0.95, s=0.95, b=0.975)[size]

@@ -33,8 +33,8 @@ SMALL = dict(
     model="overlock_atto",
     epochs=2,
     batch_size=2,
-    optim=dict(lr=1e-3, lr_batch=2, warmup_steps=2),
-    machine=dict(accelerator="cpu", workers=0),
+    optim=dict(lr=1e-3, base_batch_size=2, warmup_steps=2),
+    runtime=dict(accelerator="cpu", workers=0),
     safety=dict(steps=2),
 )
 DETECT = dict(
@@ -258,8 +258,12 @@ def test_nothing_to_find_in_the_test_part(left, scenes, tmp_path):
         (SegmentConfig, dict(ratio=[0, 1]), "ratio must be a range above 0"),
         (SegmentConfig, dict(crop=3), "crop must be a finite number at least 32"),
         (SegmentConfig, dict(labels="0"), "labels must be the pixel values of two or more classes"),
-        (SegmentConfig, dict(labels="0,255", shift=True), "labels says which values are classes, and so does shift"),
-        (TrainConfig, dict(optim=dict(schedule="drops")), "drop_epochs is what"),
+        (
+            SegmentConfig,
+            dict(labels="0,255", reduce_zero_label=True),
+            "labels says which values are classes, and so does reduce_zero_label",
+        ),
+        (TrainConfig, dict(optim=dict(schedule="multistep")), "milestones is what"),
         (TrainConfig, dict(epoch_steps=0), "epoch_steps must be"),
     ],
 )
@@ -368,7 +372,7 @@ def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_half_precision(task, precision, scenes, tmp_path):
-    config = settings(task, scenes, tmp_path / "run", epochs=1, machine=dict(SMALL["machine"], precision=precision))
+    config = settings(task, scenes, tmp_path / "run", epochs=1, runtime=dict(SMALL["machine"], precision=precision))
     run(config)
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert math.isfinite(float(rows[0]["loss"]))

@@ -18,7 +18,7 @@ def notes(*, steps=100, images=10_000, **settings) -> tuple[str, ...]:
         (dict(epochs=4), "the warm-up of 500 steps is cut to 200, half of the run's 400"),
         (dict(epochs=4, optim=dict(warmup_steps=300)), "the warm-up of 300 steps is cut to 200"),
         (dict(optim=dict(warmup_lr=0.1)), "optim.warmup_lr 0.1 is above the peak rate 6.25e-05: the warm-up begins at"),
-        (dict(optim=dict(schedule="drops", drop_epochs=[8, 400])), "optim.drop_epochs 400: not before the end"),
+        (dict(optim=dict(schedule="multistep", milestones=[8, 400])), "optim.milestones 400: not before the end"),
         (dict(optim=dict(name="sgd", betas=[0.9, 0.95])), "optim.betas has no effect with the optimiser sgd"),
         (dict(epochs=10, ema=dict(decay=0.9999)), "is 90 % the first weights after 1000 steps with ema.decay 0.9999"),
         (dict(ema=dict(warmup=True)), "ema.warmup has no effect without ema.decay"),

@@ -25,7 +25,7 @@ from torch import Tensor
 from overlock.training import TrainConfig
 from overlock.training.classification import Classification
 from overlock.training.loop import Fit
-from overlock.training.machine import CheckpointFile
+from overlock.training.runtime import CheckpointFile
 
 
 @pytest.fixture
@@ -105,27 +105,27 @@ def snapshot(fit: Fit) -> dict[str, Tensor]:
 def test_goes_back_to_the_last_checkpoint(data, tmp_path, monkeypatch):
     inject(monkeypatch, "loss", range(3, 5))
     printed = run(settings(data, tmp_path / "run", safety=dict(bad_steps=2)))
-    assert printed.count("went back to the checkpoint of step 4 (return 1 of 3)") == 1
+    assert printed.count("went back to the checkpoint of step 4 (rollback 1 of 3)") == 1
     assert "not finite 2 times in a row up to step 5" in printed
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["progress"]["returns"] == 1
+    assert state["progress"]["rollbacks"] == 1
     assert state["progress"]["skipped"] == 2
     assert state["progress"]["epoch"] == 2
 
 
-def test_gives_up_after_too_many_returns(data, tmp_path, monkeypatch):
+def test_gives_up_after_too_many_rollbacks(data, tmp_path, monkeypatch):
     inject(monkeypatch, "gradient", range(3, 1000))
-    with pytest.raises(ValueError, match=r"after 2 returns to a checkpoint; lower optim\.lr"):
-        run(settings(data, tmp_path / "run", safety=dict(bad_steps=2, returns=2)))
+    with pytest.raises(ValueError, match=r"after 2 rollbacks to a checkpoint; lower optim\.lr"):
+        run(settings(data, tmp_path / "run", safety=dict(bad_steps=2, rollbacks=2)))
     monkeypatch.undo()
-    run(settings(data, tmp_path / "run", safety=dict(bad_steps=2, returns=2)), resume=True)
+    run(settings(data, tmp_path / "run", safety=dict(bad_steps=2, rollbacks=2)), resume=True)
     assert all(t.isfinite().all() for t in final_state(tmp_path / "run").values())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_with_a_large_rate_stays_finite(data, tmp_path, monkeypatch, precision):
     inject(monkeypatch, "gradient", range(5, 6))
-    config = settings(data, tmp_path / "run", machine=dict(precision=precision), optim=dict(lr=0.05, warmup_epochs=0))
+    config = settings(data, tmp_path / "run", runtime=dict(precision=precision), optim=dict(lr=0.05, warmup_epochs=0))
     run(config)
     assert all(t.isfinite().all() for t in final_state(tmp_path / "run").values())
 
@@ -135,14 +135,14 @@ def test_half_precision_with_a_large_rate_stays_finite(data, tmp_path, monkeypat
 def test_half_precision_for_500_steps(tmp_path, precision):
     make_images(tmp_path / "data")
     config = settings(
-        tmp_path / "data", tmp_path / "run", epochs=125, validate_every=125, machine=dict(precision=precision),
+        tmp_path / "data", tmp_path / "run", epochs=125, validate_every=125, runtime=dict(precision=precision),
         optim=dict(lr=5e-3, warmup_epochs=0), safety=dict(steps=None),
     )  # fmt: skip
     run(config)
     state = final_state(tmp_path / "run")
     assert all(t.isfinite().all() for t in state.values())
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["progress"]["returns"] == 0
+    assert checkpoint["progress"]["rollbacks"] == 0
     assert checkpoint["progress"]["skipped"] <= (20 if precision == "fp16" else 0)  # while the loss's scale is found
 
 
@@ -247,7 +247,7 @@ def test_a_full_disk_for_real(data, whole, tmp_path):
 
 
 def test_a_lost_loading_process(data, whole, tmp_path, monkeypatch):
-    config = settings(data, tmp_path / "run", machine=dict(workers=1))
+    config = settings(data, tmp_path / "run", runtime=dict(workers=1))
     original, count = Fit.train_step, iter(range(100))
 
     def train_step(self, batches):
@@ -278,7 +278,7 @@ def test_unreadable_images_are_skipped_and_listed(data, tmp_path, monkeypatch):
     run(settings(data, tmp_path / "run"))
     listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
     assert sorted(line.partition(": ")[0] for line in listed) == sorted(map(str, files))
-    config = settings(data, tmp_path / "again", machine=dict(workers=2))
+    config = settings(data, tmp_path / "again", runtime=dict(workers=2))
     with monkeypatch.context() as patch:
         patch.setattr(Fit, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
         with pytest.raises(Exception, match="stopped and saved"):
@@ -291,7 +291,7 @@ def test_unreadable_images_are_skipped_and_listed(data, tmp_path, monkeypatch):
 def test_another_image_stands_in_where_one_is_a_batch(data, tmp_path, monkeypatch):
     """A run with forward passes of one image ends, and a resumed one in the same bits."""
     files = spoil(data, 4)
-    changes = dict(loss=dict(mixup=0.0, cutmix=0.0), machine=dict(micro_batch=1))
+    changes = dict(loss=dict(mixup=0.0, cutmix=0.0), runtime=dict(micro_batch=1))
     run(settings(data, tmp_path / "run", **changes))
     listed = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
     assert {line.partition(": ")[0] for line in listed} <= set(map(str, files))
@@ -376,7 +376,7 @@ sys.exit(main())
 
 
 def test_a_fault_of_a_loading_process_is_one_sentence(data, tmp_path):
-    command = write_command(settings(data, tmp_path / "run", machine=dict(workers=2)), tmp_path)
+    command = write_command(settings(data, tmp_path / "run", runtime=dict(workers=2)), tmp_path)
     command[1:3] = ["-c", IN_A_PROCESS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2

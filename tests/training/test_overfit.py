@@ -66,7 +66,7 @@ def test_four_images_by_heart(head, shared_data, tmp_path):
     data = take_four(shared_data / ("bccd" if names is CELLS else "camvid"), names, tmp_path / "data")
     common = dict(
         data=str(data), output=str(tmp_path / "run"), model="overlock_atto", epochs=1, epoch_steps=steps, batch_size=4,
-        optim=dict(lr=1e-3, lr_batch=4, warmup_steps=20, weight_decay=0.0), machine=dict(workers=0),
+        optim=dict(lr=1e-3, base_batch_size=4, warmup_steps=20, weight_decay=0.0), runtime=dict(workers=0),
     )  # fmt: skip
     if head == "upernet":
         cut_squares(data)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from overlock.data.loaders import Share
-from overlock.training.sync_norm import CpuSyncBatchNorm, synchronise_norms
+from overlock.training.sync_bn import CpuSyncBatchNorm, synchronise_norms
 
 
 def losses(folder: Path) -> list[float]:
@@ -27,7 +27,7 @@ TWENTY_STEPS = dict(
     batch_size=8,
     image_size=64,
     drop_path=0.0,
-    optim=dict(lr=1e-3, lr_batch=8, warmup_epochs=1.0),
+    optim=dict(lr=1e-3, base_batch_size=8, warmup_epochs=1.0),
     safety=dict(steps=None),
 )
 
@@ -55,14 +55,14 @@ def test_two_processes_equal_one(tmp_path, optim):
         assert float((a - b).norm() / a.norm()) < 1e-4
 
 
-SHARDED = dict(machine=dict(strategy="fsdp"), ema=dict(decay=0.0))
+SHARDED = dict(runtime=dict(strategy="fsdp"), ema=dict(decay=0.0))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [dict(name="sgd", lr=0.003), dict(eps=1e-3)], ids=["sgd", "adamw"])
 def test_a_network_spread_over_two_processes_equals_one(tmp_path, optim):
     """Nine images to test on, in batches of four, are two batches for the first process and one for the other."""
-    changes = TWENTY_STEPS | dict(epochs=2, batch_size=4, optim=TWENTY_STEPS["optim"] | dict(lr_batch=4) | optim)
+    changes = TWENTY_STEPS | dict(epochs=2, batch_size=4, optim=TWENTY_STEPS["optim"] | dict(base_batch_size=4) | optim)
     make_images(tmp_path / "data", 15)
     run(settings(tmp_path / "data", tmp_path / "one", **changes | dict(ema=SHARDED["ema"])))
     process = launch(tmp_path, settings(tmp_path / "data", tmp_path / "two", **changes | SHARDED))

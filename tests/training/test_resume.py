@@ -115,7 +115,7 @@ def test_a_second_ctrl_c_interrupts_at_once(unbroken, tmp_path, monkeypatch):
 
 def test_loading_processes_change_nothing(unbroken, tmp_path):
     data, whole = unbroken
-    run(settings(data, tmp_path / "run", machine=dict(workers=2)))
+    run(settings(data, tmp_path / "run", runtime=dict(workers=2)))
     assert_same(tmp_path / "run", whole)
 
 
@@ -150,7 +150,7 @@ def test_resume_with_other_settings(unbroken, tmp_path):
     data, whole = unbroken
     with pytest.raises(ValueError, match=r"begun with other settings of epochs, optim\.lr; repeat its own command"):
         run(settings(data, whole, epochs=3, optim=dict(lr=5e-3)), resume=True)
-    run(settings(data, whole, machine=dict(workers=1), safety=dict(minutes=1.0)), resume=True)
+    run(settings(data, whole, runtime=dict(workers=1), safety=dict(minutes=1.0)), resume=True)
 
 
 def test_files_of_earlier_runs_do_not_matter_to_a_new_one(unbroken, tmp_path):
@@ -209,6 +209,6 @@ def test_begin_is_called_once(unbroken, tmp_path, monkeypatch):
     """Resuming leaves the settings file as the run began with it."""
     data, whole = unbroken
     monkeypatch.setattr("overlock.training.run.begin", lambda *_: pytest.fail("begun again"))
-    run(settings(data, whole, machine=dict(workers=1)), resume=True)
+    run(settings(data, whole, runtime=dict(workers=1)), resume=True)
     assert begin.__name__ == "begin"
-    assert yaml.safe_load((whole / "config.yaml").read_text())["machine"]["workers"] == 0
+    assert yaml.safe_load((whole / "config.yaml").read_text())["runtime"]["workers"] == 0

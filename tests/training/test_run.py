@@ -30,7 +30,7 @@ PLAIN = dict(
     loss=dict(mixup=0.0, cutmix=0.0),
     drop_path=0.0,
     batch_size=8,
-    optim=dict(lr=2e-3, lr_batch=8, min_lr=2e-5),
+    optim=dict(lr=2e-3, base_batch_size=8, min_lr=2e-5),
 )
 
 
@@ -149,8 +149,8 @@ def test_trains_any_model_of_timm_and_grey_images(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(machine=dict(channels_last=True, recompute=True)),
-        dict(machine=dict(micro_batch=2)),
+        dict(runtime=dict(channels_last=True, grad_checkpointing=True)),
+        dict(runtime=dict(micro_batch=2)),
         dict(ema=dict(decay=0.0), loss=dict(aux_weight=0.0), augment=dict(repeats=2, padding=2)),
         dict(optim=dict(name="lamb", clip_norm=0.0), ema=dict(decay=0.99, warmup=True)),
     ],
@@ -168,7 +168,7 @@ def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
         folder = tmp_path / str(micro_batch)
         config = settings(
             tmp_path / "data", folder, model="test_convnext", image_size=64,
-            machine=dict(micro_batch=micro_batch), **PLAIN,
+            runtime=dict(micro_batch=micro_batch), **PLAIN,
         )  # fmt: skip
         run(config)
         lines = [line.split(",") for line in (folder / "log.csv").read_text().splitlines()]
@@ -211,7 +211,10 @@ def test_loss_of_mixed_images():
 def test_schedule_and_parameter_groups():
     """The rate grows with the batch, warms up and falls as a cosine; norms and biases do not decay."""
     config = TrainConfig(
-        data="x", epochs=10, batch_size=512, optim=OptimConfig(lr=2e-2, lr_batch=1024, warmup_epochs=2, min_lr=1e-4)
+        data="x",
+        epochs=10,
+        batch_size=512,
+        optim=OptimConfig(lr=2e-2, base_batch_size=1024, warmup_epochs=2, min_lr=1e-4),
     )
     network = timm.create_model("overlock_atto", num_classes=3, aux_head=True)
     optimizer = make_optimizer(network, config.optim, batch_size=512)
@@ -232,14 +235,17 @@ def test_schedule_and_parameter_groups():
 @pytest.mark.parametrize(
     ("optim", "expected"),
     [
-        (dict(schedule="drops", drop_epochs=(4, 6)), [1.0] * 16 + [0.1] * 8 + [0.01] * 8),
-        (dict(schedule="line", min_lr=0), [1 - i / 32 for i in range(4, 36)]),
+        (dict(schedule="multistep", milestones=(4, 6)), [1.0] * 16 + [0.1] * 8 + [0.01] * 8),
+        (dict(schedule="linear", min_lr=0), [1 - i / 32 for i in range(4, 36)]),
     ],
 )
 def test_schedules_by_steps(optim, expected):
-    """A warm-up of 4 steps, then drops at their epochs, or a line to nothing at the last step."""
+    """A warm-up of 4 steps, then milestones at their epochs, or linearly to zero at the last step."""
     config = TrainConfig(
-        data="x", epochs=8, batch_size=8, optim=OptimConfig(lr=1.0, lr_batch=8, warmup_steps=4, warmup_lr=0, **optim)
+        data="x",
+        epochs=8,
+        batch_size=8,
+        optim=OptimConfig(lr=1.0, base_batch_size=8, warmup_steps=4, warmup_lr=0, **optim),
     )
     optimizer = make_optimizer(torch.nn.Linear(2, 2), config.optim, batch_size=8)
     schedule = make_schedule(optimizer, config, steps_per_epoch=4)
@@ -248,7 +254,7 @@ def test_schedules_by_steps(optim, expected):
         schedule.step_update(step)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[:4] == [0, 0.25, 0.5, 0.75]
-    after = expected[4:] if optim["schedule"] == "drops" else expected[:28]
+    after = expected[4:] if optim["schedule"] == "multistep" else expected[:28]
     assert rates[4:] == pytest.approx(after)
 
 

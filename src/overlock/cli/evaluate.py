@@ -39,7 +39,7 @@ TESTING = dict(
     segment=("scales", "flip", "window", "stride"),
 )  # fmt: skip
 """Options of each task, which go to its evaluation."""
-MAPS = ("classes", "labels", "colours", "shift", "ignore_index")
+MAPS = ("classes", "labels", "colours", "reduce_zero_label", "ignore_index")
 """Those of how label maps are read."""
 OPTIONS = dict(
     classify=("classes", *TESTING["classify"]), detect=("format", "annotations", "images", *TESTING["detect"]),
@@ -125,7 +125,9 @@ def _add_segmentation(parser: ArgumentParser) -> None:
         default=None,
         help="segment: voc, cityscapes, or a file of lines 'name r g b'; as in the model's run unless given.",
     )
-    parser.add_argument("--shift", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K.")
+    parser.add_argument(
+        "--reduce_zero_label", action="store_true", help="segment: labels begin at 1, 0 is ignored, as in ADE20K."
+    )
     parser.add_argument(
         "--ignore_index", type=int | None, default=None, help="segment: value of ignored pixels; 255 unless given."
     )
@@ -266,7 +268,7 @@ def _label_files(options: Namespace) -> tuple[LabelFiles, tuple[str, ...]]:
     """
     given = given_of(options, MAPS)
     place = dict(data=options.data, val_split=options.val_split)
-    if any(name in given for name in ("labels", "colours", "shift")):
+    if any(name in given for name in ("labels", "colours", "reduce_zero_label")):
         return LabelFiles(**place, **given), ()
     usual = LabelFiles(**place)
     runs = {source: files for source in options.models if (files := _label_files_of_run(source)) is not None}
@@ -274,7 +276,7 @@ def _label_files(options: Namespace) -> tuple[LabelFiles, tuple[str, ...]]:
     if len({tuple(values.items()) for values in found.values()}) > 1:
         raise ValueError(
             f"{' and '.join(found)}: these runs read label maps in different ways; say how with --labels, --colours or "
-            "--shift"
+            "--reduce_zero_label"
         )
     own = next(iter(found.values()), {})
     own = {name: value for name, value in own.items() if value != getattr(usual, name) and name not in given}
@@ -300,7 +302,7 @@ def _label_files_of_run(source: str) -> LabelFiles | None:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path}: these are no settings of a run ({reason}); say how label maps are read: --labels, --colours or "
-            "--shift"
+            "--reduce_zero_label"
         ) from None
     return config.label_files if isinstance(config, SegmentConfig) else None
 

@@ -10,6 +10,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -18,11 +19,11 @@ from rich.logging import RichHandler
 
 from overlock.cli import average, convert, evaluate, pack, predict, push, summary, train
 from overlock.cli import compile as compile_
+from overlock.settings import renew_options
 from overlock.version import __version__
 
 USER_FAULT, INTERRUPTED = 2, 130
 
-RENAMED = {"--force": "--overwrite"}
 """Options of earlier versions, which are still taken."""
 COMMANDS = {
     "train": train.COMMAND,
@@ -47,12 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         than the signal's number after another one.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    arguments = [_with_new_name(word, errors) for word in (sys.argv[1:] if arguments is None else arguments)]
+    words = [_with_underscores(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     # Names of classes and files are printed as they are, not read as markup.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     subparsers: dict[str, ArgumentParser] = {}
     _show_notes(errors)
+    arguments = words
     try:
+        tell = partial(errors.print, "note:", markup=False)
+        arguments = train.renew_config(renew_options(words, tell), tell)
         parser, subparsers = make_parser(arguments)
         options = parser.parse_args(arguments)
         with warnings.catch_warnings():
@@ -110,15 +114,10 @@ def _command_of(arguments: Sequence[str]) -> str | None:
     return next((word for word in arguments if not word.startswith("-")), None)
 
 
-def _with_new_name(word: str, errors: Console) -> str:
-    """Options are named as the fields they set; --image-size is taken for --image_size, an earlier name with a note."""
-    if not word.startswith("--"):
-        return word
+def _with_underscores(word: str) -> str:
+    """Options are named as the fields they set; --image-size is taken for --image_size."""
     option, equals, value = word.partition("=")
-    option = option[:2] + option[2:].replace("-", "_")
-    if option in RENAMED:
-        errors.print(f"note: {option} is now called {RENAMED[option]}")
-    return RENAMED.get(option, option) + equals + value
+    return option[:2] + option[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
 def _explain(error: ArgumentError, arguments: Sequence[str], subparsers: dict[str, ArgumentParser]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from overlock.cli.command import Command
 from overlock.files import Outputs
+from overlock.settings import renew
 
 if TYPE_CHECKING:
     from overlock.training import RunConfig
@@ -49,16 +50,48 @@ def _settings_of(recipe: Callable[[str], RunConfig]) -> dict[str, Any]:
     return settings
 
 
+def renew_config(arguments: Sequence[str], tell: Callable[[str], object]) -> list[str]:
+    """The words of a command line, in which a file of settings with names of earlier versions is its content renewed.
+
+    Args:
+        arguments: the words.
+        tell: called with a note on such a file.
+
+    Raises:
+        ValueError: for a setting that is there under both of its names.
+    """
+    renewed = list(arguments)
+    for place, start, source in _configs(arguments):
+        content = _read_settings(source)
+        new = content if content is None else renew(content)
+        if new is not None and new != content:
+            renewed[place] = start + yaml.safe_dump(new, sort_keys=False, allow_unicode=True)
+            tell(f"{source}: some of these settings have other names now; the new run's folder has them")
+    return renewed
+
+
+def _configs(arguments: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Of each file of settings, the place of its word, how that begins, and the path, or the content itself."""
+    for place, word in enumerate(arguments):
+        if word.startswith("--config="):
+            yield place, "--config=", word.partition("=")[2]
+        elif word == "--config" and place + 1 < len(arguments):
+            yield place + 1, "", arguments[place + 1]
+
+
+def _read_settings(source: str) -> dict[str, Any] | None:
+    """The settings of a file, or of its content; None where there are none, of which the parser says what is wrong."""
+    try:
+        content = yaml.safe_load(source if "\n" in source else Path(source).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content if isinstance(content, dict) and all(isinstance(name, str) for name in content) else None
+
+
 def _task_of_file(arguments: Sequence[str]) -> dict[str, Any]:
     """The task that a file of settings names, on which the options depend; that of a classifier without."""
-    words, task = " ".join(arguments).replace("--config ", "--config=").split(" "), None
-    path = next((word.partition("=")[2] for word in words if word.startswith("--config=")), None)
-    if path:
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            task = content.get("task") if isinstance(content, dict) else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            pass  # the parser will say what is wrong with the file
+    contents = (_read_settings(source) or {} for _, _, source in _configs(arguments))
+    task = next((content.get("task") for content in contents), None)
     return dict(task=task if task in ("detect", "segment") else "classify")
 
 

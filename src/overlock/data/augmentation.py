@@ -19,8 +19,8 @@ class Augmentation:
     """Width over height of the crop, from and to."""
     padding: int = 0
     """For images of few pixels: crop from the whole image, with so many mirrored pixels added at each side, instead."""
-    mirror: bool | None = None
-    """Mirror half of the images: yes unless given, but not digits."""
+    hflip: bool | None = None
+    """Flip half of the images horizontally: yes unless given, but not digits."""
     rand_augment: str | None = None
     """timm's RandAugment: rand-m9-mstd0.5-inc1 is of magnitude 9, varying by 0.5, more severe as it rises."""
     color_jitter: float = 0.0

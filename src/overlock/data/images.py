@@ -91,8 +91,8 @@ class ImageData:
     """Images to train on: an :class:`ImageSource`, or an :class:`overlock.data.readers.ImageStream`."""
     test: Any
     """The held-out part, of the same kind."""
-    mirrors: bool = True
-    """Whether an image seen in a mirror is still one of its class."""
+    hflip: bool = True
+    """Whether a horizontally flipped image is still one of its class."""
     crop_pct: float | None = None
     """Share of the image that the test crop keeps, where objects fill the images; None is the model's own."""
     notes: tuple[str, ...] = ()
@@ -346,7 +346,7 @@ def load_digits(*, seed: int) -> ImageData:
     samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
     classes = tuple(str(name) for name in digits.target_names)
     train, test = split(samples, classes, "digits", seed)
-    return ImageData(classes=classes, train=train, test=test, mirrors=False, crop_pct=1.0)
+    return ImageData(classes=classes, train=train, test=test, hflip=False, crop_pct=1.0)
 
 
 def save_examples(data: ImageData, folder: Path) -> list[Path]:

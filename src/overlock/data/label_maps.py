@@ -217,6 +217,6 @@ def make_form(files: LabelFiles, pairs: Pairs, classes: PixelClasses) -> LabelFo
         )
     by_id = not values and pairs.ending.endswith("_labelIds") and count == len(CITYSCAPES_IDS)
     return LabelForm(
-        num_classes=count, shift=files.shift, ignore_index=files.ignore_index,
+        num_classes=count, reduce_zero_label=files.reduce_zero_label, ignore_index=files.ignore_index,
         values=CITYSCAPES_IDS if by_id else values, others_ignored=by_id, table=classes,
     )  # fmt: skip

@@ -23,7 +23,7 @@ class LabelForm:
 
     num_classes: int
     """Values from here on, but for the ignored one, are refused."""
-    shift: bool = False
+    reduce_zero_label: bool = False
     """Labels begin at 1, and 0 is ignored, as in ADE20K."""
     ignore_index: int = 255
     """Value of pixels that do not count, unless it is the value of a class."""
@@ -93,7 +93,7 @@ class LabelForm:
 
     def _numbers(self, labels: Labels) -> Labels:
         """Values in the sense of :meth:`to_labels` for labels that are known."""
-        known: Any = np.array(self.values or range(self.shift, self.num_classes + self.shift))
+        known: Any = np.array(self.values or range(self.reduce_zero_label, self.num_classes + self.reduce_zero_label))
         return np.where(labels == IGNORED, IGNORED, known[labels])
 
     def to_labels(self, values: Labels) -> tuple[Labels, NDArray[np.bool_]]:
@@ -111,9 +111,9 @@ class LabelForm:
             match = known[labels] == values
             wrong = ~match & ~ignored & (not self.others_ignored)
             return np.where(match, labels, IGNORED), wrong
-        if self.shift:
+        if self.reduce_zero_label:
             ignored |= values == 0
-        labels = values - self.shift
+        labels = values - self.reduce_zero_label
         wrong = ~ignored & ((labels >= self.num_classes) | (labels < 0))
         return np.where(ignored, IGNORED, labels), wrong
 
@@ -123,8 +123,8 @@ class LabelForm:
             listed = ", ".join(map(str, self.values))
             more = "" if self.ignore_index in self.values else f" and {self.ignore_index} is ignored"
             return f"the classes are {listed}{more}; check labels"
-        last = self.num_classes - 1 + self.shift
+        last = self.num_classes - 1 + self.reduce_zero_label
         return (
-            f"classes go from {int(self.shift)} to {last} and {self.ignore_index} is ignored; check the names of the "
-            "classes, shift and ignore_index, or name the values of the classes with --labels"
+            f"classes go from {int(self.reduce_zero_label)} to {last} and {self.ignore_index} is ignored; check the "
+            "names of the classes, reduce_zero_label and ignore_index, or name the values of the classes with --labels"
         )

@@ -76,7 +76,13 @@ def count_pixels(source: Maps, form: LabelForm, *, doubtful: bool = True) -> Pix
         raise ValueError(f"{len(problems)} of {len(found)} label maps cannot be used; the first: {problems[0]}")
     maps = [one for one in found if not isinstance(one, ValueError)]
     values: Counter[int] = sum(maps, Counter())
-    if doubtful and not form.values and not form.shift and form.ignore_index == 255 and set(values) == {0, 255}:
+    if (
+        doubtful
+        and not form.values
+        and not form.reduce_zero_label
+        and form.ignore_index == 255
+        and set(values) == {0, 255}
+    ):
         raise ValueError(
             f"{source.folder}: the label maps have the values 0 and 255 alone, and 255 is the ignored label; if these "
             "are two classes say --labels 0,255, and if 255 is to be ignored, --labels 0,1 and so on for each class"
@@ -96,7 +102,7 @@ def count_pixels(source: Maps, form: LabelForm, *, doubtful: bool = True) -> Pix
     if not any(counts):
         raise ValueError(
             f"{source.folder}: no pixel of {len(maps)} label maps is of a class, all are ignored (the values there are "
-            f"{_listed(values)}); check ignore_index, shift and labels"
+            f"{_listed(values)}); check ignore_index, reduce_zero_label and labels"
         )
     return PixelCounts(
         counts=tuple(counts), ignored=ignored, maps=len(maps), total=len(source), problems=tuple(told)
@@ -116,8 +122,10 @@ def _check_values(source: Maps, form: LabelForm, values: Counter[int], maps: Seq
     mend = form.describe()
     if not form.values and len(values) == form.num_classes:
         mend += f"; these values may be the classes: --labels {','.join(map(str, sorted(values)))}"
-    elif not form.values and not form.shift and max(values.keys() - {form.ignore_index}) == form.num_classes:
-        mend += "; if 0 is no class say --shift true, and if it is, its name is missing"
+    elif (
+        not form.values and not form.reduce_zero_label and max(values.keys() - {form.ignore_index}) == form.num_classes
+    ):
+        mend += "; if 0 is no class say --reduce_zero_label true, and if it is, its name is missing"
     elif len(values) > 2 * form.num_classes + 2:
         mend += "; so many values come of maps that were resized or compressed with blending"
     sentence = (

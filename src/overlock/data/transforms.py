@@ -29,20 +29,20 @@ def make_eval_transform(preprocessing: Mapping[str, Any]) -> Callable[[Image.Ima
 
 
 def make_train_transform(
-    preprocessing: Mapping[str, Any], augmentation: Augmentation | None = None, *, mirror: bool = True
+    preprocessing: Mapping[str, Any], augmentation: Augmentation | None = None, *, hflip: bool = True
 ) -> Callable[[Image.Image], Tensor]:
     """Random changes that leave the class as it is, then normalise.
 
     Args:
         preprocessing: as in :func:`make_eval_transform`.
         augmentation: which changes.
-        mirror: whether images seen in a mirror keep their class, where the augmentation does not say.
+        hflip: whether horizontally flipped images keep their class, where the augmentation does not say.
 
     Returns:
         A function from a PIL image to (C, H, W), random by the generators of random, numpy and torch.
     """
     changes = augmentation or Augmentation()
-    flip = 0.5 if (mirror if changes.mirror is None else changes.mirror) else 0.0
+    flip = 0.5 if (hflip if changes.hflip is None else changes.hflip) else 0.0
     arguments = _arguments(preprocessing)
     del arguments["crop_pct"], arguments["crop_mode"], arguments["interpolation"]
     crop, change, finish = create_transform(

@@ -51,7 +51,7 @@ class SegmentationScore:
         if wrong.numel() > 0:
             raise ValueError(
                 f"a label is {int(wrong[0])}, where classes go from 0 to {self.num_classes - 1} "
-                f"and {self.ignore_index} is ignored; check num_classes and the label shift"
+                f"and {self.ignore_index} is ignored; check num_classes and reduce_zero_label"
             )
         pairs = torch.bincount(self.num_classes * true + guess, minlength=self.num_classes**2)
         self.counts += pairs.view(self.num_classes, self.num_classes)

@@ -137,7 +137,7 @@ def make_job(config: TrainConfig) -> Job:
         data=data,
         network=network,
         record=record,
-        prepare_train=OnImage(make_train_transform(record.preprocessing, config.augment, mirror=data.mirrors)),
+        prepare_train=OnImage(make_train_transform(record.preprocessing, config.augment, hflip=data.hflip)),
         prepare_test=OnImage(make_eval_transform(record.preprocessing)),
         repeats=config.augment.repeats,
         only_training=("aux_head.",),

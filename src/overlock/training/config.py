@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from overlock.data.augmentation import Augmentation
-from overlock.settings import check_number, check_types
+from overlock.settings import check_number, check_types, renew
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,8 +23,8 @@ class OptimConfig:
     name: str = "adamw"
     """Any optimiser of timm's."""
     lr: float = 1e-3
-    """Peak learning rate for a batch of lr_batch images; it grows in proportion to batch_size."""
-    lr_batch: int = 1024
+    """Peak learning rate for a batch of base_batch_size images; it grows in proportion to batch_size."""
+    base_batch_size: int = 1024
     """The batch that lr is stated for."""
     weight_decay: float = 0.05
     """Weight decay, none on biases, norms and other 1-D parameters."""
@@ -36,10 +36,10 @@ class OptimConfig:
     """Largest norm of the gradient; 0 for no limit."""
     layer_decay: float | None = None
     """Factor of the learning rate from each layer to the one before it, for fine-tuning; none unless given."""
-    schedule: Literal["cosine", "line", "drops"] = "cosine"
-    """How the rate falls after the warm-up: along a cosine, in a straight line, or to a tenth at some epochs."""
-    drop_epochs: tuple[float, ...] = ()
-    """Epochs after which it falls to a tenth, for the schedule of drops."""
+    schedule: Literal["cosine", "linear", "multistep"] = "cosine"
+    """How the rate falls after the warm-up: along a cosine, linearly, or to a tenth at each of the milestones."""
+    milestones: tuple[float, ...] = ()
+    """Epochs after which it falls to a tenth, for the schedule multistep."""
     warmup_epochs: float = 5.0
     """Length of the warm-up, at most half of the run."""
     warmup_steps: int | None = None
@@ -47,22 +47,22 @@ class OptimConfig:
     warmup_lr: float = 1e-6
     """Learning rate of the first step."""
     min_lr: float = 1e-5
-    """Learning rate of the last step; the schedule of drops has none."""
+    """Learning rate of the last step; the schedule multistep has none."""
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
         for name in ("weight_decay", "clip_norm", "warmup_epochs", "warmup_lr", "min_lr", "eps"):
             check_number(f"optim.{name}", getattr(self, name), 0)
         check_number("optim.lr", self.lr, 1e-12)
-        check_number("optim.lr_batch", self.lr_batch, 1)
+        check_number("optim.base_batch_size", self.base_batch_size, 1)
         check_number("optim.layer_decay", self.layer_decay, 1e-6, 1)
         check_number("optim.warmup_steps", self.warmup_steps, 0)
-        for epoch in self.drop_epochs:
-            check_number("optim.drop_epochs", epoch, 0)
-        if bool(self.drop_epochs) != (self.schedule == "drops"):
-            raise ValueError("optim.drop_epochs is what optim.schedule 'drops' needs, and no other one takes")
-        if sorted(set(self.drop_epochs)) != list(self.drop_epochs):
-            raise ValueError(f"optim.drop_epochs must rise, got {', '.join(map(str, self.drop_epochs))}")
+        for epoch in self.milestones:
+            check_number("optim.milestones", epoch, 0)
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise ValueError("optim.milestones is what optim.schedule 'multistep' needs, and no other one takes")
+        if sorted(set(self.milestones)) != list(self.milestones):
+            raise ValueError(f"optim.milestones must rise, got {', '.join(map(str, self.milestones))}")
         for beta in self.betas:
             check_number("optim.betas", beta, 0, 1)
 
@@ -73,7 +73,7 @@ class OptimConfig:
 
     def peak(self, batch_size: int) -> float:
         """The learning rate after the warm-up."""
-        return self.lr * batch_size / self.lr_batch
+        return self.lr * batch_size / self.base_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ class EmaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineConfig:
+class RuntimeConfig:
     """Where and how the same computation runs; of no effect on the result but for rounding."""
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -139,20 +139,20 @@ class MachineConfig:
     """Arithmetic of the network; the weights are always float32."""
     workers: int = 2
     """Processes that load images, for each device; 0 loads them in the training process."""
-    sync_norm: bool = True
+    sync_bn: bool = True
     """Batch norm over the images of all devices."""
     channels_last: bool = False
     """Keep images and weights in channels-last order."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    recompute: bool = False
+    grad_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory (gradient checkpointing)."""
 
     def __post_init__(self) -> None:
-        check_types(self, "machine.")
-        check_number("machine.workers", self.workers, 0)
+        check_types(self, "runtime.")
+        check_number("runtime.workers", self.workers, 0)
         for name in ("devices", "nodes", "micro_batch"):
-            check_number(f"machine.{name}", getattr(self, name), 1)
+            check_number(f"runtime.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,14 +165,14 @@ class SafetyConfig:
     """Steps between checkpoints, beside the time."""
     bad_steps: int = 10
     """After so many steps in a row without a finite loss and gradient, go back to the last good checkpoint."""
-    returns: int = 3
+    rollbacks: int = 3
     """Stop when that has happened more often than this."""
     unreadable: int = 100
     """Images that may be unreadable; they are skipped and listed in the run's unreadable.txt."""
 
     def __post_init__(self) -> None:
         check_types(self, "safety.")
-        for name in ("minutes", "returns", "unreadable"):
+        for name in ("minutes", "rollbacks", "unreadable"):
             check_number(f"safety.{name}", getattr(self, name), 0)
         for name in ("steps", "bad_steps"):
             check_number(f"safety.{name}", getattr(self, name), 1)
@@ -219,7 +219,7 @@ class RunConfig:
     """The optimiser and the learning rate."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """The moving average of the weights."""
-    machine: MachineConfig = field(default_factory=MachineConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Devices and speed."""
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     """Checkpoints and faults."""
@@ -235,15 +235,15 @@ class RunConfig:
         if self.pretrained and self.weights:
             raise ValueError("give either pretrained or weights, not both")
         peak = self.optim.peak(self.batch_size)
-        if self.optim.min_lr > peak and self.optim.schedule != "drops":
+        if self.optim.min_lr > peak and self.optim.schedule != "multistep":
             raise ValueError(
                 f"optim.min_lr {self.optim.min_lr:g} is above the peak learning rate {peak:g} (optim.lr x batch_size / "
-                f"optim.lr_batch); raise optim.lr or lower optim.min_lr"
+                f"optim.base_batch_size); raise optim.lr or lower optim.min_lr"
             )
-        if self.machine.strategy == "fsdp" and self.ema.decay:
+        if self.runtime.strategy == "fsdp" and self.ema.decay:
             raise ValueError("the average of the weights is not available with fsdp; set ema.decay to 0 or use ddp")
-        if self.machine.strategy == "fsdp" and self.machine.precision == "fp16":
-            raise ValueError("fp16 is not available with fsdp; set machine.precision to bf16 or fp32, or use ddp")
+        if self.runtime.strategy == "fsdp" and self.runtime.precision == "fp16":
+            raise ValueError("fp16 is not available with fsdp; set runtime.precision to bf16 or fp32, or use ddp")
 
     @property
     def joins_pairs(self) -> bool:
@@ -254,10 +254,12 @@ class RunConfig:
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """The configuration of nested settings, as :meth:`to_dict` gives them and YAML files hold them.
 
+        Settings may have their names of earlier versions: :data:`overlock.settings.RENAMED`.
+
         Raises:
             ValueError: for a name that is no setting, and for values that cannot be.
         """
-        return _build(cls, settings, "")
+        return _build(cls, renew(settings), "")
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain numbers, strings, lists and dicts, as a run's folder keeps them."""
@@ -302,7 +304,7 @@ _GROUPS: dict[str, Any] = dict(
     loss=LossConfig,
     optim=OptimConfig,
     ema=EmaConfig,
-    machine=MachineConfig,
+    runtime=RuntimeConfig,
     safety=SafetyConfig,
 )
 

@@ -104,7 +104,7 @@ class SegmentConfig(RunConfig):
     colours: str | None = None
     """Colours of the classes, for label maps that are pictures: voc, cityscapes, or a file of lines 'name r g b';
     those of classes.txt, where it has some, unless given."""
-    shift: bool = False
+    reduce_zero_label: bool = False
     """Labels begin at 1, and 0 is ignored, as in ADE20K."""
     ignore_index: int = 255
     """Value of pixels that do not count, unless labels has it."""
@@ -125,8 +125,8 @@ class SegmentConfig(RunConfig):
             check_number(name, getattr(self, name), 32)
         check_number("aux_weight", self.aux_weight, 0)
         parse_labels(self.labels)
-        if self.labels is not None and self.shift:
-            raise ValueError("labels says which values are classes, and so does shift; give one of them")
+        if self.labels is not None and self.reduce_zero_label:
+            raise ValueError("labels says which values are classes, and so does reduce_zero_label; give one of them")
         for side in self.scale:
             check_number("scale", side, 32)
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -137,5 +137,6 @@ class SegmentConfig(RunConfig):
         """Where the images and label maps are, and how these are read."""
         return LabelFiles(
             data=self.data, train_split=self.train_split, val_split=self.val_split, classes=self.classes,
-            colours=self.colours, labels=self.labels, shift=self.shift, ignore_index=self.ignore_index,
+            colours=self.colours, labels=self.labels, reduce_zero_label=self.reduce_zero_label,
+            ignore_index=self.ignore_index,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from overlock.training.config import EmaConfig, MachineConfig, OptimConfig
+from overlock.training.config import EmaConfig, OptimConfig, RuntimeConfig
 from overlock.training.dense_config import DetectConfig, SegmentConfig
 
 
@@ -23,10 +23,10 @@ def mask_rcnn_t_1x(data: str) -> DetectConfig:
         epochs=12,
         batch_size=16,
         optim=OptimConfig(
-            lr=2e-4, lr_batch=16, weight_decay=0.05, clip_norm=0, schedule="drops", drop_epochs=(8, 11),
+            lr=2e-4, base_batch_size=16, weight_decay=0.05, clip_norm=0, schedule="multistep", milestones=(8, 11),
             warmup_steps=500, warmup_lr=2e-7,
         ),
-        machine=MachineConfig(precision="bf16", micro_batch=2, workers=4),
+        runtime=RuntimeConfig(precision="bf16", micro_batch=2, workers=4),
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def mask_rcnn_t_3x(data: str) -> DetectConfig:
         output="runs/mask_rcnn_t_3x",
         epochs=36,
         multi_scale=tuple(range(480, 801, 32)),
-        optim=replace(short.optim, lr=1e-4, drop_epochs=(27, 33), warmup_lr=1e-7),
+        optim=replace(short.optim, lr=1e-4, milestones=(27, 33), warmup_lr=1e-7),
     )
 
 
@@ -83,16 +83,16 @@ def upernet_t(data: str) -> SegmentConfig:
         data=data,
         output="runs/upernet_t",
         model="overlock_t",
-        shift=True,
+        reduce_zero_label=True,
         drop_path=0.2,
         epochs=10,
         epoch_steps=16_000,
         batch_size=16,
         optim=OptimConfig(
-            lr=6e-5, lr_batch=16, weight_decay=0.01, clip_norm=0, schedule="line", warmup_steps=1500, warmup_lr=6e-11,
-            min_lr=0,
+            lr=6e-5, base_batch_size=16, weight_decay=0.01, clip_norm=0, schedule="linear", warmup_steps=1500,
+            warmup_lr=6e-11, min_lr=0,
         ),
-        machine=MachineConfig(precision="bf16", micro_batch=2, workers=4),
+        runtime=RuntimeConfig(precision="bf16", micro_batch=2, workers=4),
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def small_detect(data: str) -> DetectConfig:
         epochs=20,
         batch_size=4,
         validate_every=5,
-        optim=OptimConfig(lr=5e-4, lr_batch=4, warmup_steps=100, clip_norm=5),
+        optim=OptimConfig(lr=5e-4, base_batch_size=4, warmup_steps=100, clip_norm=5),
         ema=EmaConfig(decay=0.998, warmup=True),
     )
 
@@ -139,7 +139,7 @@ def small_segment(data: str) -> SegmentConfig:
         epochs=25,
         batch_size=8,
         validate_every=5,
-        optim=OptimConfig(lr=1e-3, lr_batch=8, warmup_epochs=2),
+        optim=OptimConfig(lr=1e-3, base_batch_size=8, warmup_epochs=2),
         ema=EmaConfig(decay=0.998, warmup=True),
     )
 

@@ -33,10 +33,10 @@ def _of_schedule(config: RunConfig, steps_per_epoch: int) -> list[str]:
     peak = optim.peak(config.batch_size)
     if wanted and steps > 1 and optim.warmup_lr > peak:
         notes.append(f"optim.warmup_lr {optim.warmup_lr:g} is above the peak rate {peak:g}: the warm-up begins at that")
-    late = [epoch for epoch in optim.drop_epochs if epoch >= config.epochs]
+    late = [epoch for epoch in optim.milestones if epoch >= config.epochs]
     if late:
         listed = ", ".join(f"{epoch:g}" for epoch in late)
-        notes.append(f"optim.drop_epochs {listed}: not before the end of the {config.epochs} epochs, so of no effect")
+        notes.append(f"optim.milestones {listed}: not before the end of the {config.epochs} epochs, so of no effect")
     if not optim.takes_betas:
         notes += _without_effect(optim, OptimConfig(), "optim.", ("betas", "eps"), f"the optimiser {optim.name}")
     return notes

@@ -30,9 +30,10 @@ from torch.optim import Optimizer
 
 from overlock.data.datasets import derive_seed
 from overlock.data.loaders import Batch, ImageLoader, TrainBatches
+from overlock.settings import renew
 from overlock.training.config import RunConfig
-from overlock.training.machine import gathered
 from overlock.training.reports import RunLog, Unreadable
+from overlock.training.runtime import gathered
 from overlock.training.state import CheckpointStore, Progress, check_archive
 from overlock.training.stop import RunStoppedError, StopRequest
 
@@ -143,7 +144,7 @@ class Fit:
                 try:
                     self.train_epoch()
                 except DivergedError:
-                    self.go_back()
+                    self.roll_back()
                     continue
                 self.finish_epoch()
         except RuntimeError as error:
@@ -151,7 +152,7 @@ class Fit:
                 raise
             raise ValueError(
                 "a process that loads images was lost, perhaps for want of memory; repeat with --resume, and with "
-                f"fewer machine.workers if it happens again ({str(error).splitlines()[0]})"
+                f"fewer runtime.workers if it happens again ({str(error).splitlines()[0]})"
             ) from None
 
     def train_epoch(self) -> None:
@@ -161,7 +162,7 @@ class Fit:
         for module in self.frozen:
             module.eval()
         started = time.perf_counter()
-        with closing(self.batches.epoch(progress.epoch, first=progress.step, salt=progress.returns)) as batches:
+        with closing(self.batches.epoch(progress.epoch, first=progress.step, salt=progress.rollbacks)) as batches:
             while progress.step < self.batches.steps:
                 self.train_step(batches)
                 progress.step += 1
@@ -245,7 +246,7 @@ class Fit:
 
     def seed(self, step: int, part: int) -> None:
         """Mixing (numpy, the same on all processes) and stochastic depth (torch) follow from the step alone."""
-        numbers = (self.config.seed, step, part, self.progress.returns)
+        numbers = (self.config.seed, step, part, self.progress.rollbacks)
         np.random.seed(derive_seed(*numbers) & 0xFFFFFFFF)  # timm draws from the global generator
         torch.manual_seed(derive_seed(*numbers, self.fabric.global_rank))
 
@@ -273,7 +274,7 @@ class Fit:
     def place(self, batch: Batch) -> Batch:
         self.unreadable.add(batch.unreadable)
         images, labels = self.fabric.to_device((batch.images, batch.labels))
-        if self.config.machine.channels_last and isinstance(images, Tensor) and images.dim() == 4:
+        if self.config.runtime.channels_last and isinstance(images, Tensor) and images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         return Batch(images, labels, ())
 
@@ -347,7 +348,7 @@ class Fit:
         if not begun:
             self.optimizer.state.clear()
         rest = self.fabric.load(path, self.state(optimizer=begun))
-        self.progress = Progress(**rest["progress"])
+        self.progress = Progress(**renew(dict(progress=rest["progress"]))["progress"])
         self.loss_sum.fill_(rest["loss_sum"])
         self.log.rows = rest["log"]
         if self.average is not None:
@@ -355,26 +356,26 @@ class Fit:
         if self.scaler is not None and rest["scaler"]:
             self.scaler.load_state_dict(rest["scaler"])
 
-    def go_back(self) -> None:
-        """Return to the last good checkpoint, or to the one before it where nothing was saved since the last return.
+    def roll_back(self) -> None:
+        """Return to the last good checkpoint, or to the one before it where nothing was saved since the last rollback.
 
         Raises:
             ValueError: where the run has gone back too often.
         """
-        returns, skipped, step = self.progress.returns + 1, self.progress.skipped, self.global_step
-        limit = self.config.safety.returns
-        if returns > limit:
+        rollbacks, skipped, step = self.progress.rollbacks + 1, self.progress.skipped, self.global_step
+        limit = self.config.safety.rollbacks
+        if rollbacks > limit:
             raise ValueError(
                 f"at step {step} the loss or its gradient was again not finite {self.config.safety.bad_steps} times in "
-                f"a row, after {limit} returns to a checkpoint; lower optim.lr, or set machine.precision to fp32"
+                f"a row, after {limit} rollbacks to a checkpoint; lower optim.lr, or set runtime.precision to fp32"
             )
         good = [path for path in self.store.candidates() if check_archive(path) is None]
         if not good:
             raise ValueError(f"{self.store.folder}: there is no checkpoint to go back to; begin again with --overwrite")
         self.load(good[0] if self.fresh_checkpoint or len(good) == 1 else good[1])
         self.fresh_checkpoint = False
-        self.progress.returns, self.progress.skipped, self.progress.bad = returns, skipped, 0
+        self.progress.rollbacks, self.progress.skipped, self.progress.bad = rollbacks, skipped, 0
         self.log.tell(
             f"the loss or its gradient was not finite {self.config.safety.bad_steps} times in a row up to step {step}; "
-            f"went back to the checkpoint of step {self.global_step} (return {returns} of {limit})"
+            f"went back to the checkpoint of step {self.global_step} (rollback {rollbacks} of {limit})"
         )

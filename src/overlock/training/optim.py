@@ -44,7 +44,7 @@ def wanted_warmup(config: RunConfig, steps_per_epoch: int) -> int:
 def make_schedule(optimizer: Optimizer, config: RunConfig, *, steps_per_epoch: int) -> Scheduler:
     """Linear warm-up and a fall over all steps; the learning rate of a step follows from its number alone.
 
-    The cosine begins after the warm-up; a line and drops are as they would be without it.
+    The cosine begins after the warm-up; the others are as they would be without it.
     """
     optim, steps = config.optim, config.epochs * steps_per_epoch
     warmup = min(wanted_warmup(config, steps_per_epoch), round(steps / 2))
@@ -54,10 +54,10 @@ def make_schedule(optimizer: Optimizer, config: RunConfig, *, steps_per_epoch: i
         warmup_prefix=optim.schedule == "cosine",
         t_in_epochs=False,
     )
-    if optim.schedule == "drops":
-        drops = [round(epoch * steps_per_epoch) + 1 for epoch in optim.drop_epochs]  # timm drops a step early
-        return MultiStepLRScheduler(optimizer, decay_t=drops, decay_rate=0.1, **common)
-    if optim.schedule == "line":
+    if optim.schedule == "multistep":
+        milestones = [round(epoch * steps_per_epoch) + 1 for epoch in optim.milestones]  # timm drops a step early
+        return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **common)
+    if optim.schedule == "linear":
         return PolyLRScheduler(optimizer, t_initial=steps, power=1.0, lr_min=optim.min_lr, **common)
     return CosineLRScheduler(optimizer, t_initial=max(1, steps - warmup), lr_min=optim.min_lr, **common)
 

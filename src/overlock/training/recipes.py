@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from overlock.data.augmentation import Augmentation
-from overlock.training.config import EmaConfig, LossConfig, MachineConfig, OptimConfig, RunConfig, TrainConfig
+from overlock.training.config import EmaConfig, LossConfig, OptimConfig, RunConfig, RuntimeConfig, TrainConfig
 from overlock.training.dense_config import DetectConfig, SegmentConfig
 from overlock.training.dense_recipes import DENSE_RECIPES
 
@@ -29,10 +29,16 @@ def imagenet_xt(data: str) -> TrainConfig:
         augment=Augmentation(rand_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.25),
         loss=LossConfig(label_smoothing=0.1, aux_weight=0.4, mixup=0.8, cutmix=1.0, switch_prob=0.5),
         optim=OptimConfig(
-            lr=1e-3, lr_batch=1024, weight_decay=0.05, clip_norm=5.0, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5
+            lr=1e-3,
+            base_batch_size=1024,
+            weight_decay=0.05,
+            clip_norm=5.0,
+            warmup_epochs=5,
+            warmup_lr=1e-6,
+            min_lr=1e-5,
         ),
         ema=EmaConfig(decay=0.9999),
-        machine=MachineConfig(precision="bf16", micro_batch=256, workers=8),
+        runtime=RuntimeConfig(precision="bf16", micro_batch=256, workers=8),
     )
 
 
@@ -64,7 +70,7 @@ def finetune(data: str) -> TrainConfig:
         epochs=30,
         batch_size=64,
         augment=Augmentation(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.1, scale=(0.3, 1.0)),
-        optim=OptimConfig(lr=2e-4, lr_batch=64, layer_decay=0.85, warmup_epochs=2, min_lr=1e-6),
+        optim=OptimConfig(lr=2e-4, base_batch_size=64, layer_decay=0.85, warmup_epochs=2, min_lr=1e-6),
         ema=EmaConfig(decay=0.9998, warmup=True),
     )
 
@@ -79,7 +85,7 @@ def small(data: str) -> TrainConfig:
         batch_size=64,
         augment=Augmentation(rand_augment="rand-m7-mstd0.5-inc1", erasing=0.1, scale=(0.25, 1.0)),
         loss=LossConfig(mixup=0.2, cutmix=1.0, mix_prob=0.5),
-        optim=OptimConfig(lr=1e-3, lr_batch=64),
+        optim=OptimConfig(lr=1e-3, base_batch_size=64),
         ema=EmaConfig(decay=0.9998, warmup=True),
     )
 
@@ -97,9 +103,9 @@ def cifar10(data: str) -> TrainConfig:
         validate_every=2,
         augment=Augmentation(padding=4),
         # Orthogonal updates come further in so few epochs than AdamW's.
-        optim=OptimConfig(name="nmuon", lr=3e-3, lr_batch=128, warmup_epochs=1),
+        optim=OptimConfig(name="nmuon", lr=3e-3, base_batch_size=128, warmup_epochs=1),
         ema=EmaConfig(decay=0.999, warmup=True),
-        machine=MachineConfig(channels_last=True),
+        runtime=RuntimeConfig(channels_last=True),
     )
 
 
@@ -129,8 +135,8 @@ def digits(data: str = "digits") -> TrainConfig:
         epochs=6,
         batch_size=32,
         augment=Augmentation(scale=(0.6, 1.0), ratio=(0.8, 1.25)),
-        optim=OptimConfig(lr=3e-3, lr_batch=32, warmup_epochs=1, warmup_lr=3e-6, min_lr=3e-5),
-        machine=MachineConfig(workers=0),
+        optim=OptimConfig(lr=3e-3, base_batch_size=32, warmup_epochs=1, warmup_lr=3e-6, min_lr=3e-5),
+        runtime=RuntimeConfig(workers=0),
     )
 
 

@@ -25,11 +25,11 @@ from overlock.training.config import RunConfig
 from overlock.training.effects import tell_effects
 from overlock.training.job import Job
 from overlock.training.loop import Fit
-from overlock.training.machine import full_state, keep_freed_memory, make_fabric, make_share
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
+from overlock.training.runtime import full_state, keep_freed_memory, make_fabric, make_share
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
-from overlock.training.sync_norm import synchronise_norms
+from overlock.training.sync_bn import synchronise_norms
 
 SETTINGS_FILE, CHECKPOINTS, BEST_FILE = "config.yaml", "checkpoints", "best.safetensors"
 JOBS: dict[str, Callable[[Any], Job]] = dict(
@@ -37,8 +37,8 @@ JOBS: dict[str, Callable[[Any], Job]] = dict(
 )
 # Settings that may change when a run is resumed: they do not change what is computed, but for rounding. The strategy
 # does not either, but it tells how checkpoints are written.
-CHANGEABLE = ("output", "machine.", "safety.")
-FIXED = ("machine.strategy",)
+CHANGEABLE = ("output", "runtime.", "safety.")
+FIXED = ("runtime.strategy",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def train(
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
     folder = Path(config.output)
     with StopRequest() as stop, quiet():
-        fabric = make_fabric(config.machine)
+        fabric = make_fabric(config.runtime)
         fabric.launch()
         if fabric.device.type == "cpu":
             keep_freed_memory()
@@ -126,19 +126,19 @@ def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Conso
     job = JOBS[config.task](config)
     network, data = job.network, job.data
     frozen = freeze(network, config.freeze)
-    if fabric.world_size > 1 and config.machine.sync_norm:
+    if fabric.world_size > 1 and config.runtime.sync_bn:
         network = synchronise_norms(network, cuda=fabric.device.type == "cuda")
-    if config.machine.recompute:
-        recompute(network)
-    if config.machine.channels_last:
+    if config.runtime.grad_checkpointing:
+        checkpoint_gradients(network)
+    if config.runtime.channels_last:
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = fabric.to_device(network)
     average = make_average(network, config.ema)
-    if config.machine.compile:
+    if config.runtime.compile:
         network.compile()
     wrapped = fabric.setup_module(network)
     optimizer = make_optimizer(network, config.optim, batch_size=config.batch_size)  # sharding renews the parameters
-    loading: dict[str, Any] = dict(workers=config.machine.workers, pin_memory=fabric.device.type == "cuda")
+    loading: dict[str, Any] = dict(workers=config.runtime.workers, pin_memory=fabric.device.type == "cuda")
     batches = TrainBatches(
         data.train, job.prepare_train, share, seed=config.seed, join=job.join_train, epoch_steps=config.epoch_steps,
         repeats=job.repeats, **loading,
@@ -167,7 +167,7 @@ def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Conso
     return fit, job, notes
 
 
-def recompute(network: nn.Module) -> None:
+def checkpoint_gradients(network: nn.Module) -> None:
     """Have the network, or the backbone in it, recompute activations in the backward pass.
 
     Raises:
@@ -178,7 +178,7 @@ def recompute(network: nn.Module) -> None:
         if switch is not None:
             switch(True)
             return
-    raise ValueError("this network cannot recompute its activations; set machine.recompute to false")
+    raise ValueError("this network cannot recompute its activations; set runtime.grad_checkpointing to false")
 
 
 def begin(fit: Fit, folder: Path, config: RunConfig, *, notes: tuple[str, ...]) -> None:

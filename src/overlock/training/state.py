@@ -28,7 +28,7 @@ class Progress:
     """Steps just before this one, in a row, without a finite loss and gradient."""
     skipped: int = 0
     """All such steps."""
-    returns: int = 0
+    rollbacks: int = 0
     """Times the run went back to a checkpoint; gives the random changes after it another seed."""
     best: float = -1.0
     """The best test so far."""

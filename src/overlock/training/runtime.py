@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from overlock.data.loaders import Share
-from overlock.training.config import MachineConfig, RunConfig
+from overlock.training.config import RunConfig, RuntimeConfig
 
 MIXED: dict[str, Any] = dict(bf16="bf16-mixed", fp16="16-mixed")
 
@@ -59,7 +59,7 @@ def keep_freed_memory() -> None:
         adjust(*setting)
 
 
-def make_fabric(config: MachineConfig) -> Fabric:
+def make_fabric(config: RuntimeConfig) -> Fabric:
     """Lightning's Fabric for the devices that the settings, torchrun or SLURM name.
 
     Raises:
@@ -68,7 +68,7 @@ def make_fabric(config: MachineConfig) -> Fabric:
     cuda = config.accelerator == "cuda" or (config.accelerator == "auto" and torch.cuda.is_available())
     devices, nodes = count_processes(config)
     if cuda and devices > torch.cuda.device_count():
-        raise ValueError(f"machine.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
+        raise ValueError(f"runtime.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs")
     several = devices * nodes > 1
     strategy: Any = "auto"
     plugins: list[Any] = [CheckpointFile()]
@@ -79,7 +79,7 @@ def make_fabric(config: MachineConfig) -> Fabric:
         plugins = []  # it writes its own files
     elif several or config.strategy == "ddp":
         # Norms over all processes have the same statistics on each, so that none need be sent around.
-        strategy = DDPStrategy(broadcast_buffers=not config.sync_norm, gradient_as_bucket_view=True)
+        strategy = DDPStrategy(broadcast_buffers=not config.sync_bn, gradient_as_bucket_view=True)
     if config.precision != "fp32":
         mps = config.accelerator in ("auto", "mps") and torch.backends.mps.is_available()
         plugins.append(Mixed(MIXED[config.precision], device="cuda" if cuda else "mps" if mps else "cpu"))
@@ -95,10 +95,10 @@ def make_fabric(config: MachineConfig) -> Fabric:
             plugins=plugins,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"machine: {' '.join(str(error).split())}") from None
+        raise ValueError(f"runtime: {' '.join(str(error).split())}") from None
 
 
-def count_processes(config: MachineConfig) -> tuple[int, int]:
+def count_processes(config: RuntimeConfig) -> tuple[int, int]:
     """Devices a node and nodes: those of the settings, or else of torchrun, of SLURM, or one."""
     environment = os.environ
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -111,7 +111,7 @@ def count_processes(config: MachineConfig) -> tuple[int, int]:
         return config.devices or 1, config.nodes or 1
     for name, given, found in (("devices", config.devices, devices), ("nodes", config.nodes, nodes)):
         if given not in (None, found):
-            raise ValueError(f"machine.{name} is {given}, but the launcher has started {found}; leave it out")
+            raise ValueError(f"runtime.{name} is {given}, but the launcher has started {found}; leave it out")
     return devices, nodes
 
 
@@ -125,13 +125,13 @@ def make_share(fabric: Fabric, config: RunConfig) -> Share:
     each, rest = divmod(config.batch_size, world)
     if rest:
         raise ValueError(f"batch_size {config.batch_size} cannot be shared by {world} devices; choose a multiple")
-    limit = min(config.machine.micro_batch or each, each)
+    limit = min(config.runtime.micro_batch or each, each)
     accumulate = next(n for n in range(1, each + 1) if each % n == 0 and each // n <= limit)
     micro_batch = each // accumulate
     if config.joins_pairs and micro_batch % 2:
         raise ValueError(
             f"mixup and cutmix join images by pairs, but one device takes {micro_batch} at a time; choose a batch_size "
-            f"or machine.micro_batch that makes it even"
+            f"or runtime.micro_batch that makes it even"
         )
     return Share(rank=fabric.global_rank, world=world, micro_batch=micro_batch, accumulate=accumulate)
 

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import torch
-from overlock.training.machine import keep_freed_memory
+from overlock.training.runtime import keep_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
