@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from overlock.kernels.numba.contmix import numba_installed
 from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
+
+# Dictionaries that PyTorch fills in place. (Its own function for this question is not in PyTorch 2.6.)
+GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks,
+)  # fmt: skip
 
 
 def kernels_apply(*tensors: Tensor | None) -> bool:
@@ -39,5 +45,5 @@ def is_watched() -> bool:
     return (
         torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-        or bool(_has_any_global_hook())
+        or any(GLOBAL_HOOKS)
     )  # fmt: skip
