@@ -27,10 +27,10 @@ from rich.console import Console
 from overlock.data import load_test_data, make_train_transform
 from overlock.data.loaders import Batch, OnImage, Share, TrainBatches
 from overlock.training import RECIPES, TrainConfig
-from overlock.training.loop import Fit
 from overlock.training.run import prepare, quiet
 from overlock.training.runtime import keep_freed_memory, make_fabric
 from overlock.training.stop import StopRequest
+from overlock.training.trainer import Trainer
 
 
 class BatchAtHand:
@@ -44,7 +44,7 @@ class BatchAtHand:
             yield self.batch
 
 
-def make_fit(options: argparse.Namespace, folder: Path) -> Fit:
+def make_trainer(options: argparse.Namespace, folder: Path) -> Trainer:
     """A run of the trainer that is ready to begin."""
     for name in "ab":
         (folder / "data" / name).mkdir(parents=True)
@@ -64,42 +64,42 @@ def make_fit(options: argparse.Namespace, folder: Path) -> Fit:
     config = TrainConfig.from_dict(settings)
     with quiet():
         keep_freed_memory()  # as a run does on CPU
-        fit, *_ = prepare(config, make_fabric(config.runtime), StopRequest(), Console(quiet=True))
+        trainer, *_ = prepare(config, make_fabric(config.runtime), StopRequest(), Console(quiet=True))
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size, generator=generator)
     labels = torch.randint(0, 2, (options.batch_size,), generator=generator)
-    device = fit.fabric.device
-    fit.batches = BatchAtHand(Batch(images.to(device), labels.to(device), ()), steps=10**6)
-    return fit
+    device = trainer.fabric.device
+    trainer.batches = BatchAtHand(Batch(images.to(device), labels.to(device), ()), steps=10**6)
+    return trainer
 
 
-def make_bare_step(fit: Fit, *, recipe: bool) -> Callable[[], None]:
+def make_bare_step(trainer: Trainer, *, recipe: bool) -> Callable[[], None]:
     """Forward, loss, backward and step, and nothing else."""
-    batch = next(fit.batches.epoch(0))
-    network, optimizer = fit.network, fit.optimizer
-    parameters = [p for p in fit.raw_network.parameters() if p.requires_grad]
+    batch = next(trainer.batches.epoch(0))
+    network, optimizer = trainer.network, trainer.optimizer
+    parameters = [p for p in trainer.raw_network.parameters() if p.requires_grad]
 
     def step() -> None:
-        fit.fabric.backward(fit.task.loss(network, batch))
+        trainer.fabric.backward(trainer.task.loss(network, batch))
         if recipe:
             torch.nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if fit.average is not None:
-            fit.average.update(fit.raw_network, step=10)
+        if trainer.average is not None:
+            trainer.average.update(trainer.raw_network, step=10)
 
     return step
 
 
-def make_trainer_step(fit: Fit) -> Callable[[], None]:
+def make_trainer_step(trainer: Trainer) -> Callable[[], None]:
     """A turn of the trainer's loop."""
-    batches = fit.batches.epoch(0)
+    batches = trainer.batches.epoch(0)
 
     def step() -> None:
-        fit.train_step(batches)
-        fit.progress.step += 1
-        fit.log.on_step(fit, fit.global_step)
-        fit.save_or_stop()
+        trainer.train_step(batches)
+        trainer.progress.step += 1
+        trainer.log.on_step(trainer.global_step, total=10**6, lr=trainer.lr, loss=trainer.mean_loss)
+        trainer.save_or_stop()
 
     return step
 
@@ -146,15 +146,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(options, Path(folder))
-        fit.network.train()
-        steps = {"bare": make_bare_step(fit, recipe=options.recipe), "trainer": make_trainer_step(fit)}
+        trainer = make_trainer(options, Path(folder))
+        trainer.network.train()
+        steps = {"bare": make_bare_step(trainer, recipe=options.recipe), "trainer": make_trainer_step(trainer)}
         seconds = compare(steps, rounds=options.rounds, warmup=2)
-        fit.log.close()
+        trainer.log.close()
     over = seconds["trainer"] / seconds["bare"] - 1
     sys.stdout.write(
         f"{options.model}, {options.batch_size} x {options.image_size} x {options.image_size}, {options.precision}, "
-        f"{fit.fabric.device}{', recipe' if options.recipe else ''}: bare {1e3 * seconds['bare']:.1f} ms, "
+        f"{trainer.fabric.device}{', recipe' if options.recipe else ''}: bare {1e3 * seconds['bare']:.1f} ms, "
         f"trainer {1e3 * seconds['trainer']:.1f} ms, {100 * over:+.1f} %\n"
     )
     if options.images:

@@ -21,7 +21,7 @@ from overlock.checkpoints import MODEL_FILE, Record, read_record, save_model
 from overlock.cli import main
 from overlock.deploy import Detector, Predictor, Segmenter
 from overlock.drawing import colour_of, draw_labels, draw_objects
-from overlock.tasks.scores import SegmentationScore
+from overlock.tasks.metrics import SegmentationMetrics
 
 GROUND = ("ground", *CLASSES)
 
@@ -186,7 +186,7 @@ def test_command_evaluates_where_a_class_is_nowhere(segmenter, scenes, capsys, m
         raise AssertionError(f"{constant} is no JSON")
 
     words = ["evaluate", str(segmenter), "--data", str(scenes), "--workers", "0"]
-    monkeypatch.setattr(SegmentationScore, "iou", lambda self: torch.full((self.num_classes,), torch.nan))
+    monkeypatch.setattr(SegmentationMetrics, "iou", lambda self: torch.full((self.num_classes,), torch.nan))
     assert main([*words, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert set(row["classes"].values()) == {None}

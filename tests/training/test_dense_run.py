@@ -21,13 +21,13 @@ from scenes import write_scenes
 from overlock.checkpoints import HEADS, MODEL_FILE, Record, load_model, save_model, start_from
 from overlock.deploy.evaluate import evaluate_by_task
 from overlock.drawing import colour_of
-from overlock.tasks.scores import DetectionScore
+from overlock.tasks.metrics import DetectionMetrics
 from overlock.training import CONFIGS, DetectConfig, SegmentConfig, TrainConfig
 from overlock.training.dense import make_network
 from overlock.training.detection import make_job
-from overlock.training.loop import Fit
 from overlock.training.run import JOBS
 from overlock.training.stop import RunStoppedError
+from overlock.training.trainer import Trainer
 
 SMALL = dict(
     model="overlock_atto",
@@ -98,7 +98,7 @@ def test_weights_score_alike_in_half_precision(trained, scenes, precision):
 def test_stopped_and_resumed_ends_in_the_same_bits(trained, scenes, tmp_path, monkeypatch):
     task, whole, _ = trained
     config = settings(task, scenes, tmp_path / "run")
-    original, calls = Fit.train_step, []
+    original, calls = Trainer.train_step, []
 
     def step(self, batches):
         calls.append(1)
@@ -106,7 +106,7 @@ def test_stopped_and_resumed_ends_in_the_same_bits(trained, scenes, tmp_path, mo
             signal.raise_signal(signal.SIGTERM)
         return original(self, batches)
 
-    monkeypatch.setattr(Fit, "train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", step)
     with pytest.raises(RunStoppedError):
         run(config)
     run(config, resume=True)
@@ -209,11 +209,11 @@ def test_scores_of_several_processes_are_joined():
         result = dict(boxes=moved, scores=scores, labels=labels, masks=masks[:, None].float())
         return [result], [dict(boxes=boxes, labels=labels, masks=masks)]
 
-    whole, *parts = (DetectionScore(masks=True) for _ in range(3))
+    whole, *parts = (DetectionMetrics(masks=True) for _ in range(3))
     for seed in range(5):
         whole.update(*some(seed))
         parts[seed % 2].update(*some(seed))
-    joined = DetectionScore(masks=True)
+    joined = DetectionMetrics(masks=True)
     joined.merge([part.state() for part in parts])
     measures = whole.measures()
     assert joined.measures() == pytest.approx(measures, nan_ok=True)
@@ -224,8 +224,8 @@ def test_a_score_without_images_is_told(scenes, tmp_path):
     for task in TASKS:
         config = settings(task, scenes, tmp_path / task, epochs=1, epoch_steps=1)
         job = JOBS[task](config)
-        measures = job.task.make_score().measures(Fabric(accelerator="cpu", devices=1))
-        assert not measures[job.task.main_measure] >= 0
+        measures = job.task.make_metrics().measures(Fabric(accelerator="cpu", devices=1))
+        assert not measures[job.task.main_metric] >= 0
 
 
 @pytest.mark.parametrize("left", ["nothing", "crowds"])

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from overlock.training import TrainConfig
 from overlock.training.classification import Classification
-from overlock.training.loop import Fit
 from overlock.training.runtime import CheckpointFile
+from overlock.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -78,14 +78,14 @@ def inject(monkeypatch, form: str, calls: range) -> None:
 def test_a_bad_step_changes_nothing_but_is_counted(data, tmp_path, monkeypatch, form):
     inject(monkeypatch, form, range(2, 3))
     seen: list[dict[str, Tensor]] = []
-    original = Fit.train_step
+    original = Trainer.train_step
 
     def train_step(self, batches):
         before = snapshot(self)
         original(self, batches)
         seen.append(before | {"after." + name: t for name, t in snapshot(self).items()})
 
-    monkeypatch.setattr(Fit, "train_step", train_step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     printed = run(settings(data, tmp_path / "run"))
     changed = [any(not torch.equal(s[n], s["after." + n]) for n in s if "after." + n in s) for s in seen]
     assert changed == [number != 2 for number in range(2 * STEPS)]
@@ -96,9 +96,10 @@ def test_a_bad_step_changes_nothing_but_is_counted(data, tmp_path, monkeypatch, 
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def snapshot(fit: Fit) -> dict[str, Tensor]:
-    moments = {f"{i}.{n}": t for i, s in fit.optimizer.state_dict()["state"].items() for n, t in s.items()}
-    state = {**fit.raw_network.state_dict(), **{f"average.{n}": t for n, t in fit.average.module.state_dict().items()}}
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    moments = {f"{i}.{n}": t for i, s in trainer.optimizer.state_dict()["state"].items() for n, t in s.items()}
+    average = {f"average.{n}": t for n, t in trainer.average.module.state_dict().items()}
+    state = trainer.raw_network.state_dict() | average
     return {name: t.clone() for name, t in (state | moments).items()}
 
 
@@ -150,7 +151,7 @@ def test_half_precision_for_500_steps(tmp_path, precision):
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path, monkeypatch, damage):
     config = settings(data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
+        patch.setattr(Trainer, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
         with pytest.raises(Exception, match="stopped and saved"):
             run(config)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
@@ -248,7 +249,7 @@ def test_a_full_disk_for_real(data, whole, tmp_path):
 
 def test_a_lost_loading_process(data, whole, tmp_path, monkeypatch):
     config = settings(data, tmp_path / "run", runtime=dict(workers=1))
-    original, count = Fit.train_step, iter(range(100))
+    original, count = Trainer.train_step, iter(range(100))
 
     def train_step(self, batches):
         if next(count) == 1:
@@ -258,7 +259,7 @@ def test_a_lost_loading_process(data, whole, tmp_path, monkeypatch):
         original(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "train_step", train_step)
+        patch.setattr(Trainer, "train_step", train_step)
         patch.setattr("overlock.data.loaders.PREFETCH", 1)
         with pytest.raises(ValueError, match=r"a process that loads images was lost.*repeat with --resume"):
             run(config)
@@ -280,7 +281,7 @@ def test_unreadable_images_are_skipped_and_listed(data, tmp_path, monkeypatch):
     assert sorted(line.partition(": ")[0] for line in listed) == sorted(map(str, files))
     config = settings(data, tmp_path / "again", runtime=dict(workers=2))
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
+        patch.setattr(Trainer, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
         with pytest.raises(Exception, match="stopped and saved"):
             run(config)
     run(config, resume=True)
@@ -297,7 +298,7 @@ def test_another_image_stands_in_where_one_is_a_batch(data, tmp_path, monkeypatc
     assert {line.partition(": ")[0] for line in listed} <= set(map(str, files))
     config = settings(data, tmp_path / "again", **changes)
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
+        patch.setattr(Trainer, "finish_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM) or self.save_or_stop())
         with pytest.raises(Exception, match="stopped and saved"):
             run(config)
     run(config, resume=True)
@@ -323,14 +324,14 @@ def test_too_many_unreadable_images(data, tmp_path):
 
 def test_a_class_that_vanishes(data, tmp_path, monkeypatch):
     config = settings(data, tmp_path / "run", safety=dict(unreadable=2))
-    original = Fit.finish_epoch
+    original = Trainer.finish_epoch
 
     def finish_epoch(self):
         original(self)
         shutil.rmtree(data / "green", ignore_errors=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "finish_epoch", finish_epoch)
+        patch.setattr(Trainer, "finish_epoch", finish_epoch)
         with pytest.raises(ValueError, match=r"could not be read.*green.*no such image"):
             run(config)
     with pytest.raises(ValueError, match="class 'green' is no longer there since the run was begun"):

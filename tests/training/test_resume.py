@@ -14,9 +14,9 @@ import torch
 import yaml
 from runs import STEPS, assert_same, final_state, make_images, run, settings
 
-from overlock.training.loop import Fit
-from overlock.training.run import begin, train
+from overlock.training.run import begin_run, train
 from overlock.training.stop import RunStoppedError
+from overlock.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def unbroken(tmp_path_factory):
 
 
 def interrupt(monkeypatch, method: str, call: int, signum: int = signal.SIGTERM) -> None:
-    """Send a signal to this process within the n-th call of a method of Fit."""
-    original, calls = getattr(Fit, method), []
+    """Send a signal to this process within the n-th call of a method of Trainer."""
+    original, calls = getattr(Trainer, method), []
 
     def wrapped(self, *args):
         calls.append(1)
@@ -38,7 +38,7 @@ def interrupt(monkeypatch, method: str, call: int, signum: int = signal.SIGTERM)
             os.kill(os.getpid(), signum)
         return original(self, *args)
 
-    monkeypatch.setattr(Fit, method, wrapped)
+    monkeypatch.setattr(Trainer, method, wrapped)
 
 
 PHASES = {
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_interrupts_at_once(unbroken, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
 
-    monkeypatch.setattr(Fit, "train_step", twice)
+    monkeypatch.setattr(Trainer, "train_step", twice)
     with pytest.raises(KeyboardInterrupt):
         run(settings(data, tmp_path / "run"))
 
@@ -208,7 +208,7 @@ def test_killed_ten_times(tmp_path):
 def test_begin_is_called_once(unbroken, tmp_path, monkeypatch):
     """Resuming leaves the settings file as the run began with it."""
     data, whole = unbroken
-    monkeypatch.setattr("overlock.training.run.begin", lambda *_: pytest.fail("begun again"))
+    monkeypatch.setattr("overlock.training.run.begin_run", lambda *_: pytest.fail("begun again"))
     run(settings(data, whole, runtime=dict(workers=1)), resume=True)
-    assert begin.__name__ == "begin"
+    assert begin_run.__name__ == "begin_run"
     assert yaml.safe_load((whole / "config.yaml").read_text())["runtime"]["workers"] == 0

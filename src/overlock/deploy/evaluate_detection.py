@@ -20,7 +20,7 @@ from overlock.deploy.runtime import not_finite
 from overlock.files import write_atomically
 from overlock.object_files import ObjectFiles
 from overlock.tasks.detection import check_limits, find_objects
-from overlock.tasks.scores import DetectionScore
+from overlock.tasks.metrics import DetectionMetrics
 
 
 def evaluate_detector(
@@ -55,7 +55,7 @@ def evaluate_detector(
     given = EvaluationOptions(**options)
     runner = Runner(network, record, given)
     masks = "mask" in str(record.head)
-    score = DetectionScore(masks=masks, by_class=True)
+    score = DetectionMetrics(masks=masks, by_class=True)
     source: Any = load_detection_test(
         ObjectFiles(data=data) if isinstance(data, str) else data, classes=record.classes, masks=masks,
         held_out=given.held_out, seed=given.seed,

@@ -14,7 +14,7 @@ from overlock.data.loaders import Batch, as_lists, make_test_loader
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
 from overlock.deploy.runtime import not_finite
 from overlock.label_files import LabelFiles
-from overlock.tasks.scores import SegmentationScore
+from overlock.tasks.metrics import SegmentationMetrics
 from overlock.tasks.sliding import check_testing, label_pixels
 
 
@@ -49,7 +49,7 @@ def evaluate_segmenter(
     stride = check_testing(scales, window, stride)
     given = EvaluationOptions(**options)
     runner = Runner(network, record, given)
-    score = SegmentationScore(len(record.classes))
+    score = SegmentationMetrics(len(record.classes))
     files = LabelFiles(data=data) if isinstance(data, str) else data
     source = load_label_test(files, classes=record.classes, held_out=given.held_out, seed=given.seed)
     transform = make_segmentation_transform(training=False, scale=record.preprocessing["scale"])

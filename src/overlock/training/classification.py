@@ -42,7 +42,7 @@ class Classification:
         num_classes: of the logits.
     """
 
-    main_measure = "top1"
+    main_metric = "top1"
     shares: ClassVar[dict[str, str]] = dict(top1="accuracy", top5="among the best five")
 
     def __init__(self, config: LossConfig, num_classes: int):
@@ -79,12 +79,12 @@ class Classification:
             loss = loss + self.config.aux_weight * F.cross_entropy(other.float(), labels, label_smoothing=smoothing)
         return loss
 
-    def make_score(self) -> ClassificationScore:
-        """One of a test that begins."""
-        return ClassificationScore(self.num_classes)
+    def make_metrics(self) -> ClassifierMetrics:
+        """Those of a test that begins."""
+        return ClassifierMetrics(self.num_classes)
 
 
-class ClassificationScore:
+class ClassifierMetrics:
     """Shares of the images that are named rightly, at first and within the best five, and the mean loss.
 
     Args:

@@ -17,7 +17,7 @@ from overlock.data.detection import load_detection
 from overlock.data.loaders import Batch, as_lists
 from overlock.drawing import draw_objects
 from overlock.tasks.detection import find_objects
-from overlock.tasks.scores import DetectionScore
+from overlock.tasks.metrics import DetectionMetrics
 from overlock.training.dense import SAMPLES, make_network, save_samples
 from overlock.training.dense_config import DetectConfig
 from overlock.training.job import Job
@@ -32,7 +32,7 @@ class Detection:
         masks: whether it gives masks.
     """
 
-    main_measure = "box_AP"
+    main_metric = "box_AP"
     _shares: ClassVar[dict[str, str]] = dict(box_AP="box AP", box_AP50="box AP50")
     _of_masks: ClassVar[dict[str, str]] = dict(mask_AP="mask AP", mask_AP50="mask AP50")
 
@@ -45,12 +45,12 @@ class Detection:
         losses: dict[str, Tensor] = network(batch.images, batch.labels)
         return torch.stack(list(losses.values())).sum()
 
-    def make_score(self) -> DetectionTest:
-        """One of a test that begins."""
-        return DetectionTest(masks=self.masks)
+    def make_metrics(self) -> DetectorMetrics:
+        """Those of a test that begins."""
+        return DetectorMetrics(masks=self.masks)
 
 
-class DetectionTest:
+class DetectorMetrics:
     """COCO's average precisions of a test.
 
     Args:
@@ -58,19 +58,19 @@ class DetectionTest:
     """
 
     def __init__(self, *, masks: bool):
-        self.score = DetectionScore(masks=masks)
+        self.metrics = DetectionMetrics(masks=masks)
 
     def update(self, network: nn.Module, batch: Batch) -> None:
         """Count the objects of a batch."""
-        self.score.update(find_objects(network, batch.images), batch.labels)
+        self.metrics.update(find_objects(network, batch.images), batch.labels)
 
     def measures(self, fabric: Fabric) -> dict[str, float]:
-        """Those of :class:`overlock.tasks.scores.DetectionScore`, of all processes' images."""
+        """Those of :class:`overlock.tasks.metrics.DetectionMetrics`, of all processes' images."""
         if fabric.world_size > 1:
             states: list[Any] = [None] * fabric.world_size
-            torch.distributed.all_gather_object(states, self.score.state())
-            self.score.merge(states)
-        return self.score.measures()
+            torch.distributed.all_gather_object(states, self.metrics.state())
+            self.metrics.merge(states)
+        return self.metrics.measures()
 
 
 def make_job(config: DetectConfig) -> Job:
@@ -80,7 +80,7 @@ def make_job(config: DetectConfig) -> Job:
         ValueError: for data, weights or a model that will not do.
         ImportError: without torchmetrics or pycocotools.
     """
-    DetectionScore(masks=config.masks)  # that nothing is missing after the first epoch
+    DetectionMetrics(masks=config.masks)  # that nothing is missing after the first epoch
     data = load_detection(
         config.train_files, config.test_files, masks=config.masks, categories=config.categories,
         background=config.background, seed=config.seed,

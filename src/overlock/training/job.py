@@ -11,7 +11,7 @@ from torch import nn
 from overlock.checkpoints import Record
 from overlock.data import ImageData
 from overlock.data.loaders import Join, Prepare, stack
-from overlock.training.loop import Task
+from overlock.training.trainer import Task
 
 
 @dataclass(frozen=True, kw_only=True)

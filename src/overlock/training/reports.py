@@ -13,16 +13,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from overlock.files import write_atomically
-
-if TYPE_CHECKING:
-    from overlock.training.loop import Fit
 
 LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
 BOARD, NOTES = "tensorboard", "notes.txt"
@@ -36,12 +33,26 @@ class RunLog:
     Args:
         folder: of the run.
         console: to write to.
+        epochs: of the whole run.
+        main_metric: that is printed, of 0 to 1.
+        metric_name: what it is called there.
         keep_best: called when a test was the best so far.
         first_process: only this one writes.
     """
 
-    def __init__(self, folder: Path, console: Console, *, keep_best: Callable[[], None], first_process: bool):
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        epochs: int,
+        main_metric: str,
+        metric_name: str,
+        keep_best: Callable[[], None],
+        first_process: bool,
+    ):
         self.folder, self.console, self.keep_best, self.first = folder, console, keep_best, first_process
+        self.epochs, self.main_metric, self.metric_name = epochs, main_metric, metric_name
         self.rows: list[Row] = []
         self.board: Any = None
         self.bar = Progress(
@@ -62,34 +73,24 @@ class RunLog:
                 shutil.rmtree(self.folder / BOARD, ignore_errors=True)
             self.board = _make_board(self.folder / BOARD)
 
-    def on_step(self, fit: Fit, step: int) -> None:
-        """Move the bar, and give TensorBoard a point now and then."""
+    def on_step(self, step: int, *, total: int, lr: float, loss: Callable[[], float]) -> None:
+        """Move the bar, and give TensorBoard a point now and then.
+
+        Args:
+            step: done since the run began.
+            total: of the run.
+            lr: learning rate.
+            loss: gives that of the epoch so far; called only where it is shown, since it waits for the device.
+        """
         if not self.bar.disable:
             self.bar.start()
-            self.bar.update(self.bar_task, completed=step, total=fit.config.epochs * fit.batches.steps)
+            self.bar.update(self.bar_task, completed=step, total=total)
         if self.board is not None and step % LOG_EVERY == 0:
-            self.board.add_scalar("step/loss", float(fit.loss_sum) / max(1, fit.progress.counted), step)
-            self.board.add_scalar("step/lr", _rate(fit), step)
+            self.board.add_scalar("step/loss", loss(), step)
+            self.board.add_scalar("step/lr", lr, step)
 
-    def add_epoch(self, fit: Fit, *, loss: float, measures: dict[str, float]) -> None:
-        """Note an epoch."""
-        progress = fit.progress
-        images = fit.batches.steps * fit.batches.share.batch_size
-        self.rows.append(
-            dict(
-                epoch=progress.epoch + 1,
-                step=fit.global_step,
-                lr=_rate(fit),
-                loss=loss,
-                **measures,
-                skipped=progress.skipped,
-                images_per_second=round(images / max(progress.epoch_seconds, 1e-9), 1),
-                seconds=round(progress.seconds, 1),
-            )
-        )
-
-    def write(self, fit: Fit, *, better: bool) -> None:
-        """Write the log, keep the weights if they are better, and print a line."""
+    def write(self, *, better: bool) -> None:
+        """Write the log with the epoch that was added last, keep the weights if they are better, and print a line."""
         if better:
             self.keep_best()
         if not self.first:
@@ -100,12 +101,10 @@ class RunLog:
             for name in known(row).keys() - {"epoch", "step"}:
                 self.board.add_scalar(f"epoch/{name}", row[name], row["epoch"])
             self.board.flush()
-        main = fit.task.main_measure
-        tested = f"  test {fit.task.shares[main]} {as_percentage(row[main])}" if main in row else ""
+        tested = f"  test {self.metric_name} {as_percentage(row[self.main_metric])}" if self.main_metric in row else ""
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         self.tell(
-            f"epoch {row['epoch']:>3}/{fit.config.epochs}  loss {row['loss']:.3f}{tested}"
-            f"  {row['seconds']:.0f} s{skipped}"
+            f"epoch {row['epoch']:>3}/{self.epochs}  loss {row['loss']:.3f}{tested}  {row['seconds']:.0f} s{skipped}"
         )
 
     def tell(self, line: str) -> None:
@@ -118,11 +117,6 @@ class RunLog:
         self.bar.stop()
         if self.board is not None:
             self.board.close()
-
-
-def _rate(fit: Fit) -> float:
-    """The largest learning rate of the groups, that of the last layers."""
-    return max(group["lr"] for group in fit.optimizer.param_groups)
 
 
 def _make_board(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -24,12 +24,12 @@ from overlock.training import classification, detection, reports, segmentation
 from overlock.training.config import RunConfig
 from overlock.training.effects import tell_effects
 from overlock.training.job import Job
-from overlock.training.loop import Fit
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
 from overlock.training.runtime import full_state, keep_freed_memory, make_fabric, make_share
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
 from overlock.training.sync_bn import synchronise_norms
+from overlock.training.trainer import Trainer
 
 SETTINGS_FILE, CHECKPOINTS, BEST_FILE = "config.yaml", "checkpoints", "best.safetensors"
 JOBS: dict[str, Callable[[Any], Job]] = dict(
@@ -83,26 +83,27 @@ def train(
         if fabric.is_global_zero:
             check_output(folder, overwrite=overwrite, resume=resume)
         fabric.barrier()
-        fit, job, notes = prepare(config, fabric, stop, console or Console(quiet=True))
-        resumed = resume and bool(fit.store.candidates())
+        trainer, job, notes = prepare(config, fabric, stop, console or Console(quiet=True))
+        resumed = resume and bool(trainer.store.candidates())
         try:
             if resumed:
-                take_up(fit)
+                resume_run(trainer)
             else:
-                begin(fit, folder, config, notes=notes)
-            fit.run()
+                begin_run(trainer, folder, config, notes=notes)
+            trainer.fit()
         except RunStoppedError as stopped:
-            fit.log.tell(str(stopped))
+            trainer.log.tell(str(stopped))
             raise
         finally:
-            fit.log.close()
-    finish(fit, job)
-    score, seconds, name = fit.log.rows[-1][fit.task.main_measure], fit.progress.seconds, fit.task.main_measure
-    fit.log.tell(
-        f"test {fit.task.shares[name]} {reports.as_percentage(score)} after {seconds:.0f} s; saved in {folder}"
+            trainer.log.close()
+    finish(trainer, job)
+    name, seconds = trainer.task.main_metric, trainer.progress.seconds
+    score = trainer.log.rows[-1][name]
+    trainer.log.tell(
+        f"test {trainer.task.shares[name]} {reports.as_percentage(score)} after {seconds:.0f} s; saved in {folder}"
     )
-    fit.log.tell(f"try: overlock predict IMAGE --checkpoint {folder}")
-    return TrainResult(score=score, best=fit.progress.best, seconds=seconds, folder=folder)
+    trainer.log.tell(f"try: overlock predict IMAGE --checkpoint {folder}")
+    return TrainResult(score=score, best=trainer.progress.best, seconds=seconds, folder=folder)
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -119,8 +120,17 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise ValueError(f"{folder}: no permission to write here; choose another output")
 
 
-def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Console) -> tuple[Fit, Job, tuple[str, ...]]:
-    """Data, network, optimiser and all else that a run needs, and notes on them; nothing is written."""
+class Prepared(NamedTuple):
+    """A run that can begin or be resumed."""
+
+    trainer: Trainer
+    job: Job
+    notes: tuple[str, ...]
+    """On its data and settings, to be told."""
+
+
+def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Console) -> Prepared:
+    """Data, network, optimiser and all else that a run needs; nothing is written."""
     folder = Path(config.output)
     share = make_share(fabric, config)
     job = JOBS[config.task](config)
@@ -150,21 +160,24 @@ def prepare(config: RunConfig, fabric: Fabric, stop: StopRequest, console: Conso
     schedule = make_schedule(optimizer, config, steps_per_epoch=batches.steps)
     optimizer = fabric.setup_optimizers(optimizer)
     identity = dict(settings=config.to_dict(), classes=list(data.classes), train=len(data.train), test=len(data.test))
-    fit = Fit(
+    log = reports.RunLog(
+        folder, console, epochs=config.epochs, main_metric=job.task.main_metric,
+        metric_name=job.task.shares[job.task.main_metric], first_process=fabric.is_global_zero,
+        keep_best=lambda: keep_weights(trainer, job, BEST_FILE),
+    )  # fmt: skip
+    trainer = Trainer(
         fabric=fabric, config=config, task=job.task, network=wrapped, frozen=frozen, optimizer=optimizer,
         schedule=schedule, average=average, batches=batches, tests=tests, store=CheckpointStore(folder / CHECKPOINTS),
-        log=reports.RunLog(folder, console, keep_best=lambda: keep_weights(fit, job, BEST_FILE),
-                           first_process=fabric.is_global_zero),
-        unreadable=reports.Unreadable(folder, config.safety.unreadable), stop=stop, identity=identity,
+        log=log, unreadable=reports.Unreadable(folder, config.safety.unreadable), stop=stop, identity=identity,
     )  # fmt: skip
-    fit.log.tell(
-        f"{job.record.name}: {sum(p.numel() for p in fit.raw_network.parameters()) / 1e6:.2f} M parameters; "
+    trainer.log.tell(
+        f"{job.record.name}: {sum(p.numel() for p in trainer.raw_network.parameters()) / 1e6:.2f} M parameters; "
         f"{len(data.train)} images to train on, {len(data.test)} held out, {len(data.classes)} classes"
     )
     notes = (*data.notes, *tell_effects(config, steps_per_epoch=batches.steps, images=len(data.train)))
     for note in notes:
-        fit.log.tell(note)
-    return fit, job, notes
+        trainer.log.tell(note)
+    return Prepared(trainer, job, notes)
 
 
 def checkpoint_gradients(network: nn.Module) -> None:
@@ -181,10 +194,10 @@ def checkpoint_gradients(network: nn.Module) -> None:
     raise ValueError("this network cannot recompute its activations; set runtime.grad_checkpointing to false")
 
 
-def begin(fit: Fit, folder: Path, config: RunConfig, *, notes: tuple[str, ...]) -> None:
+def begin_run(trainer: Trainer, folder: Path, config: RunConfig, *, notes: tuple[str, ...]) -> None:
     """Write the settings and the notes on the data, and clear away what an earlier run left."""
-    if fit.fabric.is_global_zero:
-        for path in fit.store.candidates():
+    if trainer.fabric.is_global_zero:
+        for path in trainer.store.candidates():
             path.unlink()
         for name in (MODEL_FILE, BEST_FILE, reports.UNREADABLE, reports.LOG, reports.CURVES, reports.NOTES):
             (folder / name).unlink(missing_ok=True)
@@ -192,66 +205,64 @@ def begin(fit: Fit, folder: Path, config: RunConfig, *, notes: tuple[str, ...]) 
         if notes:
             write_atomically(folder / reports.NOTES, "\n".join(notes) + "\n")
         write_atomically(folder / reports.ENVIRONMENT, reports.describe_environment())
-    fit.log.open(begin=True)
-    fit.fabric.barrier()
+    trainer.log.open(begin=True)
+    trainer.fabric.barrier()
 
 
-def take_up(fit: Fit) -> None:
+def resume_run(trainer: Trainer) -> None:
     """Load the newest checkpoint without damage.
 
     Raises:
         ValueError: where there is none, or where settings or data have changed since.
     """
-    path, problems = fit.store.find_good()
+    path, problems = trainer.store.find_good()
     for problem in problems:
-        fit.log.tell(f"{problem}; going on from {path.name}")
+        trainer.log.tell(f"{problem}; going on from {path.name}")
     identity = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["identity"]
     # By way of the settings' class, so that fields which the checkpoint's version did not have are at their defaults.
-    before = type(fit.config).from_dict(identity["settings"]).to_dict()
-    changed = [
-        name for name in differing(before, fit.identity["settings"]) if name in FIXED or not name.startswith(CHANGEABLE)
-    ]
+    before, now = type(trainer.config).from_dict(identity["settings"]).to_dict(), trainer.identity
+    changed = [name for name in differing(before, now["settings"]) if name in FIXED or not name.startswith(CHANGEABLE)]
     if changed:
         raise ValueError(
             f"{path}: this run was begun with other settings of {', '.join(changed)}; repeat its own command with "
             f"--resume (its settings are in {SETTINGS_FILE}), or choose another output"
         )
-    lost = sorted(set(identity["classes"]) - set(fit.identity["classes"]))
-    if identity["classes"] != fit.identity["classes"]:
+    lost = sorted(set(identity["classes"]) - set(now["classes"]))
+    if identity["classes"] != now["classes"]:
         what = f"class {lost[0]!r} is no longer there" if lost else "there are other classes"
-        raise ValueError(f"{fit.config.data}: {what} since the run was begun; put the data back as they were")
+        raise ValueError(f"{trainer.config.data}: {what} since the run was begun; put the data back as they were")
     for part in ("train", "test"):
-        if identity[part] != fit.identity[part]:
+        if identity[part] != now[part]:
             raise ValueError(
-                f"{fit.config.data}: {fit.identity[part]} {part} images where the run was begun with {identity[part]}; "
-                f"put the data back as they were"
+                f"{trainer.config.data}: {now[part]} {part} images where the run was begun with {identity[part]}; put "
+                "the data back as they were"
             )
-    fit.load(path)
-    fit.log.open(begin=False)
-    progress = fit.progress
-    fit.log.tell(f"going on from epoch {progress.epoch + 1}, step {progress.step} of {fit.batches.steps}")
+    trainer.load(path)
+    trainer.log.open(begin=False)
+    progress = trainer.progress
+    trainer.log.tell(f"going on from epoch {progress.epoch + 1}, step {progress.step} of {trainer.batches.steps}")
 
 
-def keep_weights(fit: Fit, job: Job, name: str) -> None:
+def keep_weights(trainer: Trainer, job: Job, name: str) -> None:
     """Write the tested weights that are of use after training, and their record, to a file of the run's folder."""
-    state = full_state(fit.tested)
-    if fit.fabric.is_global_zero:
+    state = full_state(trainer.tested)
+    if trainer.fabric.is_global_zero:
         state = {part: tensor for part, tensor in state.items() if not part.startswith(job.only_training)}
-        save_model(Path(fit.config.output) / name, state, job.record)
+        save_model(Path(trainer.config.output) / name, state, job.record)
 
 
-def finish(fit: Fit, job: Job) -> None:
+def finish(trainer: Trainer, job: Job) -> None:
     """Write all that the run's folder is for: weights, curves, model card, and what else the task has."""
-    keep_weights(fit, job, MODEL_FILE)
-    if fit.fabric.is_global_zero:
-        folder, rows = Path(fit.config.output), fit.log.rows
-        title = f"{job.record.name} on {Path(fit.config.data).name}"
-        reports.draw_curves(rows, folder / reports.CURVES, shares=fit.task.shares, title=title)
-        measures = {label: rows[-1][name] for name, label in fit.task.shares.items()}
-        settings = fit.config.to_dict()
-        write_card(folder / CARD_FILE, job.record, settings=settings, measures=measures, data=fit.config.data)
-        job.finish(folder, fit.tested)
-    fit.fabric.barrier()
+    keep_weights(trainer, job, MODEL_FILE)
+    if trainer.fabric.is_global_zero:
+        folder, rows = Path(trainer.config.output), trainer.log.rows
+        title = f"{job.record.name} on {Path(trainer.config.data).name}"
+        reports.draw_curves(rows, folder / reports.CURVES, shares=trainer.task.shares, title=title)
+        measures = {label: rows[-1][name] for name, label in trainer.task.shares.items()}
+        settings = trainer.config.to_dict()
+        write_card(folder / CARD_FILE, job.record, settings=settings, measures=measures, data=trainer.config.data)
+        job.finish(folder, trainer.tested)
+    trainer.fabric.barrier()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from overlock.data.dense_transforms import PrepareLabels, make_segmentation_tran
 from overlock.data.label_maps import load_label_maps
 from overlock.data.loaders import Batch, as_lists
 from overlock.drawing import draw_labels, draw_legend
-from overlock.tasks.scores import SegmentationScore
+from overlock.tasks.metrics import SegmentationMetrics
 from overlock.tasks.segmentation import segmentation_loss
 from overlock.tasks.sliding import segment
 from overlock.training.dense import SAMPLES, make_network, save_samples
@@ -30,7 +30,7 @@ class Segmentation:
         aux_weight: of the auxiliary head's loss.
     """
 
-    main_measure = "mIoU"
+    main_metric = "mIoU"
     shares: ClassVar[dict[str, str]] = dict(mIoU="mIoU", mAcc="mean accuracy", aAcc="accuracy of pixels")
 
     def __init__(self, num_classes: int, *, aux_weight: float):
@@ -40,12 +40,12 @@ class Segmentation:
         """Cross entropy of the head and, weighted, of the auxiliary one."""
         return segmentation_loss(network(batch.images), batch.labels, auxiliary_weight=self.aux_weight)
 
-    def make_score(self) -> SegmentationTest:
-        """One of a test that begins."""
-        return SegmentationTest(self.num_classes)
+    def make_metrics(self) -> SegmenterMetrics:
+        """Those of a test that begins."""
+        return SegmenterMetrics(self.num_classes)
 
 
-class SegmentationTest:
+class SegmenterMetrics:
     """Mean IoU and accuracies of a test, on whole images.
 
     Args:
@@ -53,20 +53,20 @@ class SegmentationTest:
     """
 
     def __init__(self, num_classes: int):
-        self.score = SegmentationScore(num_classes)
+        self.metrics = SegmentationMetrics(num_classes)
 
     def update(self, network: nn.Module, batch: Batch) -> None:
         """Count the pixels of a batch, at the size of the label maps."""
         for image, labels in zip(batch.images, batch.labels, strict=True):
             shares = segment(network, image[None], size=labels.shape)
-            self.score.update(shares[0].argmax(dim=0), labels)
+            self.metrics.update(shares[0].argmax(dim=0), labels)
 
     def measures(self, fabric: Fabric) -> dict[str, float]:
-        """Those of :class:`overlock.tasks.scores.SegmentationScore`, of all processes' images."""
-        counts = fabric.all_reduce(self.score.counts.to(fabric.device), reduce_op="sum")
+        """Those of :class:`overlock.tasks.metrics.SegmentationMetrics`, of all processes' images."""
+        counts = fabric.all_reduce(self.metrics.counts.to(fabric.device), reduce_op="sum")
         assert isinstance(counts, Tensor)
-        self.score.counts = counts.cpu()
-        return self.score.measures()
+        self.metrics.counts = counts.cpu()
+        return self.metrics.measures()
 
 
 def make_job(config: SegmentConfig) -> Job:

@@ -40,7 +40,7 @@ from overlock.training.stop import RunStoppedError, StopRequest
 SYNC_EVERY = 10  # steps between the agreements of several processes to save or stop
 
 
-class Score(Protocol):
+class Metrics(Protocol):
     """What a test comes to."""
 
     def update(self, network: nn.Module, batch: Batch) -> None:
@@ -55,8 +55,8 @@ class Score(Protocol):
 class Task(Protocol):
     """What is learnt: :class:`overlock.training.classification.Classification` for instance."""
 
-    main_measure: str
-    """The measure that tells the best weights: the higher the better."""
+    main_metric: str
+    """The metric that tells the best weights: the higher the better."""
 
     @property
     def shares(self) -> Mapping[str, str]:
@@ -67,8 +67,8 @@ class Task(Protocol):
         """A scalar with a gradient."""
         ...
 
-    def make_score(self) -> Score:
-        """One of a test that begins."""
+    def make_metrics(self) -> Metrics:
+        """Those of a test that begins."""
         ...
 
 
@@ -97,8 +97,8 @@ class BufferGuard:
 
 
 @dataclasses.dataclass(kw_only=True)
-class Fit:
-    """All that a run consists of; :meth:`run` runs it to its end."""
+class Trainer:
+    """All that a run consists of; :meth:`fit` runs it to its end."""
 
     fabric: Fabric
     config: RunConfig
@@ -130,7 +130,7 @@ class Fit:
 
     # The course of a run
 
-    def run(self) -> None:
+    def fit(self) -> None:
         """Train from wherever the run is to the last epoch.
 
         Raises:
@@ -169,7 +169,9 @@ class Fit:
                 now = time.perf_counter()
                 progress.epoch_seconds += now - started
                 started = now
-                self.log.on_step(self, self.global_step)
+                self.log.on_step(
+                    self.global_step, total=self.config.epochs * self.batches.steps, lr=self.lr, loss=self.mean_loss
+                )
                 if progress.bad >= self.config.safety.bad_steps:
                     raise DivergedError
                 self.save_or_stop()
@@ -183,8 +185,15 @@ class Fit:
             measures = self.validate()
         progress.seconds += progress.epoch_seconds + time.perf_counter() - started
         loss = float(self.fabric.all_reduce(self.loss_sum, reduce_op="mean")) / max(1, progress.counted)
-        self.log.add_epoch(self, loss=loss, measures=measures)
-        score = measures.get(self.task.main_measure, -1.0)
+        images = self.batches.steps * self.batches.share.batch_size
+        self.log.rows.append(
+            dict(
+                epoch=progress.epoch + 1, step=self.global_step, lr=self.lr, loss=loss, **measures,
+                skipped=progress.skipped, images_per_second=round(images / max(progress.epoch_seconds, 1e-9), 1),
+                seconds=round(progress.seconds, 1),
+            )
+        )  # fmt: skip
+        score = measures.get(self.task.main_metric, -1.0)
         if math.isnan(score):  # nothing to measure by: of weights that were never measured the last are the best
             better = progress.best < 0
         else:
@@ -192,7 +201,7 @@ class Fit:
             progress.best = max(score, progress.best)
         progress.epoch, progress.step, progress.counted, progress.epoch_seconds = progress.epoch + 1, 0, 0, 0.0
         self.loss_sum.zero_()
-        self.log.write(self, better=better)
+        self.log.write(better=better)
         self.save()
         self.save_or_stop()
 
@@ -200,6 +209,15 @@ class Fit:
     def global_step(self) -> int:
         """Steps done since the run began."""
         return self.progress.epoch * self.batches.steps + self.progress.step
+
+    @property
+    def lr(self) -> float:
+        """The largest learning rate of the groups, that of the last layers."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def mean_loss(self) -> float:
+        """Of the steps of the epoch so far, on this process."""
+        return float(self.loss_sum) / max(1, self.progress.counted)
 
     # One step
 
@@ -293,15 +311,15 @@ class Fit:
 
     def validate(self) -> dict[str, float]:
         """The measures over all images to test on."""
-        network, score = self.tested.eval(), self.task.make_score()
+        network, metrics = self.tested.eval(), self.task.make_metrics()
         with torch.no_grad(), self.fabric.autocast(), gathered(network), self.tests.batches() as batches:
             for loaded in batches:
                 batch = self.place(loaded)
                 if len(batch.labels):
-                    score.update(network, batch)
+                    metrics.update(network, batch)
                 if self.fabric.world_size == 1 and self.stop.signum is not None:
                     self.save_or_stop()
-        return score.measures(self.fabric)
+        return metrics.measures(self.fabric)
 
     # Checkpoints
 

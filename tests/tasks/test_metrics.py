@@ -11,7 +11,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from overlock.tasks.scores import DetectionScore, SegmentationScore
+from overlock.tasks.metrics import DetectionMetrics, SegmentationMetrics
 
 
 def draw_labels(count=3, classes=5, size=(20, 30), seed=0):
@@ -25,7 +25,7 @@ def draw_labels(count=3, classes=5, size=(20, 30), seed=0):
 def test_segmentation():
     """Class by class, and in parts as all at once."""
     predicted, labels = draw_labels()
-    score, counted = SegmentationScore(5), labels != -1
+    score, counted = SegmentationMetrics(5), labels != -1
     for one, other in zip(predicted, labels, strict=True):
         score.update(one, other)
     ious, accuracies = [], []
@@ -43,7 +43,7 @@ def test_segmentation():
 
 
 def test_segmentation_of_nothing_and_of_what_is_no_class():
-    score = SegmentationScore(3)
+    score = SegmentationMetrics(3)
     score.update(torch.zeros(4, dtype=torch.long), torch.full((4,), -1))
     assert math.isnan(score.measures()["mIoU"])
     with pytest.raises(ValueError, match="a label is 3, where classes go from 0 to 2 and -1 is ignored"):
@@ -145,7 +145,7 @@ def by_hand(results, targets, kind):
 def test_detection():
     """Box and mask figures to 1e-4."""
     results, targets = make_scene()
-    score = DetectionScore(masks=True)
+    score = DetectionMetrics(masks=True)
     score.update(results[:2], targets[:2])
     score.update(results[2:], targets[2:])
     measures = score.measures()
@@ -159,7 +159,7 @@ def test_detection():
 
 def test_boxes_alone():
     results, targets = make_scene(seed=1)
-    score = DetectionScore()
+    score = DetectionMetrics()
     score.update(results, targets)
     measures = score.measures()
     assert set(measures) == {f"box_AP{part}" for part in ("", "50", "75", "S", "M", "L")}
@@ -169,7 +169,7 @@ def test_boxes_alone():
 def test_classes_by_themselves():
     """Each class's precision is what pycocotools gives for its objects alone, and their mean is the whole's."""
     results, targets = make_scene(seed=2)
-    score = DetectionScore(masks=True, by_class=True)
+    score = DetectionMetrics(masks=True, by_class=True)
     score.update(results, targets)
     measures, by_class = score.measures(), score.class_measures()
     assert by_class.keys() == {"box_AP", "mask_AP"}
@@ -193,7 +193,7 @@ def test_nothing_to_find_is_no_measure(left, masks):
         targets = [pick(one, torch.zeros(len(one["labels"]), dtype=torch.bool)) for one in targets]
     else:
         targets = [one | dict(iscrowd=torch.ones_like(one["labels"])) for one in targets]
-    score = DetectionScore(masks=masks, by_class=True)
+    score = DetectionMetrics(masks=masks, by_class=True)
     score.update(results, targets)
     assert all(math.isnan(share) for share in score.measures().values())
     assert all(math.isnan(share) for shares in score.class_measures().values() for share in shares.values())
@@ -202,7 +202,7 @@ def test_nothing_to_find_is_no_measure(left, masks):
 def test_a_class_without_objects_is_left_out_of_the_mean():
     results, targets = make_scene(seed=4)
     targets = [pick(one, one["labels"] != 2) for one in targets]
-    score = DetectionScore(by_class=True)
+    score = DetectionMetrics(by_class=True)
     score.update(results, targets)
     shares = score.class_measures()["box_AP"]
     assert math.isnan(shares[2])
@@ -216,14 +216,14 @@ def test_nothing_found_is_zero():
         boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64),
         masks=torch.zeros(0, 1, height, width),
     )  # fmt: skip
-    score = DetectionScore(masks=True, by_class=True)
+    score = DetectionMetrics(masks=True, by_class=True)
     score.update([nothing] * len(targets), targets)
     assert score.measures()["box_AP"] == score.measures()["mask_AP"] == 0
     assert set(score.class_measures()["mask_AP"].values()) == {0.0}
 
 
 def test_a_score_of_no_image():
-    score = DetectionScore(masks=True, by_class=True)
+    score = DetectionMetrics(masks=True, by_class=True)
     score.merge([score.state()])
     assert math.isnan(score.measures()["box_AP"])
     assert score.class_measures() == {"box_AP": {}, "mask_AP": {}}
