@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFiles:
-    """Where images and label maps are to be looked for, and how the maps are read."""
+    """Where images and label maps are to be looked for, and how the maps are read.
+
+    Raises:
+        ValueError: for both labels and reduce_zero_label.
+    """
 
     data: str
     """A folder; see :mod:`overlock.data.label_folders` for where images and maps may lie in it."""
@@ -25,6 +29,10 @@ class LabelFiles:
     """As in :class:`overlock.data.label_values.LabelForm`."""
     ignore_index: int = 255
     """Likewise."""
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.reduce_zero_label:
+            raise ValueError("labels says which values are classes, and so does reduce_zero_label; give one of them")
 
     @property
     def values(self) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def check_types(settings: Any, prefix: str = "") -> None:
     for field in dataclasses.fields(settings):
         value, hint = getattr(settings, field.name), hints[field.name]
         if not _is_of(value, hint):
-            raise ValueError(f"{prefix}{field.name} must be {_in_words(hint)}, got {value!r}")
+            raise ValueError(f"{prefix}{field.name} must be {in_words(hint)}, got {value!r}")
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -66,16 +66,17 @@ def _is_of(value: Any, hint: Any) -> bool:
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """What values of a type are, for people."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return " or ".join(map(repr, arguments))
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, arguments))
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"a list, each of {_in_words(arguments[0])}"
-        return f"a list of {len(arguments)}, each {_in_words(arguments[0])}"
+        return " or ".join(map(in_words, arguments))
+    if origin in (tuple, list):
+        if origin is list or arguments[-1] is Ellipsis:
+            return f"a list, each of {in_words(arguments[0])}"
+        return f"a list of {len(arguments)}, each {in_words(arguments[0])}"
     if origin is dict:
         return "a table of names and values"
     return _WORDS.get(hint, "a table of settings")

@@ -269,6 +269,8 @@ def test_evaluation_reads_label_maps_as_the_run_did(segmenter, scenes, tmp_path,
         assert row["notes"][0] == f"label maps are read as in {model}: labels {labels}"
     assert main(["evaluate", *map(str, runs), *words]) == 2
     assert "these runs read label maps in different ways; say how with --labels" in capsys.readouterr().err
+    assert main(["evaluate", str(runs[0]), *words, "--labels", labels, "--reduce_zero_label"]) == 2
+    assert "labels says which values are classes, and so does reduce_zero_label" in capsys.readouterr().err
     (runs[0] / "config.yaml").write_text("task: segment\nnothing: 1\n")
     assert main(["evaluate", str(runs[0]), *words]) == 2
     assert "config.yaml: these are no settings of a run (unknown setting nothing" in capsys.readouterr().err

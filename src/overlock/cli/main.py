@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
-import re
 import sys
 import warnings
 from argparse import ArgumentError
@@ -19,12 +17,12 @@ from rich.logging import RichHandler
 
 from overlock.cli import average, convert, evaluate, pack, predict, push, summary, train
 from overlock.cli import compile as compile_
+from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
 from overlock.version import __version__
 
 USER_FAULT, INTERRUPTED = 2, 130
 
-"""Options of earlier versions, which are still taken."""
 COMMANDS = {
     "train": train.COMMAND,
     "evaluate": evaluate.COMMAND,
@@ -63,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")  # the libraries' notes to programmers
             return COMMANDS[options.subcommand].run(options[options.subcommand], console) or 0
     except ArgumentError as error:
-        sentence = _explain(error, arguments, subparsers)
+        sentence = explain(error, arguments, subparsers)
     except (ValueError, ImportError) as error:  # the latter says what to install
-        sentence = _sentence(error)
+        sentence = last_sentence(error)
     except KeyboardInterrupt:
         errors.print("interrupted")
         return INTERRUPTED
@@ -94,7 +92,7 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[ArgumentParser, dict[str
         arguments: the command line. Of the sub-commands the one that it names has its options, on which its words may
             tell; making those of all would take longer than the rest of a call.
     """
-    named = _command_of(arguments)
+    named = command_of(arguments)
     settings: dict[str, Any] = dict(exit_on_error=False, allow_abbrev=False)
     parser = ArgumentParser(
         prog="overlock", description="OverLoCK: train, evaluate, predict, count.", version=__version__, **settings
@@ -109,50 +107,7 @@ def make_parser(arguments: Sequence[str] = ()) -> tuple[ArgumentParser, dict[str
     return parser, subparsers
 
 
-def _command_of(arguments: Sequence[str]) -> str | None:
-    """The first word that is no option."""
-    return next((word for word in arguments if not word.startswith("-")), None)
-
-
 def _with_underscores(word: str) -> str:
     """Options are named as the fields they set; --image-size is taken for --image_size."""
     option, equals, value = word.partition("=")
     return option[:2] + option[2:].replace("-", "_") + equals + value if word.startswith("--") else word
-
-
-def _explain(error: ArgumentError, arguments: Sequence[str], subparsers: dict[str, ArgumentParser]) -> str:
-    """One sentence for a command line that does not parse, with the nearest thing that would."""
-    command = _command_of(arguments)
-    if command not in subparsers:
-        known = ", ".join(subparsers)
-        near = difflib.get_close_matches(command or "", subparsers, n=1)
-        mend = f"did you mean {near[0]!r}?" if near else f"the commands are {known}"
-        return f"unknown command {command!r}; {mend}" if command else f"no command given; the commands are {known}"
-    options = [option for action in subparsers[command]._actions for option in action.option_strings]
-    for word in arguments:
-        option = word.partition("=")[0]
-        if option.startswith("--") and option not in options:
-            return f"unknown option {option}; {_nearest(option, options, f'overlock {command} --help')}"
-    message = " ".join(str(error).split()).replace(f"{command}.", "")
-    unknown = re.search(r"does not accept option '([\w.]+)'", message)
-    if unknown:  # in a file of settings
-        keys = [option.removeprefix("--") for option in options]
-        return f"unknown setting {unknown[1]!r}; {_nearest(unknown[1], keys, f'overlock {command} --help')}"
-    return f"{message}; see overlock {command} --help"
-
-
-def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
-    """A hint at the known name that is meant: one of its group written alike, one that ends so, one written alike."""
-    last = {option: option.rpartition(".")[2].lstrip("-") for option in known}
-    group, dot, end = name.rpartition(".")
-    siblings = {last[option]: option for option in known if dot and option.startswith(group + dot)}
-    near = [siblings[part] for part in difflib.get_close_matches(end, siblings, n=1)]
-    near = near or [option for option in known if last[option] == end.lstrip("-")]
-    near = near or difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"see {otherwise}"
-
-
-def _sentence(error: Exception) -> str:
-    """The message alone, also where a loading process has wrapped it in its traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else " ".join(lines)
