@@ -184,13 +184,16 @@ def test_other_detectors(detector, scenes, tmp_path):
 def test_a_peer_and_chosen_categories_and_scales(scenes, tmp_path):
     config = settings(
         "detect", scenes, tmp_path / "run", model="resnet18", epochs=1, epoch_steps=1, categories=["red", "blue"],
-        multi_scale=[48, 64], detector="faster_rcnn", ema=dict(decay=0.5),
+        multi_scale=[48, 64], detector="faster_rcnn", ema=dict(decay=0.5), drop_path=0.2,
     )  # fmt: skip
     run(config)
     network, record = load_model(tmp_path / "run")
     assert record.classes == ("blue", "red")
-    assert network.transform.min_size == (48, 64)  # of which the last is that of tests
-    assert JOBS["detect"](config).network.transform.min_size == (48, 64)  # each drawn as often as the other
+    for one in (network, JOBS["detect"](config).network):  # the loaded one would train on as the first did
+        assert one.transform.min_size == (48, 64)  # each drawn as often as the other; the last is that of tests
+        assert one.roi_heads.fg_bg_sampler.batch_size_per_image == config.regions
+        assert one.rpn._pre_nms_top_n["training"] >= one.rpn._post_nms_top_n["training"] == config.proposals
+        assert max(getattr(module, "drop_prob", 0) or 0 for module in one.modules()) == pytest.approx(0.2)
 
 
 def test_scores_of_several_processes_are_joined():

@@ -48,7 +48,8 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
         The address.
 
     Raises:
-        ValueError: for a folder without those files, and where the hub refuses.
+        ValueError: for a folder without those files, for a public repository where a private one is asked for, and where
+            the hub refuses.
     """
     folder = Path(folder)
     record = read_record(folder / MODEL_FILE) if (folder / MODEL_FILE).is_file() else None
@@ -63,6 +64,10 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
     card = (folder / CARD_FILE).read_text(encoding="utf-8").replace("hf-hub:USER/NAME", f"hf-hub:{repository}")
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(repository).private:
+            raise ValueError(
+                f"{repository}: it is there already, and public; choose another name, or leave --private out"
+            )
         for name in files[:-1]:
             api.upload_file(path_or_fileobj=str(folder / name), path_in_repo=name, repo_id=repository)
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD_FILE, repo_id=repository)

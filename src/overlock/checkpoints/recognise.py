@@ -16,8 +16,8 @@ from overlock.checkpoints.defaults import PAPER_SCALE, default_classes, default_
 from overlock.checkpoints.record import Record, check_model_name
 from overlock.network import VARIANTS
 from overlock.weights import unwrap
-from overlock.weights.dense_names import Head, find_head
-from overlock.weights.parts import OURS, Place, find_network, take_apart
+from overlock.weights.head_names import Head, find_head
+from overlock.weights.parts import OURS, Parts, find_network, take_apart
 
 logger = logging.getLogger(__name__)
 
@@ -49,22 +49,26 @@ def recognise(checkpoint: Mapping[str, object], path: Path, *, model: str | None
         check_model_name(model)
     head = find_head(state)
     if place is None:
-        return _of_another_family(state, path, name, head, arguments)
+        record = _of_another_family(state, path, name, head, arguments)
+    else:
+        record = _of_overlock(take_apart(state, place), path, name, head, arguments)
+    first = record.classes[0]
+    logger.info(
+        "%s: no record; its weights say %s of %d classes, %s; strides and the size of images are %s",
+        path, record.name, len(record.classes), "numbered" if first == "0" else f"from {first} on",
+        "as the training was told" if arguments else "the usual",
+    )  # fmt: skip
+    return record
+
+
+def _of_overlock(parts: Parts, path: Path, name: str | None, head: Head | None, arguments: Mapping[str, Any]) -> Record:
     if name is not None and name.partition(".")[0] not in VARIANTS:
         raise ValueError(f"{path}: these are not the weights of {name} but of OverLoCK")
-    network = take_apart(state, place).network
-    name = find_variant(network, path) if name is None else name.partition(".")[0]
-    told = {**shape_arguments(arguments), **_tell_form(network)}
+    name = find_variant(parts.network, path) if name is None else name.partition(".")[0]
+    told = {**shape_arguments(arguments), **_tell_form(parts.network)}
     if head is not None:
-        record = _of_dense(name, head, told)
-    else:
-        record = _of_classifier(name, network, place, told, path=path, arguments=arguments)
-    if not arguments:
-        logger.info(
-            "%s: no record; the weights say %s of %d classes, strides and the size of images are the usual",
-            path, record.name, len(record.classes),
-        )  # fmt: skip
-    return record
+        return _of_dense(name, head, told)
+    return _of_classifier(name, parts, told, path=path, arguments=arguments)
 
 
 def find_variant(network: Mapping[str, Tensor], path: Path) -> str:
@@ -135,17 +139,16 @@ def shape_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_classifier(
-    name: str, network: Mapping[str, Tensor], place: Place, told: Mapping[str, Any], *, path: Path,
-    arguments: Mapping[str, Any],
+    name: str, parts: Parts, told: Mapping[str, Any], *, path: Path, arguments: Mapping[str, Any]
 ) -> Record:  # fmt: skip
-    classifier = network.get("head.fc.weight")
-    if classifier is None or place.pyramid is not None:
+    classifier = parts.network.get("head.fc.weight")
+    if classifier is None or parts.pyramid:
         raise ValueError(
             f"{path}: this is the backbone of an {name} without a head; start a training from it (--weights), or load "
             f"it with overlock.load_weights into a model of its kind"
         )
     count = classifier.shape[0]
-    told = {**told, "num_classes": count, "aux_head": any(part.startswith("aux_head.") for part in network)}
+    told = {**told, "num_classes": count, "aux_head": any(part.startswith("aux_head.") for part in parts.network)}
     return Record(
         model=name, model_args=told, classes=default_classes(count),
         preprocessing=default_preprocessing(name, in_chans=told["in_chans"], arguments=arguments),

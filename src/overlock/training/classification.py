@@ -29,7 +29,7 @@ from overlock.network import VARIANTS
 from overlock.training.config import LossConfig, TrainConfig
 from overlock.training.job import Job
 from overlock.weights import read_checkpoint, unwrap
-from overlock.weights.dense_names import find_head
+from overlock.weights.head_names import find_head
 
 EXAMPLES = "examples"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from overlock.blocks import ContMixBlock
 from overlock.layers import DilatedRepConv
-from overlock.weights.dense_names import heads_from_official
+from overlock.weights.head_names import heads_from_official
 from overlock.weights.names import from_official
 from overlock.weights.parts import OURS, Parts, Place, find_network, take_apart
 

@@ -1,8 +1,7 @@
-"""Plain state dicts of everything that has the network in it: as models, and into one another."""
+"""Files as models: what a file without a record tells, what is taken for granted, and what is refused."""
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from dataclasses import replace
@@ -12,146 +11,19 @@ import timm
 import torch
 from helpers import images, randomise
 from PIL import Image
+from places import MODELS, SMALL, classifier, parts_of, write
 from safetensors.torch import save_file
-from torch import nn
 
 import overlock
-from overlock import detection, segmentation
+from overlock import segmentation
 from overlock.checkpoints import HEADS, Record, default_preprocessing, load_model, save_model, start_from
+from overlock.checkpoints.recognise import find_variant, read_shape, recognise
 from overlock.network import VARIANTS
-from overlock.weights import to_official
-from overlock.weights.names import from_official
-from overlock.weights.parts import find_network, take_apart
-
-SMALL = dict(num_classes=3, hidden_channels=32)
-
-
-def classifier(**options):
-    return timm.create_model("overlock_atto", **{"num_classes": 3, **options})
-
-
-def features(**options):
-    return timm.create_model("overlock_atto", features_only=True, **options)
-
-
-class Other(nn.Module):
-    """Another framework's model around the backbone, as segmentation_models_pytorch has it."""
-
-    def __init__(self, **options):
-        super().__init__()
-        self.encoder = nn.Module()
-        self.encoder.model = features(**options)
-        self.decoder = nn.Conv2d(120, 3, 1)
-
-
-MODELS = dict(
-    classifier=classifier,
-    features=features,
-    pyramid=lambda **k: overlock.Pyramid(classifier(**k)),
-    overview=lambda **k: overlock.Pyramid(classifier(**k), overview=True),
-    detector=lambda **k: detection.faster_rcnn("overlock_atto", **SMALL, **k),
-    cascade=lambda **k: detection.cascade_mask_rcnn("overlock_atto", **SMALL, **k),
-    segmenter=lambda **k: segmentation.upernet("overlock_atto", **SMALL, **k),
-    other=Other,
-)
-NORMED = ("pyramid", "overview", "detector", "cascade", "segmenter")
-
-
-def parts_of(model):
-    state = model.state_dict()
-    return take_apart(state, find_network(state))
-
-
-def write(model, path, prefix=""):
-    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, path)
-    return path
-
-
-def assert_taken(model, given, *, norms):
-    """The network of one, and the norms that both have."""
-    ours, theirs = parts_of(model), parts_of(given)
-    network = {name for name in ours.network.keys() & theirs.network.keys() if "head" not in name}
-    assert len(network) > 300
-    assert all(torch.equal(ours.network[name], theirs.network[name]) for name in network)
-    common = ours.pyramid.keys() & theirs.pyramid.keys()
-    assert bool(common) == norms
-    assert all(torch.equal(ours.pyramid[name], theirs.pyramid[name]) for name in common)
 
 
 @pytest.fixture(scope="module")
 def given():
     return {name: randomise(make(), seed=1) for name, make in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def files(given, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("given")
-    return {name: write(model, folder / f"{name}.pth") for name, model in given.items()}
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    return {name: make() for name, make in MODELS.items()}
-
-
-@pytest.mark.parametrize("theirs", MODELS)
-@pytest.mark.parametrize("ours", MODELS)
-def test_a_file_of_each_into_each(ours, theirs, given, files, fresh):
-    """The network, and norms and heads where both have them; norms without a place are refused where they count."""
-    path, model = files[theirs], copy.deepcopy(fresh[ours])
-    norms = ours in NORMED and theirs in NORMED
-    if theirs in NORMED and ours not in NORMED:
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(ValueError, match=r"no place for its norms \(first: .*overlock\.Pyramid"):
-            overlock.load_weights(model, path)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        start_from(model, path)
-    elif {ours, theirs} == {"detector", "cascade"}:  # both have region proposals, but other heads
-        with pytest.raises(ValueError, match=r"missing .*left over"):
-            overlock.load_weights(model, path)
-        start_from(model, path)
-        assert torch.equal(model.rpn.head.bbox_pred.weight, given[theirs].rpn.head.bbox_pred.weight)
-    else:
-        overlock.load_weights(model, path)
-    assert_taken(model, given[theirs], norms=norms)
-    if ours == theirs:
-        expected = given[theirs].state_dict()
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("prefix", ["backbone.", "encoder.", "module.", "a.b.c."])
-@pytest.mark.parametrize("official", [False, True])
-def test_prefixes(prefix, official, given, fresh, tmp_path):
-    source, model = given["classifier"], copy.deepcopy(fresh["classifier"])
-    state = to_official(source.state_dict()) if official else source.state_dict()
-    torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pth")
-    overlock.load_weights(model, tmp_path / "x.pth")
-    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
-
-
-def test_what_is_kept_and_left_out_is_logged(given, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "overlock")
-    overlock.load_weights(classifier(num_classes=7), write(given["classifier"], tmp_path / "x.pth"))
-    assert [record.message for record in caplog.records] == [
-        f"{tmp_path}/x.pth: has nothing for head.fc (2), which stay as they were",
-        f"{tmp_path}/x.pth: the model has no place for its head.fc (2)",
-    ]
-    caplog.clear()
-    start_from(classifier(), write(given["segmenter"], tmp_path / "x.pth"))
-    (said,) = [record.message for record in caplog.records]
-    assert "the backbone is taken from it; head.hidden" in said
-
-
-def test_two_networks_in_a_file(tmp_path):
-    state = {f"{part}.{name}": x for part in ("teacher", "student") for name, x in classifier().state_dict().items()}
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(
-        ValueError, match=r"several networks, under 'student\.', 'teacher\.'; save the state dict of one"
-    ):
-        overlock.load_weights(classifier(), tmp_path / "x.pth")
-
-
-# As models
 
 
 @pytest.mark.parametrize("name", ["classifier", "detector", "cascade", "segmenter"])
@@ -183,17 +55,12 @@ def test_dense_models_on_other_backbones(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_variant_is_told_by_its_shapes(name):
-    from overlock.checkpoints.recognise import find_variant, read_shape
-
     with torch.device("meta"):
         state = timm.create_model(name, num_classes=0).state_dict()
     assert find_variant(state, "x") == name
     shape = read_shape(state)
     assert replace(VARIANTS[name], **shape) == VARIANTS[name]
     assert len(shape) == 7
-
-
-# Channels
 
 
 @pytest.mark.parametrize("name", ["detector", "segmenter"])
@@ -223,30 +90,19 @@ def test_images_of_other_channels(name, channels, given, tmp_path):
     torch.testing.assert_close(first, expected)
 
 
-def test_names_that_are_not_the_authors_stay():
-    state = dict(extra=torch.ones(1, 2, 1, 1))
-    assert torch.equal(from_official(state)["extra"], state["extra"])
-
-
-# What is not in the weights
-
-
-def test_an_incomplete_model_is_a_warning(given, tmp_path, caplog):
-    overlock.load_weights(classifier(aux_head=True), write(given["classifier"], tmp_path / "x.pth"))
-    assert [(r.levelname, r.message.split(": ")[1]) for r in caplog.records] == [
-        ("WARNING", "has nothing for aux_head.norm (5), aux_head.fc (2), which stay as they were")
-    ]
-
-
 def test_what_is_taken_for_granted_is_told(given, tmp_path, caplog):
     caplog.set_level(logging.INFO, "overlock")
     state = given["classifier"].state_dict()
     torch.save(dict(state_dict=state, state_dict_ema=state), tmp_path / "x.pth")
     load_model(tmp_path / "x.pth")
     assert [record.message.split(": ")[1] for record in caplog.records] == [
-        "no record; the weights say overlock_atto of 3 classes, strides and the size of images are the usual",
+        "no record; its weights say overlock_atto of 3 classes, numbered; strides and the size of images are the usual",
         "the averaged weights are taken",
     ]
+    with torch.device("meta"):
+        named = timm.create_model("overlock_atto").state_dict()
+    recognise(named, tmp_path / "y.pth")
+    assert "overlock_atto of 1000 classes, from tench on; strides" in caplog.records[-1].message
 
 
 def test_averages_of_torch_and_mmengine(given, tmp_path):

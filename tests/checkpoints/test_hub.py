@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -58,6 +59,9 @@ class Hub:
         (self.root / name).mkdir(parents=True)
         return f"https://hub/{name}"
 
+    def repo_info(self, name: str):
+        return SimpleNamespace(private=False)
+
     def upload_file(self, *, path_or_fileobj, path_in_repo: str, repo_id: str) -> None:
         target = self.root / repo_id / path_in_repo
         if isinstance(path_or_fileobj, bytes):
@@ -77,6 +81,13 @@ def test_what_is_pushed_is_loaded_by_timm(folder, tmp_path, monkeypatch):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_nothing_private_goes_to_a_public_repository(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path / "hub"))
+    with pytest.raises(ValueError, match=r"me/colours: it is there already, and public; choose another name"):
+        push(folder, "me/colours", private=True)
+    assert not any((tmp_path / "hub" / "me" / "colours").iterdir())
 
 
 def test_a_detector_is_pushed_without_timm_s_configuration(tmp_path, monkeypatch):
