@@ -48,7 +48,7 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
         The address.
 
     Raises:
-        ValueError: for a folder without those files, for a public repository where a private one is asked for, and where
+        ValueError: for a folder without those files, a public repository where a private one is asked for, and where
             the hub refuses.
     """
     folder = Path(folder)
