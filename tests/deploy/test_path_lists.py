@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,18 @@ def test_standard_input_without_end(monkeypatch):
     images = expand(["-"], outputs=Outputs()).images
     assert [source.source for source in itertools.islice(images, 3)] == ["0.png", "1.png", "2.png"]
     assert next(lines.numbers) < 2000
+
+
+def test_memory_does_not_grow_with_the_list(tmp_path):
+    peaks = []
+    for count in (200, 4000):
+        (tmp_path / "list.txt").write_text("".join(f"no/{i:080d}.png\n" for i in range(count)))
+        tracemalloc.start()
+        sources = expand([str(tmp_path / "list.txt")], outputs=Outputs())
+        assert sum(1 for _ in sources.images) == sources.count == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 50_000  # bytes; the list itself has 350 000
 
 
 def test_a_path_is_taken_while_the_next_is_written():
