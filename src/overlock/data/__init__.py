@@ -7,7 +7,8 @@ from overlock import lazy
 if TYPE_CHECKING:
     from overlock.data.augmentation import Augmentation
     from overlock.data.files import IMAGE_SUFFIXES, find_images, read_image, to_rgb
-    from overlock.data.images import ImageData, load_data, load_test_data
+    from overlock.data.images import ImageData
+    from overlock.data.load import load_data, load_test_data
     from overlock.data.transforms import make_eval_transform, make_train_transform
 else:
     __getattr__, __dir__ = lazy.attach(
@@ -15,7 +16,8 @@ else:
         {
             "augmentation": ["Augmentation"],
             "files": ["IMAGE_SUFFIXES", "find_images", "read_image", "to_rgb"],
-            "images": ["ImageData", "load_data", "load_test_data"],
+            "images": ["ImageData"],
+            "load": ["load_data", "load_test_data"],
             "transforms": ["make_eval_transform", "make_train_transform"],
         },
     )

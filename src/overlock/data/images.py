@@ -15,11 +15,10 @@ from PIL import Image
 
 from overlock.data.duplicates import tell_duplicates
 from overlock.data.files import images_in, is_image, is_rubbish, read_image, subfolders, tell_left_out
-from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_folder, find_parts
+from overlock.data.parts import find_parts
 from overlock.files import write_atomically
 
 Sample = tuple["Path | Image.Image", int]
-READERS = ("wds:", "hfds:", "hfids:")
 TEST_SHARE = 0.2
 
 
@@ -99,96 +98,6 @@ class ImageData:
     """What was left out or read in another way than it stands there, a line each, to be told once."""
 
 
-def load_data(
-    data: str,
-    *,
-    seed: int = 0,
-    train_split: str | None = None,
-    val_split: str | None = None,
-    classes: str | None = None,
-) -> ImageData:
-    """The data set of a name, folder or file.
-
-    Args:
-        data: 'digits' (1797 handwritten digits of 8 x 8 pixels, no download); a folder of images by class, or of one
-            tar a class, either with ``train`` and ``val`` (or ``test``) above those, or split here, a fifth of each
-            class held out; a tar of class folders, likewise; a folder with ``train.npz``, ``test.npz`` and
-            ``classes.txt`` (:class:`PackedImages`); 'wds:', 'hfds:' or 'hfids:' and a place, see
-            :mod:`overlock.data.readers`.
-        seed: of the split.
-        train_split: name of the part to train on; the usual names are tried unless given.
-        val_split: name of the part to test on.
-        classes: file of class names, one a line, for data without; of a folder by class those of its folders, in the
-            order of the labels.
-
-    Raises:
-        ValueError: for missing or empty data, fewer than two classes, or a class too small to split.
-    """
-    root = Path(data)
-    if data == "digits":
-        _refuse(data, train_split=train_split, val_split=val_split, classes=classes)
-        return load_digits(seed=seed)
-    if data.startswith(READERS) or root.suffix == ".tar" or _has_tars(root):
-        from overlock.data import readers  # noqa: PLC0415
-
-        if data.startswith(READERS):
-            return readers.load_named(data, train_split=train_split, val_split=val_split, classes=classes)
-        _refuse(data, classes=classes)
-        return readers.load_tars(root, seed=seed, train_split=train_split, val_split=val_split)
-    if (root / "train.npz").is_file():
-        _refuse(data, classes=classes)
-        return load_packed(root, train_split=train_split or "train", val_split=val_split or "test")
-    return load_folder(root, seed=seed, train_split=train_split, val_split=val_split, classes=classes)
-
-
-def _refuse(data: str, **settings: str | None) -> None:
-    """Raise ValueError for a setting that means nothing for this form of data."""
-    for name, value in settings.items():
-        if value is not None:
-            raise ValueError(
-                f"{data}: {name} is {value!r}, but data of this form have that by themselves; leave it out"
-            )
-
-
-def load_test_data(
-    data: str,
-    *,
-    held_out: bool = False,
-    seed: int = 0,
-    val_split: str | None = None,
-    classes: str | None = None,
-) -> ImageData:
-    """As :func:`load_data`, for a test alone: a folder that has no part to train on is taken whole.
-
-    Args:
-        data: see :func:`load_data`.
-        held_out: take only the fifth of such a folder that :func:`load_data` holds out.
-        seed: of that split.
-        val_split: name of the part.
-        classes: file of class names.
-    """
-    root = Path(data)
-    has_parts = (root / "train.npz").exists() or find_folder(root, TRAIN_PARTS) is not None
-    if root.is_dir() and not held_out and not has_parts and not data.startswith(READERS):
-        inside = find_folder(root, (val_split,) if val_split else TEST_PARTS)
-        if inside is None and val_split:
-            raise ValueError(f"{root}: there is no folder {val_split!r}, which val_split names")
-        inside = inside or root
-        if _has_tars(inside):
-            from overlock.data import readers  # noqa: PLC0415
-
-            _refuse(data, classes=classes)
-            return readers.load_tars(inside, seed=None)
-        samples, names, notes = _read_classes(inside, classes)
-        return ImageData(classes=names, train=Samples(), test=Samples(samples), notes=notes)
-    return load_data(data, seed=seed, val_split=val_split, classes=classes)
-
-
-def _has_tars(root: Path) -> bool:
-    inside = find_folder(root, TRAIN_PARTS) or root
-    return inside.is_dir() and any(not is_rubbish(path.name) for path in inside.glob("*.tar"))
-
-
 def load_packed(root: Path, *, train_split: str = "train", val_split: str = "test") -> ImageData:
     """A folder of :class:`PackedImages`; the images are small, so that the test crop keeps them whole."""
     paths = [root / f"{name}.npz" for name in (train_split, val_split)]
@@ -225,12 +134,12 @@ def load_folder(
     parts = find_parts(root, train_split, val_split)
     if parts is None or parts[1] is None:
         folder = root if parts is None else parts[0]
-        samples, names, notes = _read_classes(folder, classes)
+        samples, names, notes = read_class_folders(folder, classes)
         train, test = split(samples, names, folder, seed)
         if parts is not None:
             notes += tell_held_out(folder, len(test), len(samples))
         return ImageData(classes=names, train=train, test=test, notes=notes + tell_duplicates(samples, (), names))
-    samples, names, notes = _read_classes(parts[0], classes)
+    samples, names, notes = read_class_folders(parts[0], classes)
     tested, test_notes = _read_test(parts[1], names, root)
     notes += test_notes + tell_duplicates(samples, tested, names)
     return ImageData(classes=names, train=Samples(samples), test=Samples(tested), notes=notes)
@@ -239,7 +148,7 @@ def load_folder(
 Read = tuple[tuple[Sample, ...], tuple[str, ...], tuple[str, ...]]
 
 
-def _read_classes(root: Path, classes: str | None) -> Read:
+def read_class_folders(root: Path, classes: str | None) -> Read:
     """Samples, names and notes of a folder whose folders are classes."""
     folders = subfolders(root)
     if len(folders) < 2:
