@@ -283,3 +283,14 @@ def test_evaluation_tells_a_network_of_no_numbers(detector, segmenter, scenes, t
         save_model(tmp_path / MODEL_FILE, state, read_record(run / MODEL_FILE))
         assert main(["evaluate", str(tmp_path), "--data", str(scenes), "--workers", "0"]) == 2
         assert "the network's output is no finite number in fp32; check its weights" in capsys.readouterr().err
+
+
+def test_detectors_and_segmenters_are_converted(detector, segmenter, tmp_path, capsys):
+    for run, name in ((detector, "mask_rcnn on overlock_atto"), (segmenter, "upernet on overlock_atto")):
+        target = tmp_path / f"{run.parent.name}.safetensors"
+        assert main(["convert", str(run), str(target)]) == 0
+        assert f"{name}, {len(read_record(target).classes)} classes" in capsys.readouterr().out
+        assert read_record(target) == read_record(run / MODEL_FILE)
+        before, after = load_file(run / MODEL_FILE), load_file(target)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)

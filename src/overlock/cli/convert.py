@@ -17,12 +17,12 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.checkpoints import load_classifier, save_model  # noqa: PLC0415
+    from overlock.checkpoints import load_model, save_model  # noqa: PLC0415
 
     target = claim_target(options.target, [options.source], overwrite=options.overwrite)
-    network, record = load_classifier(options.source, model=options.model)
+    network, record = load_model(options.source, model=options.model)
     save_model(target, network.state_dict(), record)
-    console.print(f"{target}: {record.model}, {len(record.classes)} classes")
+    console.print(f"{target}: {record.name}, {len(record.classes)} classes")
 
 
 COMMAND = Command("Turn any checkpoint of OverLoCK into one self-contained file.", add_options, run)
