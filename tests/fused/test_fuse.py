@@ -343,6 +343,9 @@ def test_fused_model_takes_other_types(on_cpu):
     expected = copy.deepcopy(module).double()(x.double())
     assert relative_error(copy.deepcopy(fused).double()(x.double()), expected) < 1e-5
     assert relative_error(copy.deepcopy(fused).bfloat16()(x.bfloat16()).double(), expected) < 0.2
+    assert relative_error(copy.deepcopy(fused).half()(x.half()).double(), expected) < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(fused(x).double(), expected) < 0.2
     fused(x)
     assert relative_error(fused.double().float()(x), expected) < 1e-4
 

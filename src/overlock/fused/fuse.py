@@ -1,10 +1,11 @@
 """``fuse``: a copy of a network in the form for inference. Start here to read how a fused network comes about.
 
 1. ``fuse`` copies the network and walks it by the table of forms.py: what can be folded is, and on CPU stages, blocks
-   and layers take the forms of blocks.py and layers.py.
-2. A call of such a form (blocks.py) runs one operation of stage_operators.py, or the folded module itself where the
-   kernels cannot run (flat_parameters.py).
-3. The operation makes plans of kernel calls, once for each size of image: stage_plans.py, and layer_plans.py below it.
+   and layers take the forms of blocks.py and layers.py, which hold all their parameters as one (flat_parameters.py).
+2. A call of such a form runs one operation of stage_operators.py, or the folded module itself where the kernels cannot
+   run (conditions.py).
+3. The operation has stage_builders.py make a stage of the parameters, and the stage a plan of kernel calls for each
+   size of image: stage_plans.py, and layer_plans.py below it.
 """
 
 from __future__ import annotations
