@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from overlock.data.augmentation import Augmentation
 
@@ -91,3 +93,14 @@ def _arguments(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_channels(preprocessing: Mapping[str, Any]) -> list[Any]:
     return [transforms.Grayscale()] if preprocessing["input_size"][0] == 1 else []
+
+
+def to_tensor_steps(normalise: bool) -> list[v2.Transform]:
+    """From an image to a tensor of 0 to 1, perhaps normalised as ImageNet's are."""
+    steps: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return [*steps, v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)] if normalise else steps
+
+
+def draw_number(count: int) -> int:
+    """A whole number from 0 to below ``count``, by torch's generator."""
+    return int(torch.randint(count, ()))

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from overlock.checkpoints import Record
-from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
 from overlock.data.detection import load_detection_test
+from overlock.data.detection_transforms import PrepareObjects, make_detection_transform
 from overlock.data.loaders import Batch, as_lists, make_test_loader
 from overlock.deploy.coco_results import Id, describe_detections
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from overlock.checkpoints import Record
-from overlock.data.dense_transforms import PrepareLabels, make_segmentation_transform
 from overlock.data.label_maps import load_label_test
 from overlock.data.loaders import Batch, as_lists, make_test_loader
+from overlock.data.segmentation_transforms import PrepareLabels, make_segmentation_transform
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
 from overlock.deploy.runtime import not_finite
 from overlock.label_files import LabelFiles

@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.functional import pil_to_tensor
 
 from overlock.checkpoints import Record
-from overlock.data.dense_transforms import make_segmentation_transform
+from overlock.data.segmentation_transforms import make_segmentation_transform
 from overlock.deploy.inputs import ImageLike
 from overlock.deploy.results import LabelMap
 from overlock.deploy.runtime import Precision, not_finite

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from overlock.checkpoints import Record
-from overlock.data.dense_transforms import PrepareObjects, make_detection_transform
 from overlock.data.detection import load_detection
+from overlock.data.detection_transforms import PrepareObjects, make_detection_transform
 from overlock.data.loaders import Batch, as_lists
 from overlock.drawing import draw_objects
 from overlock.tasks.detection import find_objects
 from overlock.tasks.metrics import DetectionMetrics
-from overlock.training.dense import SAMPLES, make_network, save_samples
-from overlock.training.dense_config import DetectConfig
+from overlock.training.detection_config import DetectConfig
 from overlock.training.job import Job
+from overlock.training.networks import SAMPLES, make_network, save_samples
 
 SHOWN = 0.5  # score from which on an object is drawn
 

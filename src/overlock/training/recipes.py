@@ -10,8 +10,10 @@ from dataclasses import replace
 
 from overlock.data.augmentation import Augmentation
 from overlock.training.config import EmaConfig, LossConfig, OptimConfig, RunConfig, RuntimeConfig, TrainConfig
-from overlock.training.dense_config import DetectConfig, SegmentConfig
-from overlock.training.dense_recipes import DENSE_RECIPES
+from overlock.training.detection_config import DetectConfig
+from overlock.training.detection_recipes import DETECTION_RECIPES
+from overlock.training.segmentation_config import SegmentConfig
+from overlock.training.segmentation_recipes import SEGMENTATION_RECIPES
 
 Recipe = Callable[[str], RunConfig]
 CONFIGS: dict[str, type[RunConfig]] = dict(classify=TrainConfig, detect=DetectConfig, segment=SegmentConfig)
@@ -144,6 +146,7 @@ RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         *(imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, cifar10_mixed, digits),
-        *DENSE_RECIPES,
+        *DETECTION_RECIPES,
+        *SEGMENTATION_RECIPES,
     )
 }

@@ -10,16 +10,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from overlock.checkpoints import Record
-from overlock.data.dense_transforms import PrepareLabels, make_segmentation_transform
 from overlock.data.label_maps import load_label_maps
 from overlock.data.loaders import Batch, as_lists
+from overlock.data.segmentation_transforms import PrepareLabels, make_segmentation_transform
 from overlock.drawing import draw_labels, draw_legend
 from overlock.tasks.metrics import SegmentationMetrics
 from overlock.tasks.segmentation import segmentation_loss
 from overlock.tasks.sliding import segment
-from overlock.training.dense import SAMPLES, make_network, save_samples
-from overlock.training.dense_config import SegmentConfig
 from overlock.training.job import Job
+from overlock.training.networks import SAMPLES, make_network, save_samples
+from overlock.training.segmentation_config import SegmentConfig
 
 
 class Segmentation:

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from overlock.data.dense_transforms import VariedCrop, make_detection_transform, make_segmentation_transform
+from overlock.data.detection_transforms import make_detection_transform
+from overlock.data.segmentation_transforms import VariedCrop, make_segmentation_transform
 
 
 def scene(height=300, width=400):

@@ -23,8 +23,8 @@ from overlock.deploy.evaluate import evaluate_by_task
 from overlock.drawing import colour_of
 from overlock.tasks.metrics import DetectionMetrics
 from overlock.training import CONFIGS, DetectConfig, SegmentConfig, TrainConfig
-from overlock.training.dense import make_network
 from overlock.training.detection import make_job
+from overlock.training.networks import make_network
 from overlock.training.run import JOBS
 from overlock.training.stop import RunStoppedError
 from overlock.training.trainer import Trainer

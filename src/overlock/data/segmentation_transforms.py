@@ -1,7 +1,4 @@
-"""From images and their boxes, masks or label maps to what the network takes: the paper's pipelines on torchvision's.
-
-Functions here return transforms of (PIL image, target), whose boxes and masks follow the image.
-"""
+"""From images and label maps to what segmenters take: the paper's pipeline on torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -9,42 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from overlock.data.label_values import IGNORED
-
-
-def _to_tensor(normalise: bool) -> list[v2.Transform]:
-    steps: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    return [*steps, v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)] if normalise else steps
-
-
-def make_detection_transform(*, training: bool, crop: bool = False) -> v2.Compose:
-    """For detectors, which normalise and resize by themselves.
-
-    Args:
-        training: mirror half of the images.
-        crop: crop half of the images in training, first brought to a short side of 400, 500 or 600 pixels, to 384 to
-            600 pixels of each side (the 3x schedules).
-    """
-    steps: list[v2.Transform] = []
-    if training:
-        steps.append(v2.RandomHorizontalFlip())
-    if training and crop:
-        resize = v2.RandomShortestSize([400, 500, 600], max_size=4200)
-        steps.append(v2.RandomApply([resize, RandomRangeCrop(384, 600)], p=0.5))
-    if training:
-        steps.append(v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_of_objects))
-    return v2.Compose([*_to_tensor(normalise=False), *steps])
-
-
-def _of_objects(sample: Any) -> Any:
-    """All that goes when an object's box is cropped away."""
-    target = sample[1] if isinstance(sample, tuple) else sample
-    return tuple(target[name] for name in ("labels", "iscrowd", "area"))
+from overlock.data.transforms import draw_number, to_tensor_steps
 
 
 def make_segmentation_transform(
@@ -59,14 +26,14 @@ def make_segmentation_transform(
         ratio: of which a random share of the scale is taken in training.
     """
     if not training:
-        return v2.Compose([ResizeWithin(scale), *_to_tensor(normalise=True)])
+        return v2.Compose([ResizeWithin(scale), *to_tensor_steps(normalise=True)])
     return v2.Compose(
         [
             ResizeWithin(scale, ratio),
             VariedCrop(crop),
             v2.RandomHorizontalFlip(),
             v2.RandomPhotometricDistort(brightness=(0.875, 1.125), contrast=(0.5, 1.5), p=0.5),
-            *_to_tensor(normalise=True),
+            *to_tensor_steps(normalise=True),
             PadTo(crop),
         ]
     )
@@ -107,7 +74,10 @@ class VariedCrop(v2.Transform):
         labels = next((x for x in flat_inputs if isinstance(x, tv_tensors.Mask)), None)
         place = dict(height=min(self.size, height), width=min(self.size, width))
         for _ in range(self.tries):
-            place["top"], place["left"] = _draw(height - place["height"] + 1), _draw(width - place["width"] + 1)
+            place["top"], place["left"] = (
+                draw_number(height - place["height"] + 1),
+                draw_number(width - place["width"] + 1),
+            )
             if labels is None or self._varied(labels, place):
                 break
         return place
@@ -117,24 +87,6 @@ class VariedCrop(v2.Transform):
         part = labels[..., top : top + place["height"], left : left + place["width"]]
         counts = torch.unique(part[part != IGNORED], return_counts=True)[1]
         return counts.numel() > 1 and float(counts.max() / counts.sum()) < self.most
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(v2.functional.crop, inpt, **params)
-
-
-class RandomRangeCrop(v2.Transform):
-    """A crop of random size, each side between two numbers or as long as the image."""
-
-    def __init__(self, smallest: int, largest: int):
-        super().__init__()
-        self.smallest, self.largest = smallest, largest
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        sides = v2.functional.get_size(flat_inputs[0])
-        height, width = (
-            min(side, self.smallest + _draw(max(1, min(side, self.largest) - self.smallest + 1))) for side in sides
-        )
-        return dict(top=_draw(sides[0] - height + 1), left=_draw(sides[1] - width + 1), height=height, width=width)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return self._call_kernel(v2.functional.crop, inpt, **params)
@@ -154,27 +106,6 @@ class PadTo(v2.Transform):
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         fill = IGNORED if isinstance(inpt, tv_tensors.Mask) else 0
         return self._call_kernel(v2.functional.pad, inpt, **params, fill=fill)
-
-
-def _draw(count: int) -> int:
-    """A whole number from 0 to below ``count``, by torch's generator."""
-    return int(torch.randint(count, ()))
-
-
-class PrepareObjects:
-    """A transform of image and target, to tensors that are no longer torchvision's own.
-
-    Args:
-        transform: of both.
-    """
-
-    def __init__(self, transform: Any):
-        self.transform = transform
-
-    def __call__(self, image: Image.Image, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        prepared, objects = self.transform(image, target)
-        plain = {name: x.as_subclass(Tensor) if isinstance(x, Tensor) else x for name, x in objects.items()}
-        return prepared.as_subclass(Tensor), plain
 
 
 class PrepareLabels:
