@@ -31,6 +31,7 @@ from overlock.kernels.numba.simd import (
     reduce_sum,
     store,
 )
+from overlock.kernels.numba.vector_tuples import store_all
 
 ZERO = np.float32(0)
 
@@ -69,10 +70,7 @@ def four_kernel_gradients(planes, plane, grad, channels, window, width, lines, l
                 c = c + load_broadcast(grad, 2 * channels + i) * load(planes, x + third)
                 d = d + load_broadcast(grad, 3 * channels + i) * load(planes, x + fourth)
             to = k * line + j
-            store(out, to, a)
-            store(out, to + step, b)
-            store(out, to + 2 * step, c)
-            store(out, to + 3 * step, d)
+            store_all(out, to, step, (a, b, c, d))
     for to in range(used, used + 4 * step, step):
         store(out, to, broadcast(ZERO))
         store(out, to + LANES, broadcast(ZERO))
@@ -137,10 +135,7 @@ def four_through_tap_keys(grads, step, used, columns, query, depth, block, key_s
         )
         a, b, c, d = a + p * x, b + q * x, c + r * x, d + s * x
         store(key_sums, place, load(key_sums, place) + p * first + q * second + r * third + s * fourth)
-    store(out, 0, a)
-    store(out, LANES, b)
-    store(out, 2 * LANES, c)
-    store(out, 3 * LANES, d)
+    store_all(out, 0, LANES, (a, b, c, d))
 
 
 @njit(**OPTIONS)

@@ -21,6 +21,7 @@ from overlock.kernels.numba.simd import (
     reduce_sum,
     store,
 )
+from overlock.kernels.numba.vector_tuples import store_all
 
 PAIR = 2 * LANES  # taps are padded to whole pairs of vectors
 LOG2_E = np.float32(1.4426950408889634)
@@ -113,14 +114,8 @@ def four_logits(query, depth, rows, taps, biases, out):
             c0, c1 = c0 + q * first, c1 + q * second
             q = load_broadcast(query, i + 3 * depth)
             d0, d1 = d0 + q * first, d1 + q * second
-        store(out, n, a0)
-        store(out, n + LANES, a1)
-        store(out, n + taps, b0)
-        store(out, n + taps + LANES, b1)
-        store(out, n + 2 * taps, c0)
-        store(out, n + 2 * taps + LANES, c1)
-        store(out, n + 3 * taps, d0)
-        store(out, n + 3 * taps + LANES, d1)
+        store_all(out, n, taps, (a0, b0, c0, d0))
+        store_all(out, n + LANES, taps, (a1, b1, c1, d1))
 
 
 @njit(**OPTIONS)
@@ -170,10 +165,7 @@ def weigh_four(values, kernel, taps, first, second, third, fourth, width, kernel
             b = b + load_broadcast(kernel, n + j + taps) * load(values, second + at)
             c = c + load_broadcast(kernel, n + j + 2 * taps) * load(values, third + at)
             d = d + load_broadcast(kernel, n + j + 3 * taps) * load(values, fourth + at)
-    store(mixed, 0, a)
-    store(mixed, LANES, b)
-    store(mixed, 2 * LANES, c)
-    store(mixed, 3 * LANES, d)
+    store_all(mixed, 0, LANES, (a, b, c, d))
 
 
 @njit(**OPTIONS)
@@ -186,10 +178,7 @@ def weigh_four_at_one_place(values, kernel, taps, first, width, kernel_height, k
             x = load(values, place + j * LANES)
             a, b = a + load_broadcast(kernel, n + j) * x, b + load_broadcast(kernel, n + j + taps) * x
             c, d = c + load_broadcast(kernel, n + j + 2 * taps) * x, d + load_broadcast(kernel, n + j + 3 * taps) * x
-    store(mixed, 0, a)
-    store(mixed, LANES, b)
-    store(mixed, 2 * LANES, c)
-    store(mixed, 3 * LANES, d)
+    store_all(mixed, 0, LANES, (a, b, c, d))
 
 
 @njit(**OPTIONS)
@@ -222,10 +211,7 @@ def weigh_four_in_a_row(values, kernel, taps, first, width, kernel_height, kerne
             d + load_broadcast(kernel, n + 3 * taps + last - 1) * x,
         )
         d = d + load_broadcast(kernel, n + 3 * taps + last) * load(values, place + (kernel_width + 2) * LANES)
-    store(mixed, 0, a)
-    store(mixed, LANES, b)
-    store(mixed, 2 * LANES, c)
-    store(mixed, 3 * LANES, d)
+    store_all(mixed, 0, LANES, (a, b, c, d))
 
 
 @njit(**OPTIONS)

@@ -21,6 +21,7 @@ from overlock.kernels.numba.simd import (
     prefetch,
     store,
 )
+from overlock.kernels.numba.vector_tuples import load_all, multiply_add, repeat, store_all
 
 
 @njit(**OPTIONS)
@@ -41,92 +42,46 @@ def prefetch_row(numbers, first, channels, width):
         prefetch(numbers, first + x * channels)
 
 
-@njit(**OPTIONS)
-def filter_seven(lines, weights, order, begin, end, size, step, stride, place, out, to):
-    """Seven neighbours of a row: each weight is read once for all."""
-    a = b = c = d = e = f = g = load(weights, size * size * LANES)
-    for k in range(begin, end):
-        x, n = order[k] * stride + place, k * size * LANES
-        for j in range(size):
-            w, at = load(weights, n + j * LANES), x + j * step
-            a, b = a + w * load(lines, at), b + w * load(lines, at + LANES)
-            c, d = c + w * load(lines, at + 2 * LANES), d + w * load(lines, at + 3 * LANES)
-            e, f = e + w * load(lines, at + 4 * LANES), f + w * load(lines, at + 5 * LANES)
-            g = g + w * load(lines, at + 6 * LANES)
-    store(out, to, a)
-    store(out, to + LANES, b)
-    store(out, to + 2 * LANES, c)
-    store(out, to + 3 * LANES, d)
-    store(out, to + 4 * LANES, e)
-    store(out, to + 5 * LANES, f)
-    store(out, to + 6 * LANES, g)
+def _filter_columns(count):
+    """A filter of ``count`` neighbours of a row: each weight is read once for all."""
+
+    @njit(**OPTIONS)
+    def filter_columns(lines, weights, order, begin, end, size, step, stride, place, out, to):
+        sums = repeat(load(weights, size * size * LANES), count)
+        for k in range(begin, end):
+            x, n = order[k] * stride + place, k * size * LANES
+            for j in range(size):
+                sums = multiply_add(sums, load(weights, n + j * LANES), load_all(lines, x + j * step, LANES, count))
+        store_all(out, to, LANES, sums)
+
+    return filter_columns
+
+
+filter_seven, filter_one = _filter_columns(7), _filter_columns(1)
 
 
 @njit(**OPTIONS)
 def filter_seven_twice(lines, weights, order, begin, end, size, stride, place, out, to, step):
-    """The same in two rows, the second ``step`` numbers after the first in ``out``: each input is read once for both.
+    """Seven neighbours in two rows, the second ``step`` numbers after the first in ``out``.
 
-    ``order`` goes on by one row, the last of the second's.
+    Each input is read once for both. ``order`` goes on by one row, the last of the second's.
     """
-    a = b = c = d = e = f = g = h = i = j = k = m = n = o = load(weights, size * size * LANES)
+    upper = lower = repeat(load(weights, size * size * LANES), 7)
     for row in range(begin, end):
         x, first, second = order[row] * stride + place, row * size * LANES, (row - 1) * size * LANES
         if 0 < row < size:
             for column in range(0, size * LANES, LANES):
-                v, w, at = load(weights, first + column), load(weights, second + column), x + column
-                y = load(lines, at)
-                a, h = a + v * y, h + w * y
-                y = load(lines, at + LANES)
-                b, i = b + v * y, i + w * y
-                y = load(lines, at + 2 * LANES)
-                c, j = c + v * y, j + w * y
-                y = load(lines, at + 3 * LANES)
-                d, k = d + v * y, k + w * y
-                y = load(lines, at + 4 * LANES)
-                e, m = e + v * y, m + w * y
-                y = load(lines, at + 5 * LANES)
-                f, n = f + v * y, n + w * y
-                y = load(lines, at + 6 * LANES)
-                g, o = g + v * y, o + w * y
+                values = load_all(lines, x + column, LANES, 7)
+                upper = multiply_add(upper, load(weights, first + column), values)
+                lower = multiply_add(lower, load(weights, second + column), values)
         elif row == 0:
             for column in range(0, size * LANES, LANES):
-                v, at = load(weights, first + column), x + column
-                a, b = a + v * load(lines, at), b + v * load(lines, at + LANES)
-                c, d = c + v * load(lines, at + 2 * LANES), d + v * load(lines, at + 3 * LANES)
-                e, f = e + v * load(lines, at + 4 * LANES), f + v * load(lines, at + 5 * LANES)
-                g = g + v * load(lines, at + 6 * LANES)
+                upper = multiply_add(upper, load(weights, first + column), load_all(lines, x + column, LANES, 7))
         else:
             for column in range(0, size * LANES, LANES):
-                w, at = load(weights, second + column), x + column
-                h, i = h + w * load(lines, at), i + w * load(lines, at + LANES)
-                j, k = j + w * load(lines, at + 2 * LANES), k + w * load(lines, at + 3 * LANES)
-                m, n = m + w * load(lines, at + 4 * LANES), n + w * load(lines, at + 5 * LANES)
-                o = o + w * load(lines, at + 6 * LANES)
-    store(out, to, a)
-    store(out, to + LANES, b)
-    store(out, to + 2 * LANES, c)
-    store(out, to + 3 * LANES, d)
-    store(out, to + 4 * LANES, e)
-    store(out, to + 5 * LANES, f)
-    store(out, to + 6 * LANES, g)
-    to += step
-    store(out, to, h)
-    store(out, to + LANES, i)
-    store(out, to + 2 * LANES, j)
-    store(out, to + 3 * LANES, k)
-    store(out, to + 4 * LANES, m)
-    store(out, to + 5 * LANES, n)
-    store(out, to + 6 * LANES, o)
-
-
-@njit(**OPTIONS)
-def filter_one(lines, weights, order, begin, end, size, step, stride, place, out, to):
-    a = load(weights, size * size * LANES)
-    for k in range(begin, end):
-        x, n = order[k] * stride + place, k * size * LANES
-        for j in range(size):
-            a = a + load(weights, n + j * LANES) * load(lines, x + j * step)
-    store(out, to, a)
+                lower = multiply_add(lower, load(weights, second + column), load_all(lines, x + column, LANES, 7))
+    store_all(out, to, LANES, upper)
+    store_all(out, to + step, LANES, lower)
 
 
 @njit(**OPTIONS)

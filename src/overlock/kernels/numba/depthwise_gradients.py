@@ -15,68 +15,39 @@ from overlock.kernels.numba.depthwise import filter_tokens, read_row
 from overlock.kernels.numba.flags import GELU
 from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
 from overlock.kernels.numba.simd import LANES, aligned_zeros, broadcast, load, masked_store, store
+from overlock.kernels.numba.vector_tuples import add_all, load_all, multiply_add, repeat
 
 ZERO = np.float32(0)
 
 
 @njit(**OPTIONS)
-def add(sums, to, value):
-    store(sums, to, load(sums, to) + value)
-
-
-@njit(**OPTIONS)
 def correlate_three(row, above, here, below, step, width, sums):
     """Add a row of gradients times the nine values around each place to the nine sums."""
-    a = b = c = d = e = f = g = h = i = broadcast(ZERO)
+    first = second = third = repeat(broadcast(ZERO), 3)
     for x in range(0, width * LANES, LANES):
         y = load(row, x)
-        a, b, c = a + y * load(above, x), b + y * load(above, x + step), c + y * load(above, x + 2 * step)
-        d, e, f = d + y * load(here, x), e + y * load(here, x + step), f + y * load(here, x + 2 * step)
-        g, h, i = g + y * load(below, x), h + y * load(below, x + step), i + y * load(below, x + 2 * step)
-    add(sums, 0, a)
-    add(sums, LANES, b)
-    add(sums, 2 * LANES, c)
-    add(sums, 3 * LANES, d)
-    add(sums, 4 * LANES, e)
-    add(sums, 5 * LANES, f)
-    add(sums, 6 * LANES, g)
-    add(sums, 7 * LANES, h)
-    add(sums, 8 * LANES, i)
+        first = multiply_add(first, y, load_all(above, x, step, 3))
+        second = multiply_add(second, y, load_all(here, x, step, 3))
+        third = multiply_add(third, y, load_all(below, x, step, 3))
+    add_all(sums, 0, LANES, first)
+    add_all(sums, 3 * LANES, LANES, second)
+    add_all(sums, 6 * LANES, LANES, third)
 
 
-@njit(**OPTIONS)
-def correlate_five(row, line, first, step, width, sums, to):
-    """Add a row of gradients times five neighbours in a row of values to five sums."""
-    a = b = c = d = e = broadcast(ZERO)
-    for x in range(0, width * LANES, LANES):
-        y, at = load(row, x), first + x
-        a, b = a + y * load(line, at), b + y * load(line, at + step)
-        c, d = c + y * load(line, at + 2 * step), d + y * load(line, at + 3 * step)
-        e = e + y * load(line, at + 4 * step)
-    add(sums, to, a)
-    add(sums, to + LANES, b)
-    add(sums, to + 2 * LANES, c)
-    add(sums, to + 3 * LANES, d)
-    add(sums, to + 4 * LANES, e)
+def _correlate_columns(count):
+    """Add a row of gradients times ``count`` neighbours in a row of values to as many sums."""
+
+    @njit(**OPTIONS)
+    def correlate_columns(row, line, first, step, width, sums, to):
+        added = repeat(broadcast(ZERO), count)
+        for x in range(0, width * LANES, LANES):
+            added = multiply_add(added, load(row, x), load_all(line, first + x, step, count))
+        add_all(sums, to, LANES, added)
+
+    return correlate_columns
 
 
-@njit(**OPTIONS)
-def correlate_seven(row, line, first, step, width, sums, to):
-    """The same for seven."""
-    a = b = c = d = e = f = g = broadcast(ZERO)
-    for x in range(0, width * LANES, LANES):
-        y, at = load(row, x), first + x
-        a, b = a + y * load(line, at), b + y * load(line, at + step)
-        c, d = c + y * load(line, at + 2 * step), d + y * load(line, at + 3 * step)
-        e, f = e + y * load(line, at + 4 * step), f + y * load(line, at + 5 * step)
-        g = g + y * load(line, at + 6 * step)
-    add(sums, to, a)
-    add(sums, to + LANES, b)
-    add(sums, to + 2 * LANES, c)
-    add(sums, to + 3 * LANES, d)
-    add(sums, to + 4 * LANES, e)
-    add(sums, to + 5 * LANES, f)
-    add(sums, to + 6 * LANES, g)
+correlate_five, correlate_seven = _correlate_columns(5), _correlate_columns(7)
 
 
 @njit(**OPTIONS)

@@ -38,7 +38,7 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, VECTOR)
 
 
-def _address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
 
@@ -48,7 +48,7 @@ def load(_typing_context, array, index):  # noqa: ARG001
     """The vector that begins at an index of a flat array."""
 
     def generate(context, builder, signature, arguments):
-        loaded = builder.load(_address_of(context, builder, signature.args[0], *arguments))
+        loaded = builder.load(address_of(context, builder, signature.args[0], *arguments))
         loaded.align = 4
         return loaded
 
@@ -60,7 +60,7 @@ def store(_typing_context, array, index, value):  # noqa: ARG001
     """Write a vector to a flat array from an index on."""
 
     def generate(context, builder, signature, arguments):
-        stored = builder.store(arguments[2], _address_of(context, builder, signature.args[0], *arguments[:2]))
+        stored = builder.store(arguments[2], address_of(context, builder, signature.args[0], *arguments[:2]))
         stored.align = 4
         return context.get_dummy_value()
 
@@ -92,7 +92,7 @@ def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
     """A vector of which the first lanes are read; zeros in the others."""
 
     def generate(context, builder, signature, arguments):
-        place = _address_of(context, builder, signature.args[0], *arguments[:2])
+        place = address_of(context, builder, signature.args[0], *arguments[:2])
         zeros, align = ir.Constant(VECTOR, [0.0] * LANES), ir.Constant(ir.IntType(32), 4)
         return _masked(builder, "load", VECTOR, [place, align, _mask(builder, arguments[2]), zeros])
 
@@ -104,7 +104,7 @@ def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
     """Write the first lanes of a vector."""
 
     def generate(context, builder, signature, arguments):
-        place = _address_of(context, builder, signature.args[0], *arguments[:2])
+        place = address_of(context, builder, signature.args[0], *arguments[:2])
         align, mask = ir.Constant(ir.IntType(32), 4), _mask(builder, arguments[3])
         _masked(builder, "store", ir.VoidType(), [arguments[2], place, align, mask])
         return context.get_dummy_value()
@@ -117,9 +117,7 @@ def prefetch(_typing_context, array, index):  # noqa: ARG001
     """Begin to bring a line to the cache that is read later; it may lie beyond the array."""
 
     def generate(context, builder, signature, arguments):
-        place = builder.bitcast(
-            _address_of(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer()
-        )
+        place = builder.bitcast(address_of(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer())
         number = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
         known = builder.module.globals.get("llvm.prefetch.p0i8")
