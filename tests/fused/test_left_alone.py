@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import images, randomise, relative_error, tiny
 from torch import nn
+from torch.export import export
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
@@ -245,12 +246,28 @@ def test_every_convolution_wrapped():
     assert relative_error(overlock.fuse(model)(x), model(x)) < 1e-4
 
 
-@torch.no_grad()
-def test_pruned_weights():
-    """They are made anew before each call, by a hook."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+        nn.utils.spectral_norm,
+        lambda layer: setattr(layer, "last_result", layer.weight * 2),
+    ],
+)
+def test_results_that_modules_keep(change):
+    """Weights that a hook makes before each call, or what a module keeps of its last one, with its graph."""
     model, x = make()
-    prune.l1_unstructured(model.get_submodule(f"{BASIC}.ffn.expand"), "weight", amount=0.5)
-    assert relative_error(overlock.fuse(model)(x), model(x)) < 1e-4
+    change(model.get_submodule(f"{BASIC}.ffn.expand"))
+    fused = overlock.fuse(model)
+    with torch.no_grad():
+        assert relative_error(fused(x), model(x)) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("make_graph", [torch.jit.script, lambda model: export(model, (images(1, 8, 9, 9),)).module()])
+def test_graphs_are_refused(make_graph):
+    with pytest.raises(TypeError, match="fuse it first"):
+        overlock.fuse(make_graph(LocalConv(8).eval()))
 
 
 @torch.no_grad()

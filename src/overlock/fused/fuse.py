@@ -52,9 +52,12 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
         The copy, its parameters frozen. It is in evaluation mode and stays so, whatever ``train`` is called with.
         Parameters that are loaded or changed in place take effect at the next call; but a change through ``.data``
         cannot be seen once a call has been made, so change the parameter itself under ``torch.no_grad()``.
+
+    Raises:
+        TypeError: for what ``torch.jit`` and ``torch.export`` make.
     """
     with torch.inference_mode(mode=False), torch.no_grad():  # parameters made in inference mode do not tell of changes
-        copied = _without_compilation(copy.deepcopy(model)).eval().requires_grad_(False)
+        copied = _without_compilation(_copy_of(model)).eval().requires_grad_(False)
         shared = _shared_tensors(copied)
         copied = _Walk(FOLDED, shared, parts_first=True).of(copied)
         if kernels and numba_installed():
@@ -64,6 +67,21 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
                 copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     copied.train = _StayInEvaluation(copied)  # type: ignore[method-assign,assignment]
     return copied  # type: ignore[return-value]
+
+
+def _copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that keeps results of its own, which PyTorch does not copy while they have a graph.
+
+    Raises:
+        TypeError: for what ``torch.jit`` and ``torch.export`` make.
+    """
+    is_exported = isinstance(model, torch.fx.GraphModule) and "eval" in vars(model)
+    if is_exported or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"fuse takes a model as it was built, got {type(model).__name__}; fuse it first, then export it"
+        )
+    held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor))
+    return copy.deepcopy(model, {id(x): x.detach().clone() for x in held if not x.is_leaf})
 
 
 def _without_compilation(module: nn.Module) -> nn.Module:

@@ -22,20 +22,20 @@ def pack(tensors: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
 def shapes_of(layout: Sequence[int]) -> list[Sequence[int] | None]:
     """Those of the tensors, None where there is none."""
     shapes: list[Sequence[int] | None] = []
-    place = 0
-    while place < len(layout):
-        rank = layout[place]
-        shapes.append(None if rank == NONE else layout[place + 1 : place + 1 + rank])
-        place += 1 + max(rank, 0)
+    offset = 0
+    while offset < len(layout):
+        rank = layout[offset]
+        shapes.append(None if rank == NONE else layout[offset + 1 : offset + 1 + rank])
+        offset += 1 + max(rank, 0)
     return shapes
 
 
 def shape_of(layout: Sequence[int], index: int) -> Sequence[int]:
     """That of one of the tensors, which is there."""
-    place = 0
+    offset = 0
     for _ in range(index):
-        place += 1 + max(layout[place], 0)
-    return layout[place + 1 : place + 1 + layout[place]]
+        offset += 1 + max(layout[offset], 0)
+    return layout[offset + 1 : offset + 1 + layout[offset]]
 
 
 def unpack(packed: Tensor, layout: Sequence[int]) -> list[Tensor | None]:
