@@ -59,7 +59,7 @@ TEXTS = "".join((ROOT / "docs" / name).read_text() for name in ("training.md", "
 COMMANDS = [
     line
     for block in blocks("bash") + re.findall(r"```bash\n(.*?)```", TEXTS, flags=re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", "").splitlines()
     if line.startswith("overlock ")
 ]
 

@@ -181,7 +181,7 @@ def test_other_detectors(detector, scenes, tmp_path):
     assert (record.head, record.classes) == (detector, ("blue", "green", "red"))
 
 
-def test_a_peer_and_chosen_categories_and_scales(scenes, tmp_path):
+def test_a_baseline_and_chosen_categories_and_scales(scenes, tmp_path):
     config = settings(
         "detect", scenes, tmp_path / "run", model="resnet18", epochs=1, epoch_steps=1, categories=["red", "blue"],
         multi_scale=[48, 64], detector="faster_rcnn", ema=dict(decay=0.5), drop_path=0.2,

@@ -1,4 +1,4 @@
-"""Each head learns four real images by heart: what it is taught, it can say."""
+"""Overfit check: each head learns four real images until it finds all that is in them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cut_squares(root: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("head", HEADS)
-def test_four_images_by_heart(head, shared_data, tmp_path):
+def test_overfits_four_images(head, shared_data, tmp_path):
     names, steps, wanted = HEADS[head]
     data = take_four(shared_data / ("bccd" if names is CELLS else "camvid"), names, tmp_path / "data")
     common = dict(

@@ -271,7 +271,7 @@ def test_layer_decay_falls_towards_the_images():
     assert len({by_name[name] for name in order}) == len(order)
 
 
-def test_a_peer_takes_its_own_arguments_and_weights(tmp_path):
+def test_a_baseline_takes_its_own_arguments_and_weights(tmp_path):
     """convnext's stem of single pixels keeps images of 32 x 32 at 4 x 4 to the end; its record builds it again so.
 
     Another run starts from its weights, with its classifier where the classes are as many, and a new one where not.

@@ -78,7 +78,7 @@ def cascade_b_3x(data: str) -> DetectConfig:
 
 
 def small_detect(data: str) -> DetectConfig:
-    """A small detector from nothing on some hundreds of images of one's own."""
+    """A small detector from scratch on some hundreds of images of one's own."""
     return DetectConfig(
         data=data,
         output="runs/small_detect",

@@ -78,7 +78,7 @@ def finetune(data: str) -> TrainConfig:
 
 
 def small(data: str) -> TrainConfig:
-    """A small network from nothing on some thousands of images of one's own."""
+    """A small network from scratch on some thousands of images of one's own."""
     return TrainConfig(
         data=data,
         output="runs/small",
@@ -93,7 +93,7 @@ def small(data: str) -> TrainConfig:
 
 
 def cifar10(data: str) -> TrainConfig:
-    """The smallest network from nothing on CIFAR-10, of 32 x 32 pixels: the model that comes with the package."""
+    """The smallest network from scratch on CIFAR-10, of 32 x 32 pixels: the model that comes with the package."""
     return TrainConfig(
         data=data,
         output="runs/cifar10",

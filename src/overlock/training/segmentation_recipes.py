@@ -38,7 +38,7 @@ def upernet_b(data: str) -> SegmentConfig:
 
 
 def small_segment(data: str) -> SegmentConfig:
-    """A small segmenter from nothing on some hundreds of images of one's own."""
+    """A small segmenter from scratch on some hundreds of images of one's own."""
     return SegmentConfig(
         data=data,
         output="runs/small_segment",
