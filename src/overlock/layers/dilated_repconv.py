@@ -98,7 +98,7 @@ class DilatedRepConv(nn.Module):
         merged: Any = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
         for branch in self.branches.values():
             conv: Any = branch.fold() if isinstance(branch, ConvNorm) else branch
-            merged.weight += _spread(conv.weight, conv.dilation[0], merged.kernel_size[0])
+            merged.weight += _dilate(conv.weight, conv.dilation[0], merged.kernel_size[0])
             merged.bias += conv.bias
         self.large, self.norm = merged.requires_grad_(self.large.weight.requires_grad), nn.Identity()
         self.branches = nn.ModuleDict()
@@ -110,7 +110,7 @@ class DilatedRepConv(nn.Module):
         return self.large
 
 
-def _spread(weight: Tensor, dilation: int, kernel_size: int) -> Tensor:
+def _dilate(weight: Tensor, dilation: int, kernel_size: int) -> Tensor:
     """A dilated kernel (C, 1, k, k) as a dense one (C, 1, K, K), zeros between its taps, centred."""
     k = weight.shape[-1]
     reach = dilation * (k - 1) + 1

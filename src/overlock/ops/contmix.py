@@ -188,15 +188,15 @@ def _backward(
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
     extent = (kernel_size, height, width)
-    places = [
+    views = [
         *gradients[:3],
         _taps_inside(gradients[3], *extent),
         None if bias is None else _taps_inside(gradients[4], *extent),
         None if rpb is None else _offsets_inside(gradients[5], *extent),
     ]
-    for place, gradient in zip(places, computed, strict=True):
-        if gradient is not None and place is not None:
-            place.copy_(gradient.view(place.shape))
+    for view, gradient in zip(views, computed, strict=True):
+        if gradient is not None and view is not None:
+            view.copy_(gradient.view(view.shape))
     return tuple(gradients)
 
 
@@ -238,7 +238,7 @@ def _centres_plainly(context: Tensor, region_grid: int, min_side: int = 0) -> Te
     return reference.average_regions(context, region_grid, region_grid)
 
 
-def _centres_backward(grad: Tensor, _note: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
+def _centres_backward(grad: Tensor, _backend: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
     size = _enlarged(context.shape[2], context.shape[3], min_side)
     like = context if size is None else context.new_empty(*context.shape[:2], *size)
     grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
@@ -255,7 +255,7 @@ register(
     check=_check, batched=3, cast=3,
 )  # fmt: skip
 register_backward(
-    "contmix", _MIX, _backward, tensors=6, plain=_mix_plainly, note=asked_for,
+    "contmix", _MIX, _backward, tensors=6, plain=_mix_plainly, backend=asked_for,
     check=_check, result_shape=lambda _query, _key, value, *_: value.shape,
 )  # fmt: skip
 
@@ -266,6 +266,6 @@ register(
     check=_check_centres, batched=1,
 )  # fmt: skip
 register_backward(
-    "region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_plainly,
+    "region_centres", _CENTRES, _centres_backward, tensors=1, plain=_centres_plainly, backend=asked_for,
     check=_check_centres, result_shape=lambda context, grid, *_: (*context.shape[:2], grid, grid),
 )  # fmt: skip

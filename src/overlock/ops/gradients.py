@@ -71,50 +71,50 @@ def register_no_gradients(name: str) -> None:
 
 def register_backward(
     name: str, arguments: str, run: Callable[..., Any], *, tensors: int, plain: Callable[..., Tensor],
-    check: Callable[..., None], result_shape: Callable[..., Sequence[int]], note: Callable[[], str] = str,
+    check: Callable[..., None], result_shape: Callable[..., Sequence[int]], backend: Callable[[], str],
 ) -> None:  # fmt: skip
     """Define ``overlock::name_backward`` and let autograd take it for the gradients of ``overlock::name``.
 
     Args:
         name: of the operator.
         arguments: its arguments, tensors first, then numbers.
-        run: called with the result's gradient, the note and the arguments; returns a gradient for each tensor, empty
+        run: called with the result's gradient, the backend and the arguments; returns a gradient for each tensor, empty
             for None.
         tensors: how many arguments are tensors or None.
         plain: the operator's plain form, for all other derivatives.
         check: of the operator's arguments.
         result_shape: of the operator, from its arguments.
-        note: called with the operator; what it returns is kept for the gradients, which may be computed in another
-            thread and context.
+        backend: called with the operator. What it returns is the gradients' backend too, which may be computed in
+            another thread and context.
     """
 
-    def fake(_grad: Tensor, _note: str, *inputs: Any) -> Any:
+    def fake(_grad: Tensor, _backend: str, *inputs: Any) -> Any:
         like = tuple(inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs[:tensors])
         return like if tensors > 1 else like[0]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
         ctx.save_for_backward(*inputs[:tensors])
-        ctx.numbers, ctx.note = inputs[tensors:], note()
+        ctx.numbers, ctx.backend = inputs[tensors:], backend()
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        computed = call(grad, ctx.note, *saved, *ctx.numbers)
+        computed = call(grad, ctx.backend, *saved, *ctx.numbers)
         computed = computed if tensors > 1 else (computed,)
         wanted = (g if x is not None else None for g, x in zip(computed, saved, strict=True))
         return *wanted, *(None for _ in ctx.numbers)
 
-    def plain_backward(grad: Tensor, _note: str, *inputs: Any) -> Any:
+    def plain_backward(grad: Tensor, _backend: str, *inputs: Any) -> Any:
         given = [i for i, x in enumerate(inputs[:tensors]) if x is not None]
         found = dict(zip(given, pull_back(plain, inputs, grad, given), strict=True))
         like = tuple(found.get(i, grad.new_empty(0)) for i in range(tensors))
         return like if tensors > 1 else like[0]
 
-    def check_all(grad: Tensor, _note: str, *inputs: Any) -> None:
+    def check_all(grad: Tensor, _backend: str, *inputs: Any) -> None:
         check(*inputs)
         check_gradient(f"{name}_backward", grad, result_shape(*inputs))
 
     results = ", ".join(["Tensor"] * tensors)
-    schema = f"(Tensor grad, str note, {arguments}) -> ({results})"
+    schema = f"(Tensor grad, str backend, {arguments}) -> ({results})"
     register(f"{name}_backward", schema, run, fake, check=check_all)
     call = operator_of(f"{name}_backward")
     register_autograd(name, backward, setup_context=setup_context, plain=plain)

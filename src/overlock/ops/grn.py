@@ -71,6 +71,6 @@ register(
     check=_check, batched=1,
 )  # fmt: skip
 register_backward(
-    "global_response_norm", _ARGUMENTS, _gradients, tensors=3, plain=plain.twice_differentiable, note=asked_for,
+    "global_response_norm", _ARGUMENTS, _gradients, tensors=3, plain=plain.twice_differentiable, backend=asked_for,
     check=_check, result_shape=lambda x, *_: x.shape,
 )  # fmt: skip

@@ -63,6 +63,6 @@ register(
     check=_check, batched=1, cast=3,
 )  # fmt: skip
 register_backward(
-    "local_conv", _ARGUMENTS, _gradients, tensors=3, plain=plain.local_conv, note=asked_for,
+    "local_conv", _ARGUMENTS, _gradients, tensors=3, plain=plain.local_conv, backend=asked_for,
     check=_check, result_shape=lambda x, *_: x.shape,
 )  # fmt: skip

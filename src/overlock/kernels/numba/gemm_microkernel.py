@@ -28,7 +28,7 @@ class _Builder:
 
     def __init__(self, builder: Any, arguments: Any, lanes: int):
         self.builder, self.lanes, self.kind = builder, lanes, ir.VectorType(ir.FloatType(), lanes)
-        _, x, weight, self.depth, start, self.start_step, out, self.out_step, self.later, self.later_step = arguments
+        _, x, weight, self.depth, start, self.start_step, out, self.out_step, self.ahead, self.ahead_step = arguments
         self.x, self.weight, self.start, self.out = (
             builder.inttoptr(address, self.kind.as_pointer()) for address in (x, weight, start, out)
         )
@@ -36,37 +36,37 @@ class _Builder:
         name = f"llvm.fma.v{lanes}f32"
         self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
-    def at(self, place: Any, offset: Any) -> Any:
+    def at(self, address: Any, offset: Any) -> Any:
         """The address ``offset`` numbers on."""
         offset = INDEX(offset) if isinstance(offset, int) else offset
-        numbers = self.builder.bitcast(place, ir.FloatType().as_pointer())
+        numbers = self.builder.bitcast(address, ir.FloatType().as_pointer())
         return self.builder.bitcast(self.builder.gep(numbers, [offset]), self.kind.as_pointer())
 
-    def load(self, place: Any, offset: Any) -> Any:
-        loaded = self.builder.load(self.at(place, offset))
+    def load(self, address: Any, offset: Any) -> Any:
+        loaded = self.builder.load(self.at(address, offset))
         loaded.align = 4
         return loaded
 
-    def store(self, value: Any, place: Any, offset: Any) -> None:
-        self.builder.store(value, self.at(place, offset)).align = 4
+    def store(self, value: Any, address: Any, offset: Any) -> None:
+        self.builder.store(value, self.at(address, offset)).align = 4
 
     def row(self, r: int, step: Any, v: int) -> Any:
-        """Numbers from a place to a vector of a row of those ``step`` apart."""
+        """Numbers from an address to a vector of a row of those ``step`` apart."""
         return self.builder.add(self.builder.mul(step, INDEX(r)), INDEX(v * self.lanes))
 
-    def broadcast(self, place: Any, offset: Any) -> Any:
+    def broadcast(self, address: Any, offset: Any) -> Any:
         """The number at an address, in all lanes."""
-        number = self.builder.bitcast(self.at(place, offset), ir.FloatType().as_pointer())
+        number = self.builder.bitcast(self.at(address, offset), ir.FloatType().as_pointer())
         return _broadcast(self.builder, self.builder.load(number), self.kind)
 
     def prefetch(self, address: Any) -> None:
         """Begin to bring a line to the second cache."""
-        place = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        address = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
         number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         known = self.builder.module.globals.get("llvm.prefetch.p0i8")
         call = known or ir.Function(self.builder.module, kind, "llvm.prefetch.p0i8")
-        self.builder.call(call, [place, number(0), number(2), number(1)])
+        self.builder.call(call, [address, number(0), number(2), number(1)])
 
     def accumulate(self, rows: int, vectors: int, end: Any) -> Any:
         """A loop over the depth for a count of rows; returns the block that begins it."""
@@ -86,11 +86,11 @@ class _Builder:
             number = self.broadcast(x, r * ROW_STRIDE)
             for v in range(vectors):
                 added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
-        self.prefetch(builder.add(self.later, builder.mul(step, self.later_step)))
+        self.prefetch(builder.add(self.ahead, builder.mul(step, self.ahead_step)))
         following = builder.add(step, INDEX(1))
-        for phi, first, later in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
+        for phi, first, last in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
             phi.add_incoming(first, begin)
-            phi.add_incoming(later, loop)
+            phi.add_incoming(last, loop)
         builder.cbranch(builder.icmp_signed("<", following, self.depth), loop, done)
 
         builder.position_at_end(done)
@@ -104,7 +104,7 @@ def _microkernel(rows: int, vectors: int, lanes: int) -> Any:
     """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
 
     @intrinsic
-    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step, later, later_step):  # noqa: ARG001
+    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step, ahead, ahead_step):  # noqa: ARG001
         def generate(context, builder, _signature, arguments):
             loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
             choice = builder.switch(arguments[0], end)

@@ -92,9 +92,9 @@ def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
     """A vector of which the first lanes are read; zeros in the others."""
 
     def generate(context, builder, signature, arguments):
-        place = address_of(context, builder, signature.args[0], *arguments[:2])
+        address = address_of(context, builder, signature.args[0], *arguments[:2])
         zeros, align = ir.Constant(VECTOR, [0.0] * LANES), ir.Constant(ir.IntType(32), 4)
-        return _masked(builder, "load", VECTOR, [place, align, _mask(builder, arguments[2]), zeros])
+        return _masked(builder, "load", VECTOR, [address, align, _mask(builder, arguments[2]), zeros])
 
     return vector(array, types.int64, types.int64), generate
 
@@ -104,9 +104,9 @@ def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
     """Write the first lanes of a vector."""
 
     def generate(context, builder, signature, arguments):
-        place = address_of(context, builder, signature.args[0], *arguments[:2])
+        address = address_of(context, builder, signature.args[0], *arguments[:2])
         align, mask = ir.Constant(ir.IntType(32), 4), _mask(builder, arguments[3])
-        _masked(builder, "store", ir.VoidType(), [arguments[2], place, align, mask])
+        _masked(builder, "store", ir.VoidType(), [arguments[2], address, align, mask])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector, types.int64), generate
@@ -117,12 +117,14 @@ def prefetch(_typing_context, array, index):  # noqa: ARG001
     """Begin to bring a line to the cache that is read later; it may lie beyond the array."""
 
     def generate(context, builder, signature, arguments):
-        place = builder.bitcast(address_of(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer())
+        address = builder.bitcast(
+            address_of(context, builder, signature.args[0], *arguments), ir.IntType(8).as_pointer()
+        )
         number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         known = builder.module.globals.get("llvm.prefetch.p0i8")
         call = known or ir.Function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(call, [place, number(0), number(3), number(1)])  # to read, into the first cache, data
+        builder.call(call, [address, number(0), number(3), number(1)])  # to read, into the first cache, data
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate

@@ -48,8 +48,8 @@ def load_all(_typing_context, array, first, step, count):  # noqa: ARG001
     kind = types.UniTuple(vector, count.literal_value)
 
     def generate(context, builder, signature, arguments):
-        places = _addresses(context, builder, signature.args[0], arguments[:3], kind.count)
-        return context.make_tuple(builder, kind, [_load(builder, place) for place in places])
+        addresses = _addresses(context, builder, signature.args[0], arguments[:3], kind.count)
+        return context.make_tuple(builder, kind, [_load(builder, address) for address in addresses])
 
     return kind(array, types.int64, types.int64, count), generate
 
@@ -71,9 +71,9 @@ def store_all(_typing_context, array, first, step, values):  # noqa: ARG001
     """Write vectors to a flat array from an index on, each ``step`` numbers after the one before."""
 
     def generate(context, builder, signature, arguments):
-        places = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
-        for value, place in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), places, strict=True):
-            _store(builder, value, place)
+        addresses = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
+        for value, address in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), addresses, strict=True):
+            _store(builder, value, address)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, values), generate
@@ -84,9 +84,9 @@ def add_all(_typing_context, array, first, step, values):  # noqa: ARG001
     """Add vectors to those of a flat array."""
 
     def generate(context, builder, signature, arguments):
-        places = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
-        for value, place in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), places, strict=True):
-            _store(builder, builder.fadd(_load(builder, place), value, flags=FUSED), place)
+        addresses = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
+        for value, address in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), addresses, strict=True):
+            _store(builder, builder.fadd(_load(builder, address), value, flags=FUSED), address)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, values), generate

@@ -161,7 +161,7 @@ class Mixing:
         taps = band.as_strided((band.shape[0], rows.size, columns.size, *self.kernel), stride)
         return band.flatten(3).flatten(1, 2), taps
 
-    def spread(self, kernels: Tensor, tile: Tile) -> Tensor:
+    def to_band(self, kernels: Tensor, tile: Tile) -> Tensor:
         """Kernels (BG, T, N) as the matrix (BG, T, R) over the positions of the tile's region."""
         if tile.rows.step == tile.columns.step == 0:
             return kernels
@@ -169,8 +169,8 @@ class Mixing:
         taps.copy_(kernels.view(taps.shape))
         return matrix
 
-    def gather(self, matrix: Tensor, tile: Tile) -> Tensor:
-        """The taps (BG, T, N) of a matrix (BG, T, R): the transpose of :meth:`spread`."""
+    def from_band(self, matrix: Tensor, tile: Tile) -> Tensor:
+        """The taps (BG, T, N) of a matrix (BG, T, R): the transpose of :meth:`to_band`."""
         if tile.rows.step == tile.columns.step == 0:
             return matrix
         rows, columns = tile
@@ -197,7 +197,7 @@ def forward(
     channels_last = out.permute(0, 1, 3, 4, 2)
     for tile in mixing.tiles():
         _, kernels = mixing.kernels(tile)
-        mixed = torch.bmm(mixing.spread(kernels, tile), mixing.region(tile))
+        mixed = torch.bmm(mixing.to_band(kernels, tile), mixing.region(tile))
         rows, columns = tile.tokens
         channels_last[:, :, rows, columns] = mixed.view(*value.shape[:2], tile.rows.size, tile.columns.size, -1)
     return out
@@ -224,9 +224,9 @@ def backward(
         tile_query, kernels = mixing.kernels(tile)
         rows, columns = tile.tokens
         grad_out = grad[:, rows, columns].flatten(1, 2)  # BG, T, C
-        grad_kernels = mixing.gather(torch.bmm(grad_out, mixing.region(tile).transpose(1, 2)), tile)
+        grad_kernels = mixing.from_band(torch.bmm(grad_out, mixing.region(tile).transpose(1, 2)), tile)
         region_rows, region_columns = tile.region(*mixing.kernel)
-        grad_region = torch.bmm(mixing.spread(kernels, tile).transpose(1, 2), grad_out)
+        grad_region = torch.bmm(mixing.to_band(kernels, tile).transpose(1, 2), grad_out)
         target = grad_value[:, region_rows, region_columns]
         target += grad_region.view(target.shape)
 
