@@ -103,6 +103,13 @@ def test_what_supervision_writes(form, scenes, tmp_path):
     assert_same(load(tmp_path / form, masks=False), load(scenes, masks=False), within=0.01)
 
 
+def test_annotations_of_two_forms_are_told(scenes, tmp_path):
+    root = WRITERS["yolo"](scenes, tmp_path / "both")
+    shutil.copytree(scenes, root, dirs_exist_ok=True)
+    assert any("there are annotations in yolo form too, not read: --format" in note for note in load(root).notes)
+    assert not any("form too" in note for note in load(root, "yolo").notes)
+
+
 def test_annotations_apart_are_recognised(scenes, tmp_path):
     """A folder of files, or a file, with the images elsewhere."""
     expected = load(scenes, masks=False).train

@@ -30,16 +30,17 @@ def read_parts(train: ObjectFiles, test: ObjectFiles, *, masks: bool) -> tuple[A
         ValueError: where there is nothing to train on, or no part of a name that was given; and as
             :func:`overlock.data.annotations.make_annotations`.
     """
-    first = _find(train, TRAIN_PARTS) or (None if train.split else _find(train, None))
+    parts: Sequence[str] | None = TRAIN_PARTS
+    first = _find(train, parts)
+    if first is None and not train.split:
+        first, parts = _find(train, None), None
     if first is None:
         raise _nothing(train, TRAIN_PARTS)
     given = test.annotations or test.split or not train.annotations
     second = _find(test, TEST_PARTS) if given else None
     if second is None and test.split:
         raise _nothing(test, TEST_PARTS)
-    parts = [None if part is None else _read(part, masks) for part in (first, second)]
-    assert parts[0] is not None
-    return parts[0], parts[1]
+    return _read(first, masks, _tell_others(first, train, parts)), None if second is None else _read(second, masks)
 
 
 def read_part(files: ObjectFiles, *, masks: bool) -> tuple[Annotations, str]:
@@ -54,12 +55,29 @@ def read_part(files: ObjectFiles, *, masks: bool) -> tuple[Annotations, str]:
     for kind, parts in tried:
         part = _find(files, parts)
         if part is not None:
-            return _read(part, masks), "whole" if files.annotations else kind
+            return _read(part, masks, _tell_others(part, files, parts)), "whole" if files.annotations else kind
     raise _nothing(files, TEST_PARTS)
 
 
-def _read(part: Part, masks: bool) -> Annotations:
-    return make_annotations(part.read(), part.path, part.folder, masks=masks)
+def _read(part: Part, masks: bool, notes: Sequence[str] = ()) -> Annotations:
+    content = part.read()
+    content["notes"] = [*notes, *content.get("notes", ())]
+    return make_annotations(content, part.path, part.folder, masks=masks)
+
+
+def _tell_others(part: Part, files: ObjectFiles, parts: Sequence[str] | None) -> list[str]:
+    """A note of other forms in which there are annotations too."""
+    if files.annotations or files.format:
+        return []
+    names, found = (files.split,) if files.split else parts, []
+    for name, form in FORMATS.items():
+        try:
+            other = form.find(Path(files.data), names)
+        except ValueError:  # of a form that is not read
+            continue
+        if other is not None and other.path != part.path:
+            found.append(name)
+    return [f"there are annotations in {' and '.join(found)} form too, not read: --format chooses"] if found else []
 
 
 def _find(files: ObjectFiles, parts: Sequence[str] | None) -> Part | None:
