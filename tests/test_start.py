@@ -92,6 +92,16 @@ def test_operators_are_defined_without_timm():
     assert prints(code) == "overlock.contmix overlock.basic_stack overlock.linear False"
 
 
+@pytest.mark.parametrize("first", ["fused.conditions", "kernels.torch.contmix"])
+def test_any_module_may_be_the_first(first):
+    """Of those that the operators are made of, in a program without PyTorch so far."""
+    code = (
+        f"import overlock.{first}, timm, torch; operators = torch.ops.overlock; "
+        "print(operators.contmix, operators.basic_stack, timm.is_model('overlock_t'))"
+    )
+    assert prints(code) == "overlock.contmix overlock.basic_stack True"
+
+
 def test_a_saved_graph_loads_after_the_import_alone(tmp_path):
     """One with the package's operators, in a program that names nothing of the package."""
     path = tmp_path / "graph.pt2"

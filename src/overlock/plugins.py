@@ -24,9 +24,17 @@ def install() -> None:
 
 
 def _define_operators(_: ModuleType) -> None:
-    """Define ``torch.ops.overlock``; without timm, since timm's own import is often what brings PyTorch in."""
-    for module in ("overlock.ops", "overlock.fused.layer_operators", "overlock.fused.stage_operators"):
-        importlib.import_module(module)
+    """Define ``torch.ops.overlock``; without timm, since timm's own import is often what brings PyTorch in.
+
+    Not while a module that the operators are made of is imported, the first of a program to bring PyTorch in: it must
+    be whole before. Then the operators come with timm, or with what imports them.
+    """
+    made_of = [
+        module for name, module in sys.modules.items() if name.startswith(("overlock.kernels.", "overlock.fused."))
+    ]
+    if not any(map(_is_under_way, made_of)):
+        for name in ("overlock.ops", "overlock.fused.layer_operators", "overlock.fused.stage_operators"):
+            importlib.import_module(name)
 
 
 def _register_models(imported: ModuleType) -> None:
@@ -34,6 +42,11 @@ def _register_models(imported: ModuleType) -> None:
     others = [
         sys.modules[name] for name in ("timm", *BELOW_MODELS) if name in sys.modules and name != imported.__name__
     ]
-    under_way = any(getattr(module.__spec__, "_initializing", False) for module in others)
-    if "timm" in sys.modules and not under_way:
+    if "timm" in sys.modules and not any(map(_is_under_way, others)):
         importlib.import_module("overlock.tasks.classification")
+        _define_operators(imported)
+
+
+def _is_under_way(module: ModuleType) -> bool:
+    """Whether the import of a module has begun and not ended."""
+    return bool(getattr(module.__spec__, "_initializing", False))
