@@ -41,7 +41,7 @@ $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
 $(OLDEST)/.installed-dev: pyproject.toml | $(VENV)/.installed-dev
 	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) $(OLDEST)
 	$(BIN)/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable \
-		".[checks,train,detect,segment]" "huggingface-hub<1"
+		".[checks,train,detect,segment,parquet,video]" "huggingface-hub<1"
 	touch $@
 
 clean:

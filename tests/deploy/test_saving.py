@@ -276,8 +276,9 @@ def test_a_full_disk_is_one_sentence(detector, scenes, tmp_path, capsys, name): 
     link = tmp_path / ("." + "v.partial.mp4" if name == "v.mp4" else name)
     link.symlink_to("/dev/full")
     assert predict(detector, scenes / "val", "--threshold", "0", "--save", tmp_path / name, "--overwrite") == 2
-    err = capsys.readouterr().err
-    assert err.count("error: ") == err.count("\n") == 1
+    err = capsys.readouterr().err.strip()  # earlier versions of rich end a progress bar with an empty line
+    assert err.count("error: ") == 1
+    assert "\n" not in err
     assert f"{link}: cannot write here (No space left on device)" in err
 
 
