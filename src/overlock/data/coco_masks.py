@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overlock.data.run_lengths import Masks, encode, unpack
+from overlock.data.run_lengths import Masks, encode, import_coco, unpack
 
 Array = np.ndarray[Any, Any]
 CORNERS = 6  # numbers of a polygon with an area
@@ -89,7 +89,7 @@ class Shapes:
                 f"{self.path}: the mask of object {self.names[number]}",
             )
         else:
-            coco = _coco()
+            coco = import_coco()
             compressed = coco.merge(coco.frPyObjects(self.segmentation(number), *size))
         return np.array(unpack(compressed["counts"]), dtype=np.int64)
 
@@ -148,7 +148,7 @@ def bounds(shape: Any, where: str) -> tuple[float, float, float, float]:
         ValueError: for what is no shape, in a sentence that begins with ``where``.
     """
     if isinstance(shape, Mapping):
-        left, top, width, height = map(float, _coco().toBbox(_encode(shape, None, where)))
+        left, top, width, height = map(float, import_coco().toBbox(_encode(shape, None, where)))
         return left, top, left + width, top + height
     parts = [part for part in _polygons(shape, where) if len(part) % 2 == 0]
     if not any(parts) or not all(map(_is_numeric, parts)):
@@ -161,7 +161,7 @@ def find_area(shape: Any) -> float:
     """Pixels of polygons or run lengths; NaN where there are none, or none that can be read."""
     if isinstance(shape, Mapping):
         try:
-            return float(_coco().area(_encode(shape, None, "")))
+            return float(import_coco().area(_encode(shape, None, "")))
         except (ValueError, ImportError):
             return float("nan")
     if not isinstance(shape, (list, tuple)):
@@ -229,14 +229,6 @@ def _encode(lengths: Mapping[str, Any], size: tuple[int, int] | None, where: str
             raise ValueError(f"its run lengths come to {sum(runs)} pixels of {height} x {width}")
         if isinstance(packed, bytes):
             return dict(size=[height, width], counts=packed)
-        return _coco().frPyObjects(dict(size=[height, width], counts=runs), height, width)
+        return import_coco().frPyObjects(dict(size=[height, width], counts=runs), height, width)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise ValueError(f"{where} cannot be decoded ({error})") from None
-
-
-def _coco() -> Any:
-    try:
-        from pycocotools import mask  # noqa: PLC0415
-    except ImportError:
-        raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
-    return mask

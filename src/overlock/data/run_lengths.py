@@ -12,6 +12,15 @@ from torch import Tensor
 Array = np.ndarray[Any, Any]
 
 
+def import_coco() -> Any:
+    """pycocotools' functions of masks. Raises ImportError, saying what to install, without it."""
+    try:
+        from pycocotools import mask  # noqa: PLC0415
+    except ImportError:
+        raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
+    return mask
+
+
 class Masks:
     """The masks of an image's objects, each decoded when it is asked for.
 
@@ -68,10 +77,7 @@ class Masks:
         Raises:
             ImportError: without pycocotools.
         """
-        try:
-            from pycocotools import mask as coco  # noqa: PLC0415
-        except ImportError:
-            raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
+        coco = import_coco()
         return [coco.frPyObjects(dict(size=list(self.size), counts=runs.tolist()), *self.size) for runs in self.runs]
 
 

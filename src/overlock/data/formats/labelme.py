@@ -15,6 +15,7 @@ from PIL import Image
 
 from overlock.data.coco_masks import as_number
 from overlock.data.formats.common import Gathering, ImageFinder, Part, find_files, read_json
+from overlock.data.run_lengths import import_coco
 
 FOLDERS = (  # of the JSON files and of the images
     ("{part}", "{part}"),
@@ -134,10 +135,7 @@ def _join(
     file: Path, polygons: list[list[float]], masks: list[tuple[Point, Array]], size: tuple[Any, Any]
 ) -> dict[str, Any]:
     """Polygons and masks in one image as run lengths."""
-    try:
-        from pycocotools import mask as coco  # noqa: PLC0415
-    except ImportError:
-        raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
+    coco = import_coco()
     try:
         width, height = (round(as_number(side)) for side in size)
     except ValueError:
