@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.export import export
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FeaturePyramidNetwork
 
 import overlock
 from overlock.blocks import BasicBlock, MixerBlock
@@ -327,6 +329,25 @@ def test_one_block_in_another_type():
     assert relative_error(fused(x), model(x)) < 1e-4
     assert not any(isinstance(module, Packed) for module in fused.base_net.stages[0].modules())
     assert any(isinstance(module, Packed) for module in fused.modules())
+
+
+def test_convolutions_of_libraries_have_kernels():
+    """Their modules call them, which somebody's own module need not do."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return F.conv2d(x, self.conv.weight, self.conv.bias, padding="same")
+
+    pyramid, head, x = FeaturePyramidNetwork([8], 8).eval(), Head(), images(1, 8, 9, 9)
+    fused = overlock.fuse(nn.Sequential(OrderedDict(pyramid=pyramid, head=head)))
+    assert {type(layer).__name__ for layer in fused.pyramid.modules()} >= {"Pointwise", "ConvStack"}
+    with torch.no_grad():
+        assert relative_error(fused.head(x), head(x)) < 1e-5
+        assert relative_error(fused.pyramid({"x": x})["x"], pyramid({"x": x})["x"]) < 1e-5
 
 
 # Hooks
