@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -87,8 +88,11 @@ def test_what_is_kept_and_left_out_is_logged(given, tmp_path, caplog):
     ]
     caplog.clear()
     start_from(classifier(), write(given["segmenter"], tmp_path / "x.pth"))
-    (said,) = [record.message for record in caplog.records]
-    assert "the backbone is taken from it; head.hidden" in said
+    left_out, anew = [record.message.split(": ")[1] for record in caplog.records]
+    assert re.fullmatch(
+        r"the model has no place for its decode_head \(\d+\), norms \(8\), auxiliary_head \(8\)", left_out
+    )
+    assert anew.startswith("the backbone is taken from it; head.hidden")
 
 
 def test_two_networks_in_a_file(tmp_path):

@@ -10,9 +10,10 @@ from torch import nn
 from overlock.checkpoints.hub import PREFIX, fetch
 from overlock.checkpoints.recognise import recognise
 from overlock.checkpoints.record import MODEL_FILE, Record, read_record
-from overlock.weights import read_checkpoint, translate, unwrap
-from overlock.weights.files import tell_average
+from overlock.weights import read_checkpoint, unwrap
+from overlock.weights.files import tell_unused
 from overlock.weights.parts import find_network
+from overlock.weights.translate import fit
 
 Source = str | os.PathLike[str]
 """A file of weights, a run's folder, or 'hf-hub:USER/NAME'."""
@@ -57,11 +58,13 @@ def load_model(source: Source, *, model: str | None = None) -> tuple[nn.Module, 
         raise ValueError(f"{path}: this is a checkpoint of {record.model}, not of {model}; leave --model out")
     try:
         network = record.make_network()
-        state = unwrap(checkpoint)
-        network.load_state_dict(translate(state, network) if find_network(state) is not None else state)
+        state, left_out = unwrap(checkpoint), list[str]()
+        if find_network(state) is not None:
+            state, left_out = fit(state, network)
+        network.load_state_dict(state)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    tell_average(checkpoint, path)
+    tell_unused(path, checkpoint, left_out)
     return network.eval(), record
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from overlock.checkpoints.record import read_record
-from overlock.weights import adapt_channels, read_checkpoint, translate, unwrap
-from overlock.weights.files import summarise
+from overlock.weights import adapt_channels, read_checkpoint, unwrap
+from overlock.weights.files import summarise, tell_unused
 from overlock.weights.parts import find_network
+from overlock.weights.translate import fit
 
 logger = logging.getLogger(__name__)
 ROOTS = ("backbone.body.", "backbone.", "")
@@ -32,16 +33,19 @@ def start_from(network: nn.Module, path: Path) -> None:
     Raises:
         ValueError: for weights that leave something of the backbone without.
     """
-    state, record = unwrap(read_checkpoint(path)), read_record(path)
+    checkpoint, record = read_checkpoint(path), read_record(path)
+    state, left_out = unwrap(checkpoint), list[str]()
     try:
         if find_network(network.state_dict()) is not None:
-            found = adapt_channels(translate(state, network, strict=False), network)
+            found, left_out = fit(state, network, strict=False)
+            found = adapt_channels(found, network)
         else:
             found = _match(state, network)
     except ValueError as error:
         what = "" if record is None else f"its {record.name}: "
         raise ValueError(f"{path}: {what}{error}; set --model to its own") from None
     network.load_state_dict(found, strict=False)
+    tell_unused(path, checkpoint, left_out)
     kept = [name for name in network.state_dict() if name not in found]
     if kept:
         logger.info("%s: the backbone is taken from it; %s start anew", path, summarise(kept))

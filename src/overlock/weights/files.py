@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -69,22 +69,29 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from None
     model.load_state_dict(state, strict=False)
     kept = [name for name in model.state_dict() if name not in state]
-    tell_average(checkpoint, path)
     if kept:
         logger.warning("%s: has nothing for %s, which stay as they were", path, summarise(kept))
+    tell_unused(path, checkpoint, left_out)
+
+
+def tell_unused(path: str | os.PathLike[str], checkpoint: Mapping[str, object], left_out: Sequence[str]) -> None:
+    """Note what of a file is not taken.
+
+    Args:
+        path: of the file.
+        checkpoint: all that is in it.
+        left_out: names of tensors that have no place in the model.
+    """
+    if any(isinstance(checkpoint.get(key), Mapping) for key in AVERAGED):
+        logger.info("%s: the averaged weights are taken", path)
     if left_out:
         logger.info("%s: the model has no place for its %s", path, summarise(left_out))
 
 
-def tell_average(checkpoint: Mapping[str, object], path: Path | str | os.PathLike[str]) -> None:
-    """Note that of two sets of weights in a file the averaged one is taken."""
-    if any(isinstance(checkpoint.get(key), Mapping) for key in AVERAGED):
-        logger.info("%s: the averaged weights are taken", path)
-
-
-def summarise(names: Iterable[str]) -> str:
-    """Tensors by the parts they belong to: 'head.fc (2), norms.0 (2)'."""
-    counts = Counter(".".join(name.split(".")[:2]) for name in names)
+def summarise(names: Sequence[str]) -> str:
+    """Tensors counted by the parts that they belong to: 'decode_head (62), norms (8)', or 'head.fc (2)' within one."""
+    depth = 1 if len({name.split(".")[0] for name in names}) > 1 else 2
+    counts = Counter(".".join(name.split(".")[:depth]) for name in names)
     first = [f"{part} ({count})" for part, count in counts.most_common(4)]
     more = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
     return ", ".join(first) + more
