@@ -29,6 +29,8 @@ GROUPS = dict(
         (dict(augment=dict(scale=[0.5, 0.1])), r"augment\.scale must be a range"),
         (dict(augment=dict(rand_augment="m9")), r"augment\.rand_augment must be like rand-m9"),
         (dict(augment=dict(rand_augment="rand-m9-magic")), r"augment\.rand_augment must be like rand-m9"),
+        (dict(augment=dict(rand_augment="rand-m9-tnothing")), r"augment\.rand_augment must be like rand-m9"),
+        (dict(augment=dict(rand_augment="rand-m99")), "magnitude 99, of which timm takes 10 at most"),
         (dict(epochs=1.5), "epochs must be a whole number, got 1.5"),
         (dict(batch_size="8"), "batch_size must be a whole number, got '8'"),
         (dict(freeze="head"), "freeze must be a list, each of text, got 'head'"),

@@ -41,10 +41,22 @@ class Augmentation:
             raise ValueError("augment.padding and color_jitter must be at least 0, repeats at least 1")
         if not 0 <= self.erasing <= 1:
             raise ValueError(f"augment.erasing must be in 0 to 1, got {self.erasing}")
-        # timm passes over what it does not know.
-        known = r"rand(-(t\w+|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?))+"
-        if self.rand_augment is not None and not re.fullmatch(known, self.rand_augment):
-            raise ValueError(
-                f"augment.rand_augment must be like rand-m9-mstd0.5-inc1, its parts m, n, p, mstd, mmax, inc with a "
-                f"number, got {self.rand_augment!r}"
-            )
+        if self.rand_augment is not None:
+            _check_rand_augment(self.rand_augment)
+
+
+def _check_rand_augment(text: str) -> None:
+    """Raise ValueError for what timm would pass over or clip without a word."""
+    parts = r"-(t(weights|3aw?)|(m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?)"
+    if not re.fullmatch(rf"rand({parts})+", text):
+        raise ValueError(
+            "augment.rand_augment must be like rand-m9-mstd0.5-inc1, its parts m, n, p, mstd, mmax, inc with a number "
+            f"or tweights, t3a, t3aw, got {text!r}"
+        )
+    given = {name: int(number) for name, number in re.findall(r"-(m|mmax)(\d+)(?=-|$)", text)}
+    largest = given.get("mmax", 10)
+    if given.get("m", 0) > largest:
+        raise ValueError(
+            f"augment.rand_augment has the magnitude {given['m']}, of which timm takes {largest} at most; lower m, or "
+            "raise mmax"
+        )
