@@ -53,16 +53,16 @@ class Outputs:
         self._overwrite = overwrite
         self._results = [Path(_key(path)) for path in results]
         self._files: set[str] = set()
-        self._folders: list[Path] = []
+        self._folders: dict[Path, tuple[str, ...]] = {}  # and the endings of what is read in them
         self._claimed: list[Path] = []  # folders
         self._written: set[int] = set()  # of hashes, since there may be very many
         for path in inputs:
             self.add_input(path)
 
-    def add_input(self, path: PathLike) -> None:
-        """Keep one more file, or what is below a folder."""
+    def add_input(self, path: PathLike, *, endings: tuple[str, ...] = ("",)) -> None:
+        """Keep one more file, or what is below a folder: the files with some endings, all unless given."""
         if Path(path).is_dir():
-            self._folders.append(Path(_key(path)))
+            self._folders[Path(_key(path))] = endings
         else:
             self._files.update((_key(path), _key_of_link(path)))
 
@@ -172,7 +172,11 @@ class Outputs:
         places = [Path(key) for key in keys]
         if any(place.is_relative_to(folder) for place in places for folder in self._results):
             return False
-        return any(place.is_relative_to(folder) for place in places for folder in self._folders)
+        return any(
+            place.is_relative_to(folder) and place.name.endswith(endings)
+            for place in places
+            for folder, endings in self._folders.items()
+        )
 
 
 def _key(path: PathLike) -> str:

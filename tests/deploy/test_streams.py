@@ -192,6 +192,28 @@ def test_no_input_is_written_over(run, segmenter, tmp_path, capsys):
     assert predict(segmenter, own, "--save", out, "--overwrite") == 0
 
 
+def test_a_table_may_lie_beside_the_images(run, photos, capsys):
+    """As it is none of them; a picture there is one the next time."""
+    (photos / "bad.jpg").unlink()
+    (photos / "cut.png").unlink()
+    for _ in range(2):
+        assert predict(run, photos, "--save", photos / "rows.CSV", "--overwrite") == 0
+    assert predict(run, photos, "--save", photos / "all.PNG", "--overwrite") == 0
+    assert predict(run, photos, "--save", photos / "all.PNG", "--overwrite") == 2
+    assert "this command reads it" in capsys.readouterr().err
+
+
+def test_what_links_in_a_folder_lead_to_is_not_written_over(run, tmp_path, capsys):
+    for name in ("store/below/a.png", "store/b.png", "photos/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        make_image("red", 0).save(tmp_path / name)
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "store" / "below")
+    (tmp_path / "photos" / "b.png").symlink_to(tmp_path / "store" / "b.png")
+    for name in ("store/below/a.png", "store/b.png", "photos/linked/a.png", "photos/b.png", "photos/c.png"):
+        assert predict(run, tmp_path / "photos", "--save", tmp_path / name, "--overwrite") == 2
+        assert f"{name}: this command reads it" in capsys.readouterr().err
+
+
 def test_outputs_know_links_and_letters(tmp_path):
     (tmp_path / "a.png").touch()
     (tmp_path / "link.png").symlink_to(tmp_path / "a.png")

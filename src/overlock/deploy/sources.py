@@ -75,8 +75,12 @@ def _group_of(word: str, outputs: Outputs, results: Sequence[Path], left_out: Co
     if word == STANDARD_INPUT:
         return _Group(_listed(word, outputs), None, None)
     if path.is_dir():
-        outputs.add_input(path)
         below = _below(path, results, left_out)
+        for folder in {path, *(file.parent for file, _ in below)}:  # some may be links to elsewhere
+            outputs.add_input(folder, endings=IMAGE_SUFFIXES)
+        for file, _ in below:
+            if file.is_symlink():
+                outputs.add_input(file)
         return _Group(below, len(below), 0)
     if path.is_file() and path.suffix.lower() == LIST_SUFFIX:
         outputs.add_input(path)
