@@ -30,6 +30,7 @@ class Inputs:
         self.operator = operator
         self.same_dtype = frozenset(same_dtype)
         self.shapes = {name: tuple(letters.split()) for name, letters in shapes.items()}
+        self._rows = list(self.shapes.items())
         self.numbers = {n: int(n) for letters in self.shapes.values() for n in letters if n.isdigit()}
 
     def check(self, *tensors: Tensor | None, **sizes: int) -> None:
@@ -44,21 +45,29 @@ class Inputs:
         """
         first = tensors[0]
         assert first is not None
-        known = self.numbers | sizes
-        for (name, letters), x in zip(self.shapes.items(), tensors, strict=True):
+        dtype, device, known = first.dtype, first.device, self.numbers.copy()
+        known.update(sizes)
+        for (name, letters), x in zip(self._rows, tensors, strict=True):
             if x is None:
                 continue
-            if not x.is_floating_point():
-                self._refuse(name, f"must be of a floating-point type; got {_plain(x)}")
-            if x.device != first.device:
-                self._refuse(name, f"must be on {first.device} as {next(iter(self.shapes))} is; it is on {x.device}")
-            other_dtype = name in self.same_dtype and x.dtype != first.dtype
-            if other_dtype and not torch.is_autocast_enabled(x.device.type):  # which will cast them
-                self._refuse(name, f"must be {_plain(first)} as {next(iter(self.shapes))} is; got {_plain(x)}")
-            if x.dim() != len(letters) or any(
-                known.setdefault(letter, size) != size for letter, size in zip(letters, x.shape, strict=True)
-            ):
+            if x is first or x.dtype != dtype or x.device != device:
+                self._check_kind(name, x, first)
+            shape = x.shape
+            if len(shape) != len(letters):
                 self._refuse_shape(name, tensors, sizes)
+            for letter, size in zip(letters, shape):  # noqa: B905 - of one length, and often
+                if known.setdefault(letter, size) != size:
+                    self._refuse_shape(name, tensors, sizes)
+
+    def _check_kind(self, name: str, x: Tensor, first: Tensor) -> None:
+        """The type and the device of one tensor."""
+        if not x.is_floating_point():
+            self._refuse(name, f"must be of a floating-point type; got {_plain(x)}")
+        if x.device != first.device:
+            self._refuse(name, f"must be on {first.device} as {self._rows[0][0]} is; it is on {x.device}")
+        other_dtype = name in self.same_dtype and x.dtype != first.dtype
+        if other_dtype and not torch.is_autocast_enabled(x.device.type):  # which will cast them
+            self._refuse(name, f"must be {_plain(first)} as {self._rows[0][0]} is; got {_plain(x)}")
 
     def _refuse(self, name: str, reason: str) -> None:
         raise ValueError(f"{name} of {self.operator} {reason}")
