@@ -119,6 +119,14 @@ def test_sources(run, photos, tmp_path, monkeypatch, capsys):
     assert "no file fits this pattern" in capsys.readouterr().err
 
 
+def test_what_is_not_taken_is_said_with_its_mend(run, tmp_path, capsys):
+    assert predict(run, "https://example.org/a.jpg?size=3") == 2
+    assert "addresses are not fetched; download the file" in capsys.readouterr().err
+    (tmp_path / "a.MP4").touch()
+    assert predict(run, tmp_path) == 2
+    assert "no images but videos in this folder; name the videos themselves" in capsys.readouterr().err
+
+
 def test_a_stream_yields_failures_and_goes_on(run, photos):
     predictor = Predictor.from_checkpoint(run, device="cpu")
     array = np.asarray(make_image("red", 0))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from overlock.data.files import IMAGE_SUFFIXES, images_in, tell_left_out
 from overlock.deploy.inputs import Failure, Item, name_of
 from overlock.deploy.path_lists import LIST_SUFFIX, STANDARD_INPUT, lines_in, paths_in
-from overlock.deploy.videos import DamagedVideoError, is_video, read_frames
+from overlock.deploy.videos import VIDEO_SUFFIXES, DamagedVideoError, is_video, read_frames
 from overlock.files import Outputs
 
 Source = Item | Failure
@@ -107,6 +107,10 @@ def _below(folder: Path, results: Sequence[Path], left_out: Counter[str]) -> lis
     found = images_in(folder, left_out)
     if own:
         found = [path for path in found if own.isdisjoint(path.resolve().parents)]
+    if not found and any(left_out[ending] for ending in VIDEO_SUFFIXES):
+        raise ValueError(
+            f"{folder}: no images but videos in this folder; name the videos themselves, or a pattern of them"
+        )
     if not found:
         raise ValueError(f"{folder}: no images in this folder; known endings are {', '.join(IMAGE_SUFFIXES)}")
     return [(path, str(path.relative_to(folder).with_suffix(""))) for path in found]
@@ -114,6 +118,8 @@ def _below(folder: Path, results: Sequence[Path], left_out: Counter[str]) -> lis
 
 def _matches(word: str) -> list[Path]:
     """The files that fit a pattern."""
+    if "://" in word:
+        raise ValueError(f"{word}: addresses are not fetched; download the file and give its path")
     if not glob.has_magic(word):
         raise ValueError(f"{name_of(word)}: no such image or folder; check the path")
     found = [Path(name) for name in sorted(glob.iglob(word, recursive=True)) if Path(name).is_file()]  # noqa: PTH207  # a pattern may begin anywhere
