@@ -8,8 +8,10 @@ import torch
 from helpers import images, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import overlock
+from overlock.layers.dilated_repconv import DilatedRepConv, branches_of
 
 KERNEL_SIZES = range(3, 24, 2)
 
@@ -88,3 +90,15 @@ def test_wrong_kernels_are_refused(kernel_size):
     """Even or too small."""
     with pytest.raises(ValueError, match="odd and at least 3"):
         overlock.DilatedRepConv(4, kernel_size)
+
+
+@pytest.mark.parametrize("which", ["norm", "branches.k3_r2.norm"])
+def test_norms_without_statistics_do_not_merge(which):
+    """They go by their batch in evaluation too. The layer stays as it is, and in training."""
+    module = DilatedRepConv(4, 7).train()
+    module.set_submodule(which, nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ValueError, match="running statistics"):
+        module.reparameterize()
+    assert module.training
+    assert not module.merged
+    assert len(module.branches) == len(branches_of(7))

@@ -62,7 +62,7 @@ class ConvNorm(nn.Sequential):
 
     def fold(self) -> nn.Conv2d:
         """One convolution with bias that equals this module in evaluation."""
-        return fuse_conv_bn_eval(self.conv, self.norm)  # type: ignore
+        return fold_norm_into_conv(self.conv, self.norm)  # type: ignore[arg-type]
 
 
 class NormConv(nn.Sequential):
@@ -79,9 +79,24 @@ class NormConv(nn.Sequential):
         return self.conv  # type: ignore[return-value]
 
 
+def fold_norm_into_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution that does the work of the batch norm after it too.
+
+    Raises:
+        ValueError: where the norm goes by its batch in evaluation too.
+    """
+    if norm.running_mean is None:
+        raise ValueError("only a batch norm with running statistics folds into a convolution; this one has none")
+    return fuse_conv_bn_eval(conv, norm)
+
+
 @torch.no_grad()
 def fold_norm_into_next(norm: nn.BatchNorm2d, layer: nn.Conv2d | nn.Linear) -> None:
-    """Make ``layer``, a 1x1 convolution or linear layer, do the work of the batch norm before it too."""
+    """Make ``layer``, a 1x1 convolution or linear layer, do the work of the batch norm before it too.
+
+    Raises:
+        ValueError: where the norm goes by its batch in evaluation too, or the layer has no bias.
+    """
     if norm.running_mean is None or norm.running_var is None or layer.bias is None:
         raise ValueError("only a batch norm with running statistics folds into a layer, and the layer needs a bias")
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)

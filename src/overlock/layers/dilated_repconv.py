@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import fuse_conv_bn_eval
 
 from overlock.layers.arguments import check_count
-from overlock.layers.conv_norm import BatchNorm2d, ConvNorm
+from overlock.layers.conv_norm import BatchNorm2d, ConvNorm, fold_norm_into_conv
 from overlock.layers.depthwise_conv import DepthwiseConv
 
 # (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
@@ -90,19 +89,25 @@ class DilatedRepConv(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Merge in place into one convolution with bias (timm's hook for ``reparameterize_model``)."""
+        """Merge in place into one convolution with bias (timm's hook for ``reparameterize_model``).
+
+        Raises:
+            ValueError: for batch norms without running statistics; nothing is merged then.
+        """
         if self.merged:
             return
         training = self.training
         self.eval()  # merging is by running statistics, whatever the mode
-        merged: Any = fuse_conv_bn_eval(self.large, self.norm)  # type: ignore[arg-type]
-        for branch in self.branches.values():
-            conv: Any = branch.fold() if isinstance(branch, ConvNorm) else branch
-            merged.weight += _dilate(conv.weight, conv.dilation[0], merged.kernel_size[0])
-            merged.bias += conv.bias
-        self.large, self.norm = merged.requires_grad_(self.large.weight.requires_grad), nn.Identity()
-        self.branches = nn.ModuleDict()
-        self.train(training)
+        try:
+            merged: Any = fold_norm_into_conv(self.large, self.norm)  # type: ignore[arg-type]
+            for branch in self.branches.values():
+                conv: Any = branch.fold() if isinstance(branch, ConvNorm) else branch
+                merged.weight += _dilate(conv.weight, conv.dilation[0], merged.kernel_size[0])
+                merged.bias += conv.bias
+            self.large, self.norm = merged.requires_grad_(self.large.weight.requires_grad), nn.Identity()
+            self.branches = nn.ModuleDict()
+        finally:
+            self.train(training)
 
     def fold(self) -> nn.Conv2d:
         """The merged convolution itself, as fast on CUDA."""
