@@ -243,6 +243,7 @@ def test_nothing_to_find_in_the_test_part(left, scenes, tmp_path):
     printed = run(settings("detect", root, folder, epoch_steps=1))
     assert printed.count("test box AP none") == 3
     texts = [printed, *((folder / name).read_text() for name in ("log.csv", "README.md"))]
+    texts = [text.replace(str(tmp_path), "") for text in texts]  # whose number may be -100 too
     assert not any(re.search(r"\bnan\b|-1[.\d]*0|-100", text) for text in texts)
     assert "| box AP, % | none |" in texts[-1]
     rows = list(csv.DictReader((folder / "log.csv").open()))
