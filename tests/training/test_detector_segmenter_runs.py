@@ -386,9 +386,11 @@ def test_half_precision(task, precision, scenes, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_two_processes(task, scenes, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(strategy, task, scenes, tmp_path):
     """Train with norms over both, test half of the images each, and score as one process does."""
-    config = settings(task, scenes, tmp_path / "run", epochs=1, batch_size=4)
+    runtime = dict(accelerator="cpu", workers=0, strategy=strategy)
+    config = settings(task, scenes, tmp_path / "run", epochs=1, batch_size=4, runtime=runtime)
     process = launch(tmp_path, config)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors

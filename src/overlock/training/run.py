@@ -25,7 +25,7 @@ from overlock.training.config import RunConfig
 from overlock.training.effects import tell_effects
 from overlock.training.job import Job
 from overlock.training.optim import freeze, make_average, make_optimizer, make_schedule
-from overlock.training.runtime import full_state, keep_freed_memory, make_fabric, make_share
+from overlock.training.runtime import full_state, gathered, keep_freed_memory, make_fabric, make_share
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
 from overlock.training.sync_bn import synchronise_norms
@@ -261,7 +261,9 @@ def finish(trainer: Trainer, job: Job) -> None:
         measures = {label: rows[-1][name] for name, label in trainer.task.shares.items()}
         settings = trainer.config.to_dict()
         write_card(folder / CARD_FILE, job.record, settings=settings, measures=measures, data=trainer.config.data)
-        job.finish(folder, trainer.tested)
+    with gathered(trainer.tested):  # which all processes take part in
+        if trainer.fabric.is_global_zero:
+            job.finish(Path(trainer.config.output), trainer.tested)
     trainer.fabric.barrier()
 
 
