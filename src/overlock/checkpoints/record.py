@@ -13,6 +13,7 @@ from typing import Any
 import timm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from overlock.checkpoints.defaults import default_classes
@@ -157,14 +158,15 @@ def from_timm_config(text: str) -> Record:
     its_own = config.get("pretrained_cfg") or {}
     count = int(config.get("num_classes", its_own.get("num_classes")))
     size = tuple(its_own["input_size"])
+    prepared = resolve_data_config(pretrained_cfg=its_own)  # timm's own defaults for what it left out
     kept = ("mean", "std", "interpolation", "crop_pct")
-    squashed = {} if its_own.get("crop_mode", "center") == "center" else {"crop_mode": its_own["crop_mode"]}
+    squashed = {} if prepared["crop_mode"] == "center" else {"crop_mode": prepared["crop_mode"]}
     arguments = {"in_chans": size[0], **_with_tuples(config.get("model_args") or {}), "num_classes": count}
     return Record(
         model=config["architecture"],
         model_args=arguments,
         classes=_label_names(config.get("label_names") or its_own.get("label_names"), count),
-        preprocessing={"input_size": size, **{name: _with_tuples(its_own[name]) for name in kept}, **squashed},
+        preprocessing={"input_size": size, **{name: _with_tuples(prepared[name]) for name in kept}, **squashed},
     )
 
 
