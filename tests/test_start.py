@@ -107,7 +107,7 @@ def test_a_saved_graph_loads_after_the_import_alone(tmp_path):
     path = tmp_path / "graph.pt2"
     prints(
         "import overlock, timm, torch; network = overlock.fuse(timm.create_model('overlock_atto', num_classes=3));"
-        "graph = torch.export.export(network, (torch.zeros(1, 3, 64, 64),));"
+        "graph = torch.export.export(network, (torch.zeros(1, 3, 64, 64),), strict=False);"
         f"torch.export.save(graph, {str(path)!r})"
     )
     code = f"import overlock, torch; print('overlock.basic_stack' in str(torch.export.load({str(path)!r})))"

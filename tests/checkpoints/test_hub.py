@@ -135,7 +135,8 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_what_timm_pushed_is_loaded(tmp_path, monkeypatch):
     """Without a record of ours: model, classes and preparation are in timm's configuration."""
     model = randomise(timm.create_model("overlock_atto", num_classes=2, in_chans=1, global_pool="max"))
-    settings = dict(label_names=["no", "yes"], pretrained_cfg=dict(input_size=(1, 48, 48), mean=(0.4,), std=(0.2,)))
+    preparation = dict(input_size=(1, 48, 48), mean=(0.4,), std=(0.2,))
+    settings = dict(label_names=["no", "yes"], pretrained_cfg=preparation, model_args={"global_pool": "max"})
     timm.models.save_for_hf(model, tmp_path / "hub" / "me" / "it", model_config=settings, safe_serialization=True)
     asked = []
 

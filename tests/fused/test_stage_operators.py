@@ -158,7 +158,7 @@ def test_parts_of_a_batch(kind, monkeypatch):
     monkeypatch.setattr(stage_operators, "CHUNK", 300_000)
     check(fused(*inputs), expected_of(block, inputs))
     assert torch.equal(joined(fused(*inputs)), joined(fused(*inputs)))
-    check(fused(*inputs), joined(expected).double(), 3e-6)
+    check(fused(*inputs), joined(expected).double(), 5e-6)
 
 
 @kinds
@@ -177,7 +177,7 @@ def test_threads_agree_and_runs_repeat(kind, monkeypatch):
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
-        check(result, results[0].double(), 3e-6)
+        check(result, results[0].double(), 5e-6)
 
 
 @torch.no_grad()

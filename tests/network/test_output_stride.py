@@ -13,6 +13,7 @@ from overlock.network.space_to_batch import batch_to_space, space_to_batch
 from overlock.tasks.detection import faster_rcnn
 
 SIZES = [(64, 64), (96, 65), (33, 47), (161, 130), (32, 32)]
+EXPORTS_ANY_SIZE = torch.__version__ >= (2, 7)  # earlier ones cannot prove that rows repeated to a multiple divide
 strides = pytest.mark.parametrize("stride", [16, 8])
 
 
@@ -124,13 +125,15 @@ def test_training(stride):
 def test_graphs(stride):
     """Scripted, traced by fx, exported for any size, compiled in one piece."""
     model = make(output_stride=stride)
-    dynamic = {0: Dim("batch", min=1, max=64), 2: Dim("height", min=33, max=2048), 3: Dim("width", min=33, max=2048)}
     graphs = [
         torch.jit.script(model),
         torch.fx.symbolic_trace(model),
-        export(model, (images(2, 3, 96, 64),), dynamic_shapes=(dynamic,), strict=False).module(),
         torch.compile(model, fullgraph=True, backend="aot_eager"),
     ]
+    if EXPORTS_ANY_SIZE:
+        some = {2: Dim("height", min=33, max=2048), 3: Dim("width", min=33, max=2048)}
+        dynamic = {0: Dim("batch", min=1, max=64), **some}
+        graphs.append(export(model, (images(2, 3, 96, 64),), dynamic_shapes=(dynamic,), strict=False).module())
     for size in [(96, 64), (161, 130)]:
         x = images(1, 3, *size)
         for graph in graphs:
