@@ -45,3 +45,10 @@ def test_names_of_the_architecture():
         if not known:
             lost.append(name)
     assert not lost
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda file: file.name)
+def test_lines_of_prose(text):
+    """Short ones, as in the code; rows of tables, pictures and commands may be longer."""
+    prose = re.sub(r"```.*?```", "", text.read_text(), flags=re.DOTALL)
+    assert not [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
