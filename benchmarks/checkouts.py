@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ IMAGES = {  # batch, size, whether features are taken
 DEPTHWISE = {"64 x 56 x 56, K 17": (64, 56, 17), "128 x 28 x 28, K 15": (128, 28, 15),
              "256 x 14 x 14, K 13": (256, 14, 13), "512 x 7 x 7, K 7": (512, 7, 7)}  # fmt: skip
 REGIONS = 49
+BURST = 0.3  # seconds
 
 
 def contmix_call(shape: str, name: str) -> Callable[[], object]:
@@ -121,6 +123,16 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
     return made
 
 
+def median_of_burst(call: Callable[[], object]) -> float:
+    """Seconds of a call, of many where it is short: the first ones meet the other process's threads, still spinning."""
+    seconds: list[float] = []
+    while sum(seconds) < BURST:
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def serve() -> None:
     """Make the calls that are named on standard input, one after another, and answer with their seconds."""
     made, name, call = cases(), "", lambda: None
@@ -132,9 +144,7 @@ def serve() -> None:
             call = made[name]()
             call()
             call()
-        started = time.perf_counter()
-        call()
-        print(json.dumps(time.perf_counter() - started), file=answers, flush=True)
+        print(json.dumps(median_of_burst(call)), file=answers, flush=True)
 
 
 @contextmanager
