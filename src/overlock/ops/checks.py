@@ -5,7 +5,8 @@ Kernels trust their arguments: a weight of another shape would have them read be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Inputs:
         self.shapes = {name: tuple(letters.split()) for name, letters in shapes.items()}
         self._rows = list(self.shapes.items())
         self.numbers = {n: int(n) for letters in self.shapes.values() for n in letters if n.isdigit()}
+        self._fits = _compile_fits(self.shapes)
 
     def check(self, *tensors: Tensor | None, **sizes: int) -> None:
         """Say in one sentence what does not fit.
@@ -43,19 +45,26 @@ class Inputs:
         Raises:
             ValueError: for a shape, a type or a device.
         """
+        if not self._fits(tensors, sizes):
+            self._find_fault(tensors, sizes)
+
+    def _find_fault(self, tensors: Sequence[Tensor | None], sizes: dict[str, int]) -> None:
+        """Where something is uncommon: letter by letter."""
         first = tensors[0]
         assert first is not None
         dtype, device, known = first.dtype, first.device, self.numbers.copy()
+        if not dtype.is_floating_point:
+            self._check_kind(self._rows[0][0], first, first)
         known.update(sizes)
         for (name, letters), x in zip(self._rows, tensors, strict=True):
             if x is None:
                 continue
-            if x is first or x.dtype != dtype or x.device != device:
+            if x.dtype != dtype or x.device != device:
                 self._check_kind(name, x, first)
             shape = x.shape
             if len(shape) != len(letters):
                 self._refuse_shape(name, tensors, sizes)
-            for letter, size in zip(letters, shape):  # noqa: B905 - of one length, and often
+            for letter, size in zip(letters, shape, strict=True):
                 if known.setdefault(letter, size) != size:
                     self._refuse_shape(name, tensors, sizes)
 
@@ -83,6 +92,34 @@ class Inputs:
         wanted, got = self.shapes[name], tuple(tensors[list(self.shapes).index(name)].shape)  # type: ignore[union-attr]
         given = ", ".join(f"{letter} = {known[letter]}" for letter in dict.fromkeys(wanted) if letter in known)
         self._refuse(name, f"must be ({', '.join(wanted)}){f' with {given}' if given else ''}; got {got}")
+
+
+def _compile_fits(shapes: Mapping[str, tuple[str, ...]]) -> Callable[..., bool]:
+    """A function of tensors and sizes: True where all shapes, types and devices agree, False where they may not.
+
+    It stands before every call of an operator. Written out for the shapes, as a dataclass's methods are, it takes a
+    third of the time of a loop over the letters, which was 3 % of a small convolution.
+    """
+    known: dict[str, str] = {}
+    lines = ["dtype, device = tensors[0].dtype, tensors[0].device", "if not dtype.is_floating_point: return False"]
+    for i, letters in enumerate(shapes.values()):
+        x, sides = f"x{i}", [f"x{i}_{j}" for j in range(len(letters))]
+        tests = [f"{x}.dtype == dtype", f"{x}.device == device"]
+        for letter, side in zip(letters, sides, strict=True):
+            if letter in known:
+                tests.append(f"{side} == {known[letter]}")
+            elif letter.isdigit():
+                tests.append(f"{side} == {letter}")
+            else:
+                known[letter] = side
+                tests.append(f"(not sizes or {side} == sizes.get({letter!r}, {side}))")
+        lines += [f"{x} = tensors[{i}]", f"if {x} is not None:", f"    {', '.join(sides)}, = {x}.shape",
+                  f"    if not ({' and '.join(tests)}): return False"]  # fmt: skip
+    source = ["def fits(tensors, sizes):", " try:", *("  " + line for line in lines),
+              " except (ValueError, NameError): return False", " return True"]  # fmt: skip
+    made: dict[str, Any] = {}
+    exec("\n".join(source), made)  # of letters that are in this package
+    return cast("Callable[..., bool]", made["fits"])
 
 
 def check_gradient(operator: str, grad: Tensor, like: Sequence[int]) -> None:
@@ -123,7 +160,8 @@ class FilterInputs(Inputs):
         self.check(x, weight, bias)
         if weight.shape[3] % 2 == 0:
             self._refuse("weight", f"must have an odd K, to keep the size; got K = {weight.shape[3]}")
-        check_at_least(self.operator, 1, dilation=dilation)
+        if dilation < 1:
+            check_at_least(self.operator, 1, dilation=dilation)
 
 
 def _plain(x: Tensor) -> str:

@@ -16,7 +16,7 @@ from overlock.kernels.torch import reference
 from overlock.ops.checks import Inputs, check_at_least
 from overlock.ops.dispatch import BACKENDS, asked_for, choose, exports_to_onnx, run
 from overlock.ops.gradients import register_backward
-from overlock.ops.registration import register
+from overlock.ops.registration import register, to_layout_of, without_autocast
 
 
 def contmix(
@@ -91,6 +91,8 @@ def _cut_to_map(
     weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int, height: int, width: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Drop the taps that a map with a side shorter than the kernel has no room for."""
+    if kernel_size <= min(height, width):
+        return weight, bias, rpb
     extent = (kernel_size, height, width)
     return (
         _taps_inside(weight, *extent).flatten(0, 1),
@@ -132,7 +134,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     if value.numel() == 0:
         return torch.empty_like(value)
-    mixed = torch.empty_like(value)
+    given = value
     height, width = value.shape[3:]
     size = _enlarged(height, width, min_side)
     if size is not None:
@@ -140,11 +142,11 @@ def _forward(
         height, width = size
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         result = run("contmix", asked_for(), *call)
     if size is not None:
-        result = _shrink(result, mixed.shape[3], mixed.shape[4])
-    return result if result.stride() == mixed.stride() else mixed.copy_(result)
+        result = _shrink(result, given.shape[3], given.shape[4])
+    return to_layout_of(given, result)
 
 
 def _mix_plainly(
@@ -181,7 +183,7 @@ def _backward(
         height, width = size
     cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
     call = (query, key, value, *cut, min(kernel_size, height), min(kernel_size, width))
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value.device.type):
         gradients_of: Any = BACKENDS[choose("contmix", backend, *call)].backward
         computed: list[Any] = list(gradients_of(grad, *call))
     if size is not None:

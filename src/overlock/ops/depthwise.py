@@ -18,8 +18,8 @@ from torch import Tensor
 from overlock.kernels.torch.depthwise import convolve, input_gradient, weight_gradient
 from overlock.ops.checks import FilterInputs, check_gradient
 from overlock.ops.dispatch import TABLE, asked_for, choose, exports_to_onnx, trains_on_cpu
-from overlock.ops.gradients import register_autograd, register_plain_autograd
-from overlock.ops.registration import register, to_layout_of
+from overlock.ops.gradients import call_in_backward, register_autograd, register_plain_autograd
+from overlock.ops.registration import operator_of, register, to_layout_of
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = (
     f"depthwise_conv2d{part}" for part in ("", "_input_gradient", "_weight_gradient")
@@ -148,10 +148,10 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, int], output: T
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
     x, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    operators, settings = torch.ops.overlock, (ctx.dilation, ctx.backend)
+    call = (grad, x, weight, ctx.dilation, ctx.backend)
     return (
-        operators.depthwise_conv2d_input_gradient(grad, x, weight, *settings) if wanted[0] else None,
-        operators.depthwise_conv2d_weight_gradient(grad, x, weight, *settings) if wanted[1] else None,
+        call_in_backward(operator_of(INPUT_GRADIENT), *call) if wanted[0] else None,
+        call_in_backward(operator_of(WEIGHT_GRADIENT), *call) if wanted[1] else None,
         grad.sum((0, 2, 3)) if wanted[2] else None,
         None,
     )

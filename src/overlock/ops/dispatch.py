@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import importlib.util
 import logging
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "OVERLOCK_BACKEND"
 AUTO = "auto"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton too asks for when it is imported
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -63,18 +65,23 @@ def on_use(module: str, name: str) -> Callable[..., Any]:
     """A function of a module of this package that imports what may be absent, such as triton; imported when called."""
 
     def call(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"overlock.kernels.{module}"), name)(*arguments)
+        return _function(module, name)(*arguments)
 
     return call
+
+
+@functools.cache
+def _function(module: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(importlib.import_module(f"overlock.kernels.{module}"), name)
+    return function
 
 
 def _triton_why_not(module: str) -> Callable[..., str | None]:
     """Why Triton's kernels cannot run a call with a tensor first: no GPU, no triton, or what the module itself says."""
 
     def why_not(*call: Any) -> str | None:
-        device = call[0].device.type
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it needs tensors on a CUDA device, not on {device}"
+        if not (call[0].is_cuda or INTERPRETED):
+            return f"it needs tensors on a CUDA device, not on {call[0].device.type}"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
         return on_use(module, "why_not")(*call)
@@ -90,11 +97,10 @@ def _numba(module: str, forward: str, backward: str | None = None) -> Backend:
 def _triton_filter(name: str) -> Backend:
     """Triton's depthwise kernels, which know no dilation."""
     call, reason = on_use("triton.depthwise", name), _triton_why_not("triton.depthwise")
+    first = 0 if name == "convolve" else 1  # of x and weight among the arguments, after the gradient
 
     def why_not(*arguments: Any) -> str | None:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        x, weight = tensors[-2:] if name != "convolve" else tensors[:2]
-        return reason(x, weight) if arguments[-1] == 1 else "it knows no dilation"
+        return reason(*arguments[first : first + 2]) if arguments[-1] == 1 else "it knows no dilation"
 
     return Backend(forward=lambda *arguments: call(*arguments[:-1]), why_not=why_not)
 
@@ -174,7 +180,7 @@ def exports_to_onnx() -> bool:
     Then each operation is its plain form. Other graphs keep the operators. (PyTorch 2.6 and 2.7 tell of their
     TorchScript exporter only, not of ``dynamo=True``.)
     """
-    return torch.onnx.is_in_onnx_export()
+    return _is_exporting(unless_known=True) and torch.onnx.is_in_onnx_export()
 
 
 def why_not(operation: str, backend: str, *call: Any) -> str | None:
@@ -210,11 +216,15 @@ def trains_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
 
     An exported or traced graph is to have operations that others know.
     """
-    tensors = [x, *(other for other in others if other is not None)]
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return wanted and cpu.why_not(*tensors) is None and not _is_exporting()
+    if not torch.is_grad_enabled():
+        return False
+    wanted = x.requires_grad or any(other is not None and other.requires_grad for other in others)
+    return wanted and cpu.why_not(x, *others) is None and not _is_exporting()
 
 
-def _is_exporting() -> bool:
-    known = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7
-    return torch._C._get_tracing_state() is not None or (known is not None and known())
+_EXPORTS: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7
+
+
+def _is_exporting(unless_known: bool = False) -> bool:
+    """Whether a graph is traced or exported, as far as this version of PyTorch tells."""
+    return torch._C._get_tracing_state() is not None or (unless_known if _EXPORTS is None else _EXPORTS())

@@ -16,7 +16,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from overlock.ops.checks import check_gradient
-from overlock.ops.registration import LIBRARY, operator_of, register
+from overlock.ops.registration import LIBRARY, operator_of, register, without_autocast
 
 
 def register_autograd(
@@ -98,7 +98,7 @@ def register_backward(
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        computed = call(grad, ctx.backend, *saved, *ctx.numbers)
+        computed = call_in_backward(call, grad, ctx.backend, *saved, *ctx.numbers)
         computed = computed if tensors > 1 else (computed,)
         wanted = (g if x is not None else None for g, x in zip(computed, saved, strict=True))
         return *wanted, *(None for _ in ctx.numbers)
@@ -119,6 +119,14 @@ def register_backward(
     call = operator_of(f"{name}_backward")
     register_autograd(name, backward, setup_context=setup_context, plain=plain)
     register_plain_autograd(f"{name}_backward", plain_backward)
+
+
+def call_in_backward(operator: Callable[..., Any], *inputs: Any) -> Any:
+    """Call an operator in a backward pass: past autograd, unless the gradients are to be differentiated again."""
+    if torch.is_grad_enabled():
+        return operator(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*inputs)
 
 
 def pull_back(
@@ -146,11 +154,13 @@ def _is_transformed(inputs: Sequence[Any]) -> bool:
     """Whether a transform of torch.func's differentiates the call, or an input carries a tangent of forward mode."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
+    if forward_ad._current_level < 0:  # no forward mode, as nearly always
+        return False
     return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def _without_autocast(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     """Call a function whose inputs have the types that autocast gave them, or are not to get."""
     device = next(x.device.type for x in inputs if isinstance(x, Tensor))
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         return function(*inputs)

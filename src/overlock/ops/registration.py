@@ -5,6 +5,7 @@ Gradients are in gradients.py. To ``torch.compile`` and ``torch.export`` an oper
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,5 +98,15 @@ def _register_autocast(name: str, cast: int, device: str) -> None:
 
 def to_layout_of(like: Tensor, result: Tensor) -> Tensor:
     """The result in the layout that ``torch.empty_like`` gives, as an operator's fake promises."""
+    if result.stride() == like.stride():  # ``result`` has no gaps, so that empty_like keeps these strides
+        return result
     wanted = torch.empty_like(like, device="meta").stride()
     return result if result.stride() == wanted else torch.empty_like(like).copy_(result)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast switched off, for what is called with the types that it gave, or is not to get."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()

@@ -35,22 +35,30 @@ Pointer = Tensor | BufferRef
 
 
 class Kind(NamedTuple):
-    """What an argument is: its field in the record, its format for ``struct``, and how values are brought to it."""
+    """What an argument is.
+
+    Attributes:
+        dtype: its field in the record.
+        format: the same for ``struct``.
+        convert: brings a value to it; called for each argument of each call of an operator, so best a builtin.
+        is_several: whether ``convert`` gives several numbers.
+    """
 
     dtype: Any
     format: str
-    convert: Callable[[Any], tuple[Any, ...]]
+    convert: Callable[[Any], Any]
+    is_several: bool = False
 
 
-def _pointer(value: Any) -> tuple[Any, ...]:
+def _pointer(value: Any) -> Any:
     if value is None:  # what the flags of this call leave unread
-        return (0,)
+        return 0
     if isinstance(value, Tensor):
         if value.dtype != torch.float32:
             raise TypeError(f"a float32 tensor is wanted, got {value.dtype}")
     elif not isinstance(value, BufferRef):
         raise TypeError(f"a tensor or a buffer of the plan is wanted, got {type(value).__name__}")
-    return (value,)
+    return value
 
 
 def _strides(value: Any) -> tuple[Any, ...]:
@@ -61,9 +69,9 @@ def _strides(value: Any) -> tuple[Any, ...]:
 
 
 POINTER = Kind(np.int64, "q", _pointer)  # to float32 numbers
-INT64 = Kind(np.int64, "q", lambda value: (operator.index(value),))
-FLOAT64 = Kind(np.float64, "d", lambda value: (float(value),))
-STRIDES = Kind((np.int64, 4), "4q", _strides)  # of four dimensions, in numbers
+INT64 = Kind(np.int64, "q", operator.index)
+FLOAT64 = Kind(np.float64, "d", float)
+STRIDES = Kind((np.int64, 4), "4q", _strides, is_several=True)  # of four dimensions, in numbers
 
 
 class Arguments:
@@ -76,6 +84,7 @@ class Arguments:
 
     def __init__(self, kernel: str, kinds: Mapping[str, Kind]):
         self.kernel, self.kinds, self.names = kernel, dict(kinds), set(kinds)
+        self._rows = [(name, kind.convert, kind.is_several) for name, kind in kinds.items()]
         self.layout = struct.Struct("=qq" + "".join(kind.format for kind in kinds.values()))
         fields = [("function", np.int64), ("tasks", np.int64), *((name, kind.dtype) for name, kind in kinds.items())]
         self.record_type = from_dtype(np.dtype(fields, align=True))
@@ -91,9 +100,13 @@ class Arguments:
             wrong = ", ".join(f"{what} {', '.join(sorted(which))}" for what, which in names if which)
             raise TypeError(f"a call of {self.kernel} {wrong}; its arguments are {', '.join(self.kinds)}")
         values: list[Any] = []
-        for name, kind in self.kinds.items():
+        for name, convert, is_several in self._rows:
             try:
-                values += kind.convert(given[name])
+                value = convert(given[name])
             except (TypeError, ValueError) as error:
                 raise TypeError(f"{name} of {self.kernel}: {error}") from None
+            if is_several:
+                values += value
+            else:
+                values.append(value)
         return values

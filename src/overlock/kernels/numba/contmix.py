@@ -22,15 +22,17 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 def why_not(*call: object) -> str | None:
     """Why numba's kernels, of any operation, cannot run a call; or None."""
-    tensors = [x for x in call if isinstance(x, Tensor)]
-    for x in tensors:
-        if x.device.type != "cpu":
-            return f"it runs on CPU, not on {x.device.type}"
-        if x.dtype != torch.float32:
-            return "it computes in float32 only"
+    first = None
+    for x in call:
+        if isinstance(x, Tensor):
+            first = x if first is None else first
+            if x.device.type != "cpu":  # torch.compile knows it, and not ``is_cpu``
+                return f"it runs on CPU, not on {x.device.type}"
+            if x.dtype != torch.float32:
+                return "it computes in float32 only"
     if not HAS_NUMBA:
         return "numba is not installed; pip install numba"
-    return "there is nothing to compute" if tensors[0].numel() == 0 else None
+    return "there is nothing to compute" if first is not None and first.numel() == 0 else None
 
 
 def to_tokens(x: Tensor) -> Tensor:
