@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from timing import interleave, leave_out, middle, report, spread
 from torch import Tensor
 
@@ -104,4 +103,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, so that others need not have it
+
     auto_cli(main, as_positional=False)

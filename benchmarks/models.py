@@ -23,7 +23,6 @@ from unittest import mock
 import timm
 import torch
 from alternatives import by_unfold, make_kernels
-from jsonargparse import auto_cli
 from ops import peak_extra_memory
 from timing import interleave, leave_out, middle, ratio, report, spread
 from torch import Tensor, nn
@@ -258,4 +257,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, so that others need not have it
+
     auto_cli(main, as_positional=False)

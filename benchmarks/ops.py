@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from alternatives import by_shifts, by_unfold, make_flex, make_kernels, make_logits
-from jsonargparse import auto_cli
 from timing import interleave, leave_out, middle, report, spread
 from torch import Tensor
 
@@ -58,8 +57,14 @@ class Candidate(NamedTuple):
     differentiable: bool = True
 
 
-def make_inputs(shape: Shape, device: str, dtype: str) -> tuple[Tensor, ...]:
-    """query, key, weight, bias, rpb, value with logits of a few units, as trained networks have them."""
+Layout = Literal["contiguous", "network"]
+
+
+def make_inputs(shape: Shape, device: str, dtype: str, layout: Layout = "contiguous") -> tuple[Tensor, ...]:
+    """query, key, weight, bias, rpb, value with logits of a few units, as trained networks have them.
+
+    In the network query and value are channels last, and the value is half of the channels of a map.
+    """
     b, g, d, c, h, w, k = shape
     make = torch.Generator(device=device).manual_seed(0)
 
@@ -67,7 +72,12 @@ def make_inputs(shape: Shape, device: str, dtype: str) -> tuple[Tensor, ...]:
         return (torch.randn(*size, generator=make, device=device) * scale).to(getattr(torch, dtype))
 
     weights = normal(k * k, REGIONS, scale=REGIONS**-0.5), normal(k * k), normal(g, 2 * k - 1, 2 * k - 1)
-    return normal(b, g, d, h, w, scale=d**-0.5), normal(b, g, d, REGIONS), *weights, normal(b, g, c, h, w)
+    query, key, value = normal(b, g, d, h, w, scale=d**-0.5), normal(b, g, d, REGIONS), normal(b, g, c, h, w)
+    if layout == "network":
+        both = torch.cat([value, value], dim=2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        query = query.flatten(1, 2).contiguous(memory_format=torch.channels_last).unflatten(1, (g, d))
+        value = both[:, g * c :].unflatten(1, (g, c))
+    return query, key, *weights, value
 
 
 def mix(
@@ -241,4 +251,6 @@ def main(
 
 
 if __name__ == "__main__":
+    from jsonargparse import auto_cli  # here, so that others need not have it
+
     auto_cli(main, as_positional=False)

@@ -1,19 +1,32 @@
-"""Timing shared by the benchmarks: candidates interleaved, medians, spread, a table and a CSV."""
+"""Timing shared by the benchmarks: candidates interleaved, medians, spread, a table and a CSV.
+
+It needs nothing but PyTorch, as benchmarks/gpu.py may find nothing more.
+"""
 
 from __future__ import annotations
 
 import csv
 import functools
+import logging
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+
+logger = logging.getLogger(__name__)
+
+HEAD_START = 20_000_000  # cycles for which a GPU waits while calls are queued, some 10 ms
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
@@ -29,6 +42,29 @@ def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int) -> 
             run()
             _synchronise()
             seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def interleave_queued(
+    candidates: dict[str, Callable[[], object]], *, repeats: int, calls: int
+) -> dict[str, list[float]]:
+    """As :func:`interleave`, of calls that wait in a GPU's queue: without their launch, as far as the host keeps up."""
+    if not torch.cuda.is_available():
+        return interleave(candidates, repeats=repeats)
+    for run in candidates.values():
+        run()
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(HEAD_START)
+            start.record()
+            for _ in range(calls):
+                run()
+            stop.record()
+            stop.synchronize()
+            seconds[name].append(start.elapsed_time(stop) / 1e3 / calls)
     return seconds
 
 
@@ -60,7 +96,9 @@ def spread(seconds: list[float]) -> float:
 @functools.cache
 def leave_out(name: str, reason: str) -> None:
     """Say, once, that a candidate cannot run here."""
-    Console().print(f"{name} left out: {reason}", soft_wrap=True)
+    say(f"{name} left out: {reason}")
+    if sys.exc_info()[0] is not None:
+        logger.debug("%s:", name, exc_info=True)
 
 
 def machine() -> str:
@@ -76,14 +114,23 @@ def _cpu_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def report(title: str, rows: list[dict[str, object]], path: str | None) -> None:
+def report(title: str, rows: list[dict[str, object]], path: str | Path | None) -> None:
     """Print rows as a table, and write them as CSV where a path is given."""
-    table = Table(*rows[0], title=title, caption=machine())
-    for row in rows:
-        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console().print(table)
+    texts = [[*rows[0]], *([_text(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for line in ([title], *texts, [machine()]):
+        say("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=False)).rstrip())
     if path:
-        with Path(path).open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(rows, path)
+
+
+def write_csv(rows: list[dict[str, object]], path: str | Path) -> None:
+    """All rows, which may lack some of the others' columns."""
+    with Path(path).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _text(x: object) -> str:
+    return f"{x:.4g}" if isinstance(x, float) else str(x)
