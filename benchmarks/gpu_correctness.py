@@ -35,9 +35,9 @@ CONTMIX = {
     "s_stage4": ops.Shape(3, 32, 8, 8, 7, 7, 7),
     "odd": ops.Shape(2, 3, 12, 20, 9, 33, 7),
 }
-DRY_CONTMIX = {"tiny": ops.Shape(2, 2, 4, 4, 5, 6, 3)}
+DRY_CONTMIX = {"tiny": ops.Shape(1, 2, 4, 4, 3, 4, 3)}
 DEPTHWISE = {name: ((shape[0] or 4, *shape[1:]), size) for name, (shape, size) in depthwise.SHAPES.items()}
-DRY_DEPTHWISE = {"tiny": ((1, 4, 8, 9), 7)}
+DRY_DEPTHWISE = {"tiny": ((1, 2, 3, 4), 7)}
 NORMS = {"stage1": (4, 256, 56, 56), "stage4": (4, 2048, 7, 7), "odd": (3, 40, 33, 17)}
 DRY_NORMS = {"tiny": (2, 8, 5, 6)}
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 # Seconds of each step where all have eight minutes; what one leaves is for those after it.
 SHARES = {
-    "versions": 15,
-    "correctness": 110,
+    "versions": 25,
+    "correctness": 100,
+    "gradients": 25,
+    "finite": 35,
+    "operators": 75,
+    "inference": 100,
+    "training": 50,
+    "memory": 25,
+    "cifar10": 45,
 }
 
 

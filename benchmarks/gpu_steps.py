@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import gpu_correctness
+import gpu_networks
+import gpu_operators
+import gpu_training
 import numpy
 import timm
 import torch
@@ -52,6 +55,13 @@ def versions(run: Run) -> Iterator[Row]:
 STEPS: dict[str, Callable[[Run], Iterable[Row]]] = {
     "versions": versions,
     "correctness": gpu_correctness.correctness,
+    "gradients": gpu_training.gradients,
+    "finite": gpu_training.finite,
+    "operators": gpu_operators.operators,
+    "inference": gpu_networks.inference,
+    "training": gpu_networks.training,
+    "memory": gpu_networks.memory,
+    "cifar10": gpu_training.cifar10,
 }
 
 
@@ -68,6 +78,7 @@ def main() -> None:
     run = Run(options.out, options.dry_run, options.jobs, options.data)
     if run.dry:
         torch.set_num_threads(1)
+        torch.compiler.set_stance("force_eager")  # a compilation on CPU would say nothing of one on a GPU
     for item in options.ends.split(","):
         name, _, end = item.partition("=")
         run.take(name, STEPS[name], float(end))

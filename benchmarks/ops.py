@@ -149,7 +149,7 @@ def make_call(candidate: Candidate, cotangent: Tensor | None) -> Callable[[], tu
 def check(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...], dtype: str) -> None:
     """The result, and the gradient of the value, are the reference's."""
     pairs = [(found[0], expected[0]), (found[-1], expected[-1])]
-    error = max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
+    error = max(float((a.detach().float() - b.detach()).abs().max() / b.detach().abs().max()) for a, b in pairs)
     if not error <= TOLERANCE[dtype]:
         raise AssertionError(f"{name} is {error:.1e} from the reference, beyond {TOLERANCE[dtype]} for {dtype}")
 
