@@ -58,7 +58,7 @@ LARGE = {
 HALF = ("the kernel's size", "more than a block of channels")
 GRID = [(name, "float32") for name in SMALL]
 GRID += [(name, dtype) for dtype in ("bfloat16", "float16") for name in HALF]
-ON_GPU = [pytest.param(name, dtype, marks=gpu) for name in SMALL | LARGE for dtype in TOLERANCE]
+ON_GPU = [pytest.param(*case, marks=gpu) for case in [*GRID, *((name, dtype) for name in LARGE for dtype in TOLERANCE)]]
 
 
 def make_inputs(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor | None]:

@@ -23,10 +23,14 @@ ON_CPU = ("triton",) if INTERPRETED else ("cpu", "torch", "reference")
 ON_CUDA = ("triton", "torch", "reference")
 GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 slow_if_interpreted = pytest.mark.slow if INTERPRETED else lambda test: test
-backends = pytest.mark.parametrize(
-    ("name", "device"),
-    [(name, "cpu") for name in ON_CPU] + [pytest.param(name, "cuda", marks=GPU) for name in ON_CUDA],
-)
+
+
+def on_backends(*marks_on_gpu: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    on_gpu = [pytest.param(name, "cuda", marks=(*GPU, *marks_on_gpu)) for name in ON_CUDA]
+    return pytest.mark.parametrize(("name", "device"), [(name, "cpu") for name in ON_CPU] + on_gpu)
+
+
+backends = on_backends()
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -54,8 +58,8 @@ CALLS = {
     "more than a tile": dict(height=4, width=40, depth=4, channels=4, groups=1),
     "weights in float32": dict(height=5, width=6, depth=8, channels=8, grid=3, weight_dtype=torch.float32),
 }
-# The 16-bit types differ in the products alone, and the interpreter is slow.
-INTERPRETED_HALVES = ("lower than the kernel", "wide heads", "wide values", "one map for all", "weights in float32")
+# The 16-bit types differ in the products alone, and the interpreter is slow, as is the compilation for a GPU.
+SOME = ("lower than the kernel", "wide heads", "wide values", "one map for all", "weights in float32")
 LARGE = {
     "detection": dict(height=50, width=80, kernel_size=13, depth=16, channels=16, grid=7, groups=8, layout=HALF),
     "segmentation": dict(height=32, width=128, kernel_size=13, depth=16, channels=16, grid=7, batch=2),
@@ -150,14 +154,23 @@ def test_named_calls(name, device, dtype):
     """What is particular: the network's shapes, odd ones, each memory layout, with and without biases."""
     if refused(name, dtype):
         return
-    some = INTERPRETED and dtype != "float32"
-    assert not failures(name, {key: CALLS[key] for key in INTERPRETED_HALVES} if some else CALLS, dtype, device)
+    some = device == "cuda" or (INTERPRETED and dtype != "float32")
+    assert not failures(name, {key: CALLS[key] for key in SOME} if some else CALLS, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@dtypes
+@pytest.mark.parametrize("name", ON_CUDA)
+def test_all_named_calls_on_cuda(name, dtype):
+    assert not failures(name, CALLS, dtype, "cuda")
 
 
 @slow_if_interpreted
 @grid
 @dtypes
-@backends
+@on_backends(pytest.mark.slow)
 def test_grid(name, device, dtype, kernel_size, size):
     """Every kernel and width of head on every kind of map."""
     if refused(name, dtype):
@@ -168,9 +181,10 @@ def test_grid(name, device, dtype, kernel_size, size):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @dtypes
+@pytest.mark.parametrize("call", LARGE)
 @pytest.mark.parametrize("name", ON_CUDA)
-def test_large_maps(name, dtype):
-    assert not failures(name, LARGE, dtype, "cuda")
+def test_large_maps(name, call, dtype):
+    assert not failures(name, {call: LARGE[call]}, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
