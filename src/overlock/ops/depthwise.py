@@ -17,7 +17,7 @@ from torch import Tensor
 
 from overlock.kernels.torch.depthwise import convolve, input_gradient, weight_gradient
 from overlock.ops.checks import FilterInputs, check_gradient
-from overlock.ops.dispatch import TABLE, asked_for, choose, exports_to_onnx, trains_on_cpu
+from overlock.ops.dispatch import AUTO, TABLE, asked_for, choose, exports_to_onnx, trains_on_cpu
 from overlock.ops.gradients import call_in_backward, register_autograd, register_plain_autograd
 from overlock.ops.registration import operator_of, register, to_layout_of
 
@@ -75,13 +75,14 @@ def _milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
 
 
 def choose_fastest(operation: str, asked: str, x: Tensor, weight: Tensor, *call: Any) -> str:
-    """As :func:`overlock.ops.dispatch.choose`, but on CUDA Triton's kernel only where it was the faster.
+    """As :func:`overlock.ops.dispatch.choose`, but on CUDA Triton's kernel, unless asked for, only where it was faster.
 
     Where nothing can be timed, which is while a CUDA graph is captured, PyTorch's is taken unless the answer is known;
     also where algorithms must be deterministic, since a race of timings is not.
     """
     chosen = choose(operation, asked, *call)
-    return "torch" if chosen == "triton" and x.is_cuda and not _is_faster(operation, x, weight, *call) else chosen
+    free = asked == AUTO and chosen == "triton" and x.is_cuda
+    return "torch" if free and not _is_faster(operation, x, weight, *call) else chosen
 
 
 def _is_faster(operation: str, x: Tensor, weight: Tensor, *call: Any) -> bool:
