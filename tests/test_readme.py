@@ -55,7 +55,9 @@ def test_python_runs(default_file, tmp_path, monkeypatch):
         assert [set(result.labels) for result in names["results"]] == [{"3", "7"}] * 2
 
 
-TEXTS = "".join((ROOT / "docs" / name).read_text() for name in ("training.md", "detection_segmentation.md"))
+TEXTS = "".join(
+    (ROOT / "docs" / name).read_text() for name in ("training.md", "detection_segmentation.md", "evidence.md")
+)
 COMMANDS = [
     line
     for block in blocks("bash") + re.findall(r"```bash\n(.*?)```", TEXTS, flags=re.DOTALL)

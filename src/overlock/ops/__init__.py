@@ -1,6 +1,6 @@
 """Operations that PyTorch has not, or not fast: dynamic and depthwise convolution, response norm."""
 
-from overlock.ops.contmix import contmix, region_centres
+from overlock.ops.contmix import contmix, contmix_kernels, region_centres
 from overlock.ops.depthwise import depthwise_conv2d
 from overlock.ops.dispatch import BACKENDS, backend
 from overlock.ops.grn import response_norm
@@ -11,6 +11,7 @@ __all__ = [
     "BACKENDS",
     "backend",
     "contmix",
+    "contmix_kernels",
     "depthwise_conv2d",
     "local_conv",
     "region_centres",

@@ -166,6 +166,31 @@ def _mix_plainly(
     return result
 
 
+@torch.no_grad()
+def contmix_kernels(
+    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None, kernel_size: int,
+    min_side: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What :func:`contmix` makes its kernels of, and these: for those who want to look at them.
+
+    The arguments are those of :func:`contmix`. H' x W' is the map, enlarged where ``min_side`` says so.
+
+    Returns:
+        The affinities (B, G, H', W', S^2) and the kernels (B, G, H', W', Kh, Kw), whose taps sum to 1; float32, or
+        float64 for such queries.
+    """
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    query, key, weight = query.to(exact), key.to(exact), weight.to(exact)
+    size = _enlarged(query.shape[3], query.shape[4], min_side)
+    if size is not None:
+        query = _resize(query, size)
+    height, width = query.shape[3:]
+    cut = _cut_to_map(weight, bias, rpb, kernel_size, height, width)
+    extent = min(kernel_size, height), min(kernel_size, width)
+    kernels = reference.make_kernels(query, key, *cut, *extent)
+    return reference.make_affinities(query, key), kernels.unflatten(-1, extent)
+
+
 def _backward(
     grad: Tensor, backend: str, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None,
     rpb: Tensor | None, kernel_size: int, min_side: int = 0,

@@ -15,6 +15,11 @@ def window_starts(size: int, kernel_size: int, device: torch.device | None = Non
     return (torch.arange(size, device=device) - kernel_size // 2).clamp(0, size - kernel_size)
 
 
+def window_rows(size: int, kernel_size: int, device: torch.device | None = None) -> Tensor:
+    """The rows (or columns) of each token's window, (size, kernel_size)."""
+    return window_starts(size, kernel_size, device)[:, None] + torch.arange(kernel_size, device=device)
+
+
 def average_regions(x: Tensor, height: int, width: int) -> Tensor:
     """``F.adaptive_avg_pool2d`` of maps (..., H, W) as two matrix products, of which ONNX knows any size."""
     exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -57,25 +62,34 @@ def contmix(
     """
     # Not torch.promote_types: an export of torch 2.6 that holds its call cannot be read back.
     dtype, exact = value.dtype, torch.float64 if value.dtype == torch.float64 else torch.float32
-    query, key, value, weight = (x.to(exact) for x in (query, key, value, weight))
+    kernels = make_kernels(
+        query.to(exact), key.to(exact), weight.to(exact), bias, rpb, kernel_height, kernel_width
+    )  # fmt: skip
     height, width = value.shape[-2:]
-    rows = window_starts(height, kernel_height, value.device)[:, None] + torch.arange(
-        kernel_height, device=value.device
-    )  # H, Kh: the key rows of each token row
-    columns = window_starts(width, kernel_width, value.device)[:, None] + torch.arange(
-        kernel_width, device=value.device
-    )
+    rows = window_rows(height, kernel_height, value.device)
+    columns = window_rows(width, kernel_width, value.device)
+    windows = value.to(exact)[..., rows[:, None, :, None], columns[None, :, None, :]]  # B, G, C, H, W, Kh, Kw
+    return torch.einsum("bghwn,bgchwn->bgchw", kernels, windows.flatten(5)).to(dtype)
 
-    affinity = torch.einsum("bgdhw,bgds->bghws", query, key)
-    logits = torch.einsum("bghws,ns->bghwn", affinity, weight)
+
+def make_kernels(
+    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
+    kernel_height: int, kernel_width: int,
+) -> Tensor:  # fmt: skip
+    """The kernels alone, (B, G, H, W, N), in the dtype of the query, key and weight."""
+    (height, width), device, exact = query.shape[-2:], query.device, query.dtype
+    logits = torch.einsum("bghws,ns->bghwn", make_affinities(query, key), weight)
     if bias is not None:
         logits = logits + bias.to(exact)
     if rpb is not None:
-        offset_rows = rows - torch.arange(height, device=value.device)[:, None] + kernel_height - 1
-        offset_columns = columns - torch.arange(width, device=value.device)[:, None] + kernel_width - 1
+        rows, columns = window_rows(height, kernel_height, device), window_rows(width, kernel_width, device)
+        offset_rows = rows - torch.arange(height, device=device)[:, None] + kernel_height - 1
+        offset_columns = columns - torch.arange(width, device=device)[:, None] + kernel_width - 1
         table = rpb.to(exact)[:, offset_rows[:, None, :, None], offset_columns[None, :, None, :]]  # G, H, W, Kh, Kw
         logits = logits + table.flatten(3)
-    kernels = logits.softmax(dim=-1)
+    return logits.softmax(dim=-1)
 
-    windows = value[..., rows[:, None, :, None], columns[None, :, None, :]]  # B, G, C, H, W, Kh, Kw
-    return torch.einsum("bghwn,bgchwn->bgchw", kernels, windows.flatten(5)).to(dtype)
+
+def make_affinities(query: Tensor, key: Tensor) -> Tensor:
+    """Of each token to the region centres: (B, G, H, W, S^2)."""
+    return torch.einsum("bgdhw,bgds->bghws", query, key)
