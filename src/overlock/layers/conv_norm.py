@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import fuse_conv_bn_eval
 
 
@@ -49,6 +52,48 @@ class BatchNorm2d(nn.BatchNorm2d):
             x, self.running_mean, self.running_var, self.weight, self.bias, self.num_batches_tracked, self.training,
             self.track_running_stats, self.momentum, self.eps,
         )  # fmt: skip
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches a module's calls, so that it has to be called."""
+    return (
+        bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+        or _has_any_global_hook()
+    )
+
+
+def go_by_batch(norms: Sequence[nn.Module]) -> bool:
+    """Whether batch norms have scale and shift, normalise by their batch alike, and move their statistics alike.
+
+    Those of other classes, which know of statistics elsewhere, do not count.
+    """
+    first = norms[0]
+    return isinstance(first, BatchNorm2d) and all(
+        type(norm) is BatchNorm2d
+        and norm.training
+        and norm.weight is not None
+        and norm.running_mean is not None
+        and norm.momentum is not None
+        and (norm.momentum, norm.eps) == (first.momentum, first.eps)
+        for norm in norms
+    )
+
+
+@torch.no_grad()
+def move_statistics(norms: Sequence[BatchNorm2d], means: Tensor, variances: Tensor, count: int) -> None:
+    """Move the running statistics of norms that :func:`go_by_batch`, as they do themselves.
+
+    Args:
+        norms: N of them.
+        means, variances: (N, C), of ``count`` values a channel; variances without correction.
+        count: of the values, more than one.
+    """
+    share: Any = norms[0].momentum
+    for name, numbers in (("running_mean", means), ("running_var", variances * (count / (count - 1)))):
+        running = [getattr(norm, name) for norm in norms]
+        torch._foreach_mul_(running, 1 - share)
+        torch._foreach_add_(running, numbers.unbind(), alpha=share)
+    torch._foreach_add_([getattr(norm, "num_batches_tracked") for norm in norms], 1)  # noqa: B009 - for mypy
 
 
 class ConvNorm(nn.Sequential):

@@ -9,8 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.layers.arguments import check_count
-from overlock.layers.conv_norm import BatchNorm2d, ConvNorm, fold_norm_into_conv
+from overlock.layers.conv_norm import (
+    BatchNorm2d,
+    ConvNorm,
+    fold_norm_into_conv,
+    go_by_batch,
+    has_hooks,
+    move_statistics,
+)
 from overlock.layers.depthwise_conv import DepthwiseConv
+from overlock.ops.dispatch import trains_on_cpu
+from overlock.ops.repconv import dilated_repconv
 
 # (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
 BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -76,10 +85,41 @@ class DilatedRepConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if len(self.branches) > 0:
+            if not torch.jit.is_scripting():  # noqa: SIM102 - scripts only as a condition of its own
+                if self._trains_at_once(x):
+                    return self._train(x)
             x = away_from_channels_last(x)
         y = self.norm(self.large(x))
         for branch in self.branches.values():
             y = y + branch(x)
+        return y
+
+    def _parts(self) -> list[Any]:
+        """Convolutions and their norms."""
+        return [(self.large, self.norm), *self.branches.values()]
+
+    def _trains_at_once(self, x: Tensor) -> bool:
+        """Whether the operator for all branches computes what the modules would: they are as they were built."""
+        if type(x) is not Tensor or x.numel() == x.size(1) or torch.is_autocast_enabled("cpu"):
+            return False
+        branches = list(self.branches.values())
+        if any(type(branch) is not ConvNorm for branch in branches):
+            return False
+        convs, norms = zip(*self._parts(), strict=True)
+        return (
+            all(type(conv) is DepthwiseConv and conv.bias is None for conv in convs)
+            and go_by_batch(norms)
+            and not any(map(has_hooks, (*convs, *norms, *branches)))
+            and trains_on_cpu(x, *(conv.weight for conv in convs))
+        )
+
+    def _train(self, x: Tensor) -> Tensor:
+        convs, norms = zip(*self._parts(), strict=True)
+        y, means, variances = dilated_repconv(
+            x, [conv.weight for conv in convs], [norm.weight for norm in norms], [norm.bias for norm in norms],
+            [conv.dilation[0] for conv in convs], norms[0].eps,
+        )  # fmt: skip
+        move_statistics(norms, means, variances, x.numel() // x.size(1))
         return y
 
     @property

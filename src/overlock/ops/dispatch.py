@@ -23,7 +23,7 @@ from torch import Tensor
 
 from overlock.kernels.numba import contmix as cpu
 from overlock.kernels.torch import contmix as portable
-from overlock.kernels.torch import depthwise, grn, reference
+from overlock.kernels.torch import depthwise, grn, reference, repconv
 from overlock.ops.gradients import pull_back
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,12 @@ def _triton_filter(name: str) -> Backend:
     return Backend(forward=lambda *arguments: call(*arguments[:-1]), why_not=why_not)
 
 
+def _repconv_why_not(*call: Any) -> str | None:
+    """As numba's, which have room for eight branches."""
+    sizes = next(x for x in call if isinstance(x, list | tuple) and isinstance(x[0], int))
+    return cpu.why_not(*call) if len(sizes) <= 8 else "it has eight branches at most"
+
+
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(
         forward=on_use("triton.contmix", "forward"),
@@ -137,6 +143,14 @@ TABLE: dict[str, dict[str, Backend]] = {
     "local_conv": {
         "cpu": _numba("depthwise_gradients", "local_conv", "local_gradients"),
         "torch": Backend(forward=depthwise.local_conv, backward=depthwise.local_gradients),
+    },
+    "dilated_repconv": {
+        "cpu": Backend(
+            forward=on_use("numba.repconv", "forward"),
+            backward=on_use("numba.repconv_gradients", "backward"),
+            why_not=_repconv_why_not,
+        ),
+        "torch": Backend(forward=repconv.forward, backward=repconv.backward),
     },
     "sum_products": {"cpu": _numba("grn", "sum_products"), "torch": Backend(forward=grn.sum_products)},
     "scale_and_add": {"cpu": _numba("grn", "scale_and_add"), "torch": Backend(forward=grn.scale_and_add)},

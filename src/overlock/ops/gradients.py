@@ -49,12 +49,17 @@ def register_plain_autograd(name: str, plain: Callable[..., Any]) -> None:
 
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        wanted = [i for i, is_wanted in enumerate(ctx.needs_input_grad) if is_wanted]
+        wanted = [i for i, is_wanted in enumerate(ctx.needs_input_grad) if is_wanted is True]  # no list of tensors
         gradients = pull_back(plain, inputs, cotangents if len(cotangents) > 1 else cotangents[0], wanted)
         found = dict(zip(wanted, gradients, strict=True))
-        return tuple(found.get(i) for i in range(len(inputs)))
+        return tuple(found.get(i, _nothing_for(x)) for i, x in enumerate(inputs))
 
     register_autograd(name, backward, setup_context=setup_context, plain=plain)
+
+
+def _nothing_for(x: Any) -> Any:
+    """No gradient, for a list of tensors as a list."""
+    return [None for _ in x] if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor) else None
 
 
 def register_no_gradients(name: str) -> None:

@@ -1,0 +1,249 @@
+"""What the kernels of Dilated RepConv in training share: tiles of images, and filters of any dilation on them.
+
+A tile is some rows and columns of LANES channels, copied together so that each load is of one line of the cache. Around
+what belongs to it lies as much as the largest filter reaches over, zeros outside of the image. All branches read it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from overlock.kernels.numba.arguments import POINTER, Kind
+from overlock.kernels.numba.runtime import OPTIONS, floats
+from overlock.kernels.numba.simd import LANES, broadcast, load, masked_load, prefetch, store
+from overlock.kernels.numba.vector_tuples import add_all, load_all, multiply_add, repeat, store_all
+
+MOST = 8  # branches, the large kernel among them
+SIDE = 64  # most rows and columns of a tile; with what lies around it, it fits the second cache
+SPARE = 3  # columns that filters may write beyond a tile's own
+KEPT = 16  # channels that lie side by side in the branches' results, whatever the machine
+ZERO = np.float32(0)
+
+
+def _branches(value: Any) -> tuple[Any, ...]:
+    numbers = tuple(map(operator.index, value))
+    return (*numbers, *(0 for _ in range(MOST - len(numbers))))
+
+
+def _pointers(value: Any) -> tuple[Any, ...]:
+    return tuple(x for i in range(MOST) for x in POINTER.convert(value[i] if i < len(value) else None))
+
+
+BRANCHES = Kind((np.int64, MOST), f"{MOST}q", _branches)  # a number for each branch
+POINTERS = Kind((np.int64, MOST), f"{MOST}q", _pointers)  # a tensor for each branch
+
+
+def tiles_of(height: int, width: int) -> tuple[int, int]:
+    """Into how many rows and columns of tiles a map is cut."""
+    return -(-height // SIDE), -(-width // SIDE)
+
+
+@njit(**OPTIONS)
+def cut(length, part, parts):
+    """Begin and end of a part of a length."""
+    return length * part // parts, length * (part + 1) // parts
+
+
+@njit(**OPTIONS)
+def count_taps(sizes, branches):
+    """Of all branches."""
+    taps = 0
+    for i in range(branches):
+        taps += sizes[i] * sizes[i]
+    return taps
+
+
+@njit(**OPTIONS)
+def plane_of(block, image, batch, positions):
+    """Where an image's results of a branch (C / KEPT, B, H W, KEPT) begin, for a block of LANES channels."""
+    channel = block * LANES
+    return (channel // KEPT * batch + image) * positions * KEPT + channel % KEPT
+
+
+@njit(**OPTIONS)
+def results(address, batch, positions, channels):
+    """A branch's results (C / KEPT, B, H W, KEPT)."""
+    return floats(address, ((channels + KEPT - 1) // KEPT * batch * positions * KEPT,))
+
+
+@njit(**OPTIONS)
+def read_rows(images, first, row_step, channels, rows, columns, lanes, tile, place, stride):
+    """Rows and columns of up to LANES channels into a tile, from ``place`` on."""
+    for y in range(rows):
+        at = first + y * row_step
+        for x in range(columns):
+            prefetch(images, at + row_step + x * channels)  # too far apart for the machine to foresee
+            store(tile, place + y * stride + x * LANES, masked_load(images, at + x * channels, lanes))
+
+
+def _filter_pair(count):
+    """Two rows of ``count`` neighbours, the second as far below the first as the filter is dilated."""
+
+    @njit(**OPTIONS)
+    def filter_pair(tile, at, row_step, step, taps, tap, size, begin, end, out, to, below):
+        """Add the sums to ``out``. Each input is read once for row k of the filter, and for row k - 1."""
+        upper, lower = load_all(out, to, LANES, count), load_all(out, to + below, LANES, count)
+        for k in range(begin, end):
+            x, first, second = at + k * row_step, tap + k * size * LANES, tap + (k - 1) * size * LANES
+            if 0 < k < size:
+                for j in range(size):
+                    values = load_all(tile, x + j * step, LANES, count)
+                    upper = multiply_add(upper, load(taps, first + j * LANES), values)
+                    lower = multiply_add(lower, load(taps, second + j * LANES), values)
+            elif k == 0:
+                for j in range(size):
+                    upper = multiply_add(
+                        upper, load(taps, first + j * LANES), load_all(tile, x + j * step, LANES, count)
+                    )
+            else:
+                for j in range(size):
+                    lower = multiply_add(
+                        lower, load(taps, second + j * LANES), load_all(tile, x + j * step, LANES, count)
+                    )
+        store_all(out, to, LANES, upper)
+        store_all(out, to + below, LANES, lower)
+
+    return filter_pair
+
+
+def _filter_single(count):
+    @njit(**OPTIONS)
+    def filter_single(tile, at, row_step, step, taps, tap, size, begin, end, out, to):
+        sums = load_all(out, to, LANES, count)
+        for k in range(begin, end):
+            for j in range(size):
+                values = load_all(tile, at + k * row_step + j * step, LANES, count)
+                sums = multiply_add(sums, load(taps, tap + (k * size + j) * LANES), values)
+        store_all(out, to, LANES, sums)
+
+    return filter_single
+
+
+filter_two_by_seven, filter_two_by_four = _filter_pair(7), _filter_pair(4)
+filter_seven, filter_four = _filter_single(7), _filter_single(4)
+
+
+@njit(**OPTIONS)
+def filter_rows(tile, at, stride, taps, tap, size, dilation, above, rows, columns, count, out, to, below):
+    """Add one filtered row, or two of them as far apart as the filter is dilated, to ``out``.
+
+    ``at`` is where the first tap of the first result reads; ``above`` and ``rows`` are how many rows before that one,
+    seen from it, belong to no image, and where the image's rows end.
+    """
+    begin, end = max(0, -(-above // dilation)), min(size + count - 1, (rows - 1) // dilation + 1)
+    row_step, step, x = dilation * stride, dilation * LANES, 0
+    while x < columns:
+        wide, place = columns - x > 4 and columns - x != 8, x * LANES
+        if count == 2 and wide:
+            filter_two_by_seven(
+                tile, at + place, row_step, step, taps, tap, size, begin, end, out, to + place, below
+            )  # fmt: skip
+        elif count == 2:
+            filter_two_by_four(tile, at + place, row_step, step, taps, tap, size, begin, end, out, to + place, below)
+        elif wide:
+            filter_seven(tile, at + place, row_step, step, taps, tap, size, begin, end, out, to + place)
+        else:
+            filter_four(tile, at + place, row_step, step, taps, tap, size, begin, end, out, to + place)
+        x += 7 if wide else 4
+
+
+def _correlate_pair(count):
+    """``count`` taps of two rows of a filter."""
+
+    @njit(**OPTIONS)
+    def correlate_pair(values, value, value_step, earlier, lines, line, stride, step, rows, columns, sums, to, second):
+        first = later = repeat(broadcast(ZERO), count)
+        for y in range(rows):
+            v, at = value + y * value_step, line + y * stride
+            for x in range(0, columns * LANES, LANES):
+                neighbours = load_all(lines, at + x, step, count)
+                first = multiply_add(first, load(values, v + x), neighbours)
+                later = multiply_add(later, load(values, v + x - earlier), neighbours)
+        add_all(sums, to, LANES, first)
+        add_all(sums, second, LANES, later)
+
+    return correlate_pair
+
+
+def _correlate_single(count):
+    @njit(**OPTIONS)
+    def correlate_single(values, value, value_step, lines, line, stride, step, rows, columns, sums, to):
+        added = repeat(broadcast(ZERO), count)
+        for y in range(rows):
+            v, at = value + y * value_step, line + y * stride
+            for x in range(0, columns * LANES, LANES):
+                added = multiply_add(added, load(values, v + x), load_all(lines, at + x, step, count))
+        add_all(sums, to, LANES, added)
+
+    return correlate_single
+
+
+correlate_two_by_three, correlate_two_by_five, correlate_two_by_seven = map(_correlate_pair, (3, 5, 7))
+correlate_three, correlate_five, correlate_seven = map(_correlate_single, (3, 5, 7))
+
+
+@njit(**OPTIONS)
+def correlate_rows(values, value_step, lines, at, stride, size, dilation, k, begin, end, columns, sums, to, paired):
+    """Add products of values and their neighbours to the sums of row k of a filter, and with ``paired`` of row k + 1.
+
+    Of the values those of the rows from ``begin`` to ``end`` count for row k, and those ``dilation`` rows before them,
+    which meet the same neighbours, for row k + 1.
+    """
+    rows, value, line = end - begin, begin * value_step, at + (begin + k * dilation) * stride
+    step, below, earlier, j = dilation * LANES, size * LANES, dilation * value_step, 0
+    while j < size and rows > 0:
+        left, x, place = size - j, line + j * step, to + (k * size + j) * LANES
+        if left == 7 or left >= 12:
+            if paired:
+                correlate_two_by_seven(
+                    values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place,
+                    place + below,
+                )  # fmt: skip
+            else:
+                correlate_seven(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+            j += 7
+        elif left in {5, 8, 10, 11}:
+            if paired:
+                correlate_two_by_five(
+                    values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place,
+                    place + below,
+                )  # fmt: skip
+            else:
+                correlate_five(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+            j += 5
+        else:
+            if paired:
+                correlate_two_by_three(
+                    values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place,
+                    place + below,
+                )  # fmt: skip
+            else:
+                correlate_three(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+            j += 3
+
+
+@njit(**OPTIONS)
+def correlate_tile(values, value_step, lines, at, stride, size, dilation, rows, columns, top, bottom, sums, to):
+    """Add the products of a tile of values and their neighbours, ``size`` x ``size`` of them, to as many sums.
+
+    ``at`` is where the first neighbour of the first value lies. ``top`` and ``bottom`` are the first and last
+    (exclusive) row of neighbours of the image, seen from there.
+    """
+    for k in range(0, size, 2):
+        begin, end = top - k * dilation, bottom - k * dilation  # rows of values whose neighbours are the image's
+        paired = k + 1 < size
+        for part in range(3):
+            row, first, last = k, max(begin, dilation if paired else 0), min(end, rows)
+            if part == 1:  # row k alone
+                first, last = max(begin, 0), min(end, dilation, rows)
+            elif part == 2:  # row k + 1 alone
+                row, first, last = k + 1, max(begin - dilation, rows - dilation, 0), min(end - dilation, rows)
+            if part == 0 or paired:
+                correlate_rows(
+                    values, value_step, lines, at, stride, size, dilation, row, first, last, columns, sums, to,
+                    paired and part == 0,
+                )  # fmt: skip

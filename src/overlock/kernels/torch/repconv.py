@@ -1,0 +1,57 @@
+"""Dilated RepConv's training pass in plain PyTorch: N depthwise convolutions, each batch-normed, and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from overlock.kernels.torch.depthwise import convolve
+
+KEPT = 16  # channels that lie side by side in what the CPU's kernels keep of a branch
+
+
+def kept_shape(x: Tensor) -> tuple[int, ...]:
+    """Of a branch's result as it is kept for the gradients: (C / 16, B, H, W, 16), from images (B, C, H, W)."""
+    batch, channels, height, width = x.shape
+    return -(-channels // KEPT), batch, height, width, KEPT
+
+
+def _branches(x: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
+    parts = taps.split([k * k for k in sizes])
+    filters = (part.t().unflatten(1, (1, k, k)) for part, k in zip(parts, sizes, strict=True))
+    return [convolve(x, weight.to(x.dtype), None, r) for weight, r in zip(filters, dilations, strict=True)]
+
+
+def _keep(branch: Tensor) -> Tensor:
+    blocks, batch, height, width, lanes = kept_shape(branch)
+    padded = F.pad(branch, (0, 0, 0, 0, 0, blocks * lanes - branch.shape[1]))
+    return padded.view(batch, blocks, lanes, height, width).permute(1, 0, 3, 4, 2).contiguous()
+
+
+def forward(
+    x: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, sizes: Sequence[int], dilations: Sequence[int], eps: float
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """See overlock.ops.repconv."""
+    results = _branches(x, taps, sizes, dilations)
+    both = [torch.var_mean(result.to(scale.dtype), (0, 2, 3), correction=0) for result in results]
+    variance, mean = (torch.stack(numbers) for numbers in zip(*both, strict=True))
+    factor = scale * torch.rsqrt(variance + eps)
+    y = (shift - mean * factor).sum(0).view(-1, 1, 1)
+    for result, weight in zip(results, factor, strict=True):
+        y = y + result * weight.view(-1, 1, 1)
+    return y.to(x.dtype), [_keep(result.detach()) for result in results], mean, variance
+
+
+def backward(
+    grad: Tensor, x: Tensor, taps: Tensor, scale: Tensor, _kept: Sequence[Tensor], _mean: Tensor, _variance: Tensor,
+    sizes: Sequence[int], dilations: Sequence[int], eps: float, _wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, taps, scale and shift, from x alone."""
+
+    def result(x: Tensor, taps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return forward(x, taps, scale, shift, sizes, dilations, eps)[0]
+
+    return torch.func.vjp(result, x, taps, scale, torch.zeros_like(scale))[1](grad)
