@@ -72,7 +72,7 @@ def test_timm_has_the_models_in_either_order(order):
     assert prints(f"import {order}; print(timm.create_model('overlock_atto', num_classes=3).num_classes)") == "3"
 
 
-@pytest.mark.parametrize("first", ["layers", "blocks", "network", "weights", "fused.fuse"])
+@pytest.mark.parametrize("first", ["layers", "blocks", "network", "weights", "fused.fuse", "ablation"])
 def test_any_part_may_be_imported_first(first):
     """It imports timm itself, which is when the models that it is a part of are registered."""
     code = f"import overlock.{first}; from timm.models import is_model; print(is_model('overlock_t'))"

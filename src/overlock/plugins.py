@@ -12,7 +12,7 @@ from types import ModuleType
 
 from wrapt import register_post_import_hook
 
-BELOW_MODELS = tuple(f"overlock.{name}" for name in ("layers", "blocks", "network", "weights", "tasks"))
+BELOW_MODELS = tuple(f"overlock.{name}" for name in ("layers", "blocks", "network", "weights", "tasks", "ablation"))
 """What the models are made of. It imports timm itself, and must be whole before they can be registered."""
 
 
@@ -38,12 +38,16 @@ def _define_operators(_: ModuleType) -> None:
 
 
 def _register_models(imported: ModuleType) -> None:
-    """Register the variants as soon as timm is imported, and no import of what they are made of is under way."""
+    """Register the variants, and the rows of the ablations, as soon as timm is imported.
+
+    Not while an import of what they are made of is under way.
+    """
     others = [
         sys.modules[name] for name in ("timm", *BELOW_MODELS) if name in sys.modules and name != imported.__name__
     ]
     if "timm" in sys.modules and not any(map(_is_under_way, others)):
-        importlib.import_module("overlock.tasks.classification")
+        for name in ("overlock.tasks.classification", "overlock.ablation.models"):
+            importlib.import_module(name)
         _define_operators(imported)
 
 

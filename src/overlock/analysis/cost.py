@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from overlock.network import VARIANTS, OverLoCK
@@ -67,6 +69,37 @@ def count_cost(model: str, *, image_size: tuple[int, int] = (224, 224), num_clas
     ]
     total = {name: sum(getattr(cost, name) for cost in costs) for name in ("params", "macs", "mixing")}
     return [*costs, Cost(name="total", **total)]
+
+
+def count_network(network: nn.Module, *, image_size: tuple[int, int] = (224, 224), in_chans: int = 3) -> Cost:
+    """The cost of any network of images, as it stands: one built with ``deploy`` is merged.
+
+    Args:
+        network: in evaluation mode, on the device 'meta', where nothing is computed.
+        image_size: height and width.
+        in_chans: channels of the images.
+    """
+    return count_call("total", [network], network, torch.empty(1, in_chans, *image_size, device="meta"))
+
+
+def count_call(name: str, modules: Sequence[nn.Module], call: Callable[..., Any], inputs: Any) -> Cost:
+    """The cost of a call, and of the modules that it runs."""
+    contmix = torch.ops.overlock.contmix
+
+    def count(formula: Callable[..., int]) -> dict[Any, int]:
+        counter = FlopCounterMode(display=False, custom_mapping={contmix: formula})
+        with counter, torch.inference_mode():
+            call(inputs)
+        return counter.get_flop_counts().get("Global", {})
+
+    flops = count(count_generation)
+    mixing = count(count_applications)[contmix] if contmix in flops else 0
+    return Cost(
+        name=name,
+        params=sum(p.numel() for module in modules for p in module.parameters()),
+        macs=sum(flops.values()) // 2,
+        mixing=mixing // 2,
+    )
 
 
 def _count(

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from overlock.analysis.cost import Cost, count_applications, count_generation
+from overlock.analysis.cost import Cost, count_call
 from overlock.detection import cascade_mask_rcnn, mask_rcnn
 from overlock.network import VARIANTS
 from overlock.segmentation import upernet
@@ -78,7 +77,7 @@ def count_dense_cost(model: str, task: str, *, image_size: tuple[int, int] | Non
         network = settings.build(model, num_classes=settings.num_classes, deploy=True).eval()
         images = torch.empty(1, 3, *(image_size or settings.image_size))
         parts = _segmentation_parts if task == "upernet" else _detection_parts
-        costs = [_count(*work) for work in parts(network, images)]
+        costs = [count_call(*work) for work in parts(network, images)]
     total = {name: sum(getattr(cost, name) for cost in costs) for name in ("params", "macs", "mixing")}
     return [*costs, Cost(name="total", **total)]
 
@@ -106,19 +105,3 @@ def _heads(kind: str, stages: Any, regions: torch.Tensor) -> Iterator[Work]:
 def _segmentation_parts(network: Any, images: torch.Tensor) -> Iterator[Work]:
     yield "backbone", [network.backbone], network.backbone, images
     yield "head", [network.decode_head], network.decode_head, network.backbone(images)
-
-
-def _count(name: str, modules: list[nn.Module], call: Callable[..., Any], inputs: Any) -> Cost:
-    contmix = torch.ops.overlock.contmix
-    flops = []
-    for formula in (count_generation, count_applications):
-        counter = FlopCounterMode(display=False, custom_mapping={contmix: formula})
-        with counter, torch.inference_mode():
-            call(inputs)
-        flops.append(counter.get_flop_counts().get("Global", {}))
-    return Cost(
-        name=name,
-        params=sum(p.numel() for module in modules for p in module.parameters()),
-        macs=sum(flops[0].values()) // 2,
-        mixing=flops[1].get(contmix, 0) // 2,
-    )

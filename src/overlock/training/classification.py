@@ -11,6 +11,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from overlock.ablation.models import TRAINED_WITH_AUX_HEAD
 from overlock.checkpoints import (
     CONFIG_FILE,
     Record,
@@ -154,7 +155,7 @@ def make_network(config: TrainConfig, data: ImageData) -> tuple[nn.Module, Recor
         arguments["stem_stride"] = config.stem_stride
     rate = VARIANTS[name].drop_path if ours and config.drop_path is None else config.drop_path
     only_training: dict[str, Any] = dict(drop_path_rate=rate) if rate else {}
-    if ours and config.loss.aux_weight:
+    if (ours or name in TRAINED_WITH_AUX_HEAD) and config.loss.aux_weight:
         only_training["aux_head"] = True
     source = None if config.weights is None else find_weights(config.weights)
     given: dict[str, Any] = dict(pretrained=config.pretrained)
