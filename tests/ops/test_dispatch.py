@@ -17,7 +17,8 @@ from helpers import run_interpreted
 from overlock.ops import BACKENDS, backend, contmix
 
 # A gradient of a bias is a sum over tokens whose terms nearly cancel; the order of the sum differs with the processor.
-TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 1e-2}
+# In 16 bits the kernels themselves are rounded for the weighted sum on a GPU, as weights of attention are.
+TOLERANCE = {"float32": 5e-6, "bfloat16": 1.5e-2, "float16": 1e-2}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_CPU = ("triton",) if INTERPRETED else ("cpu", "torch", "reference")
 ON_CUDA = ("triton", "torch", "reference")
@@ -59,7 +60,7 @@ CALLS = {
     "weights in float32": dict(height=5, width=6, depth=8, channels=8, grid=3, weight_dtype=torch.float32),
 }
 # The 16-bit types differ in the products alone, and the interpreter is slow, as is the compilation for a GPU.
-SOME = ("lower than the kernel", "wide heads", "wide values", "one map for all", "weights in float32")
+SOME = ("one window", "lower than the kernel", "wide heads", "weights in float32")
 LARGE = {
     "detection": dict(height=50, width=80, kernel_size=13, depth=16, channels=16, grid=7, groups=8, layout=HALF),
     "segmentation": dict(height=32, width=128, kernel_size=13, depth=16, channels=16, grid=7, batch=2),
@@ -221,7 +222,7 @@ def test_the_same_gradients_again(name):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for call in (dict(height=6, width=7, batch=2), dict(height=9, width=15, groups=1)):
+        for call in (dict(height=6, width=7, batch=2), dict(height=9, width=15, groups=1))[: 1 if INTERPRETED else 2]:
             inputs = make_inputs(**call, depth=8, kernel_size=5, dtype=torch.float32, requires_grad=True)
             (_, first), (_, second) = (with_gradients(lambda **x: mix(name, 5, **x), inputs) for _ in range(2))
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -275,7 +276,7 @@ LIMITS = {
     "not float64": dict(dtype=torch.float64),
     "at most 128 channels": dict(channels=129),
     "400 region centres": dict(depth=64, grid=20),
-    "at most 64 x 64": dict(height=65, width=65, kernel_size=65),
+    "at most 32 x 32": dict(height=33, width=33, kernel_size=33),
 }
 
 
@@ -285,6 +286,34 @@ def test_old_triton(monkeypatch):
     monkeypatch.delattr("triton.language.gather")
     inputs = make_inputs(dtype=torch.float32)
     assert "Triton 3.3" in BACKENDS["triton"].why_not(*inputs.values(), 3, 3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")
+def test_images_beyond_32_bits():
+    """A map too large for the kernels' offsets is refused, and the largest below is not."""
+    inputs = make_inputs(dtype=torch.float32)
+    for width, words in ((2**13, None), (2**15, "32 bits")):
+        inputs["query"] = inputs["value"] = torch.empty(1, 2, 3, 2**14, width, device="meta")
+        reason = BACKENDS["triton"].why_not(*inputs.values(), 3, 3)
+        assert reason is None if words is None else words in reason
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")
+def test_tiles():
+    """However the work is cut, results are right; other rows hold inside the block alone."""
+    from overlock.kernels.triton.contmix_tiles import TILES, Tile, use_tiles
+
+    other = {
+        "bands forward": Tile(1, 0, 1, 1), "bands query": Tile(2, 0, 4, 1), "bands value": Tile(2, 16, 1, 1),
+        "bands taps": Tile(1, 0, 2, 1), "windows forward": Tile(16, 16, 2, 1), "windows query": Tile(32, 16, 2, 1),
+        "windows value": Tile(16, 32, 1, 1), "windows taps": Tile(16, 16, 1, 1),
+    }  # fmt: skip
+    assert other.keys() == TILES.keys()
+    before = dict(TILES)
+    for call in (dict(height=5, width=18, batch=3, groups=1), dict(height=4, width=5, kernel_size=4, batch=2)):
+        with use_tiles(other):
+            assert not failures("triton", {"call": call}, "float32", "cpu")
+    assert before == TILES
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")

@@ -1,212 +1,221 @@
-"""ContMix's dynamic convolution for CUDA: one fused Triton kernel forward, and three more backward.
+"""ContMix's dynamic convolution for CUDA, by Triton kernels.
 
 Letters: B batch, G groups, D query and key channels of a group, C value channels of a group, H x W the map, M = HW its
-tokens, S^2 region centres, K x K the kernel, N = K^2 taps, T the tokens of a tile, n a chunk of taps.
+tokens, S^2 region centres, K x K the kernel, N = K^2 taps, T the tokens of a tile.
 
-A program holds the affinities of T tokens, (T, S^2), and walks over the taps in chunks: logits (T, n) by a matrix
-product with that chunk's rows of the weight, softmax kept up to date in float32, values (T, n, C) read straight from
-the shifted windows. Nothing of size M N reaches memory. Backward computes the kernels again, from the log-sum-exp of
-each token. Every sum has one owner and a fixed order, and tile sizes follow from shapes alone: the same call gives the
-same bits.
+Forward is a kernel that folds W_d and the key (contmix_prepared.py), and one that mixes. It holds the queries of T
+tokens and walks over the taps: logits and weighted sum are products of matrices on tensor cores, the softmax between
+them is kept up to date in float32, and kernel weights never reach memory. Where tokens share windows this is attention
+(contmix_windows.py); elsewhere a row of taps makes a band (contmix_bands.py). See docs/architecture.md.
 
-Cost of a (batch, group) pair, against the bytes that must move (each map once, b bytes a number):
-
-    forward     M S^2 (D + N) + M N C  multiply-adds        M (D + 2 C) b + D S^2 b + N S^2 b
-    backward    M (S^2 (5 D + 5 N + K D) + 5 N C)           M (2 D + 3 C) b, and partial sums of a few MB
-
-(backward: the forward's kernels once for the log-sum-exp and once for each of query, weight and value; two more
-products with S^2 N for the gradients of affinity and weight; for the value, affinities again for each row of taps.)
-
-At 50 x 80, G = 8, D = C = 16, K 13 the forward is 0.4 GMAC and 3 MB in bfloat16: microseconds of arithmetic on a
-current GPU and one of memory, so what counts is instructions. Hence: channels last, so that one load brings 8 channels
-of a tap; chunks of 16 taps summed into a (T, n, C) accumulator that is reduced over n only once, at the end, because
-the taps of a chunk lie in different lanes and a reduction costs more than the chunk's arithmetic; T as large as that
-accumulator allows at 64 numbers a thread, since the weight is read once a tile. Triton's own autotuning is left out on
-purpose: it would tie the last bits of a result to a race of timings, and cannot run inside a CUDA graph.
+Backward is three more kernels. Each computes the kernels of its tokens again. The first, of the query's gradient, finds
+the log-sum-exp on its way and leaves it to the others. (Forward could store it, but the operator has one result, and
+a logit costs D multiply-adds.) Every sum has one owner and a fixed order, and tile sizes follow from shapes alone
+(contmix_tiles.py): the same call gives the same bits.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
-from overlock.kernels.triton import contmix_kernels as kernels
+from overlock.kernels.triton import contmix_bands as bands
+from overlock.kernels.triton import contmix_windows as windows
+from overlock.kernels.triton.contmix_kernels import INTERPRETED
+from overlock.kernels.triton.contmix_prepared import (
+    PROGRAMS,
+    Prepared,
+    by_token,
+    padded,
+    settle,
+    strides_of,
+    unfold_table,
+    unit_of,
+)
+from overlock.kernels.triton.contmix_tiles import Tile, tile_of
 
 LARGEST = 128  # channels of a group
 LARGEST_KEY = 8192  # numbers of the padded key of a group: 64 regions of 128 channels
-PROGRAMS = 264  # fewer leave a large GPU idle: two for each of 132 multiprocessors
+LARGEST_KERNEL = 32  # side of a kernel: the table of biases takes the fourth power of it
+COLUMNS = 16  # tokens of a band: the rows of the smallest matrix product
 
 
-class Tile(NamedTuple):
-    """Tokens of a program, taps of a chunk, and warps, such that (T, n, C) is about 64 float32 numbers a thread.
+class Bands(Prepared):
+    """A call on a map with many windows. Gradients take products over the taps of a row, which must be 16 or more."""
 
-    The loops are not pipelined through shared memory but for the forward's two stages: with three, Triton copies the
-    gathered values ahead and asks for up to 180 KB a program, more than most GPUs have.
-    """
+    def __init__(self, call: tuple[Any, ...], gradients: bool):
+        kernel_height, kernel_width = call[-2:]
+        pitch = padded(kernel_width, 16 if gradients else 8)
+        super().__init__(call, pitch, kernel_height * pitch)
+        positions = padded(min(COLUMNS + kernel_width - 1, self.width), 16)
+        self.sizes |= {"pitch": pitch, "columns": COLUMNS}
+        self.band = {"positions": positions}
+        self.across = triton.cdiv(self.width, COLUMNS)
 
-    tokens: int
-    chunk: int
-    warps: int
+    def _tile(self, kernel: str) -> tuple[Tile, int]:
+        """The tile of a kernel, with fewer rows where the map would leave a large GPU without programs, and these."""
+        tile = tile_of(f"bands {kernel}", self.exact)
+        rows, warps = min(tile.size, padded(self.height)), tile.warps
+        while rows > 1 and self.pairs * triton.cdiv(self.height, rows) * self.across < PROGRAMS:
+            rows, warps = rows // 2, max(warps // 2, 1)
+        return tile._replace(size=rows, warps=warps), self.pairs * triton.cdiv(self.height, rows) * self.across
 
-
-def padded(size: int, least: int = 1) -> int:
-    """Next power of two, as tensors of a kernel must be, and at least what a matrix product takes."""
-    return max(least, triton.next_power_of_2(size))
-
-
-def tile_for(pairs: int, tokens: int, channels: int, regions: int) -> Tile:
-    """Tile sizes from shapes alone, smaller where the map would leave a large GPU without programs."""
-    chunk, wide = 16, padded(channels)
-    largest = max(16, min(64, 16384 // (chunk * wide), 4096 // padded(regions), padded(tokens)))
-    while largest > 16 and pairs * triton.cdiv(tokens, largest) < PROGRAMS:
-        largest //= 2
-    return Tile(largest, chunk, min(max(largest * chunk * wide // 2048, 4), 16))
-
-
-def by_token(x: Tensor) -> Tensor:
-    """(B, G, C, H, W) -> (B, G, HW, C): a view where the strides allow, a copy elsewhere."""
-    return x.permute(0, 1, 3, 4, 2).flatten(2, 3)
-
-
-def channels_together(x: Tensor) -> Tensor:
-    """As :func:`by_token`, with the channels of a token side by side: what makes one load of several channels."""
-    x = by_token(x)
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-class Mixing:
-    """What forward and backward share: inputs as the kernels take them, and the sizes compiled into the kernels."""
-
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
-        kernel_height: int, kernel_width: int,
-    ):  # fmt: skip
-        self.batch, self.groups, depth, self.height, self.width = query.shape
-        self.depth, self.channels, self.regions = depth, value.shape[2], key.shape[3]
-        self.kernel = (kernel_height, kernel_width)
-        self.pairs, self.tokens = self.batch * self.groups, self.height * self.width
-        self.dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-        self.query = channels_together(query.to(self.dtype))
-        self.key = key.to(self.dtype).contiguous()
-        self.value = channels_together(value.to(self.dtype))
-        self.weight = weight.contiguous()
-        self.bias = self.weight if bias is None else bias.contiguous()  # never read where there is none
-        self.rpb = self.weight if rpb is None else rpb.contiguous()
-        self.sizes = {
-            "depth": depth, "channels": self.channels, "regions": self.regions,
-            "kernel_height": kernel_height, "kernel_width": kernel_width,
-            "depth_p": padded(depth, 16), "channels_p": padded(self.channels), "regions_p": padded(self.regions, 16),
-            "has_bias": bias is not None, "has_rpb": rpb is not None, "exact": self.dtype == torch.float32,
-        }  # fmt: skip
-        self.tile = tile_for(self.pairs, self.tokens, self.channels, self.regions)
-
-    def device(self) -> contextlib.AbstractContextManager:
-        """Triton launches on the current device, which need not be the tensors'."""
-        return torch.cuda.device(self.value.device) if self.value.is_cuda else contextlib.nullcontext()
-
-    def forward(self, out: Tensor, lse: Tensor | None) -> None:
-        """Write the result into ``out`` (B, G, HW, C) and each token's log-sum-exp into ``lse`` (BG, HW)."""
-        tokens, chunk, warps = self.tile
-        kernels.forward_kernel[(self.pairs * triton.cdiv(self.tokens, tokens),)](
-            self.query, self.key, self.value, self.weight, self.bias, self.rpb, out, out if lse is None else lse,
-            *self.query.stride()[:3], *self.value.stride()[:3], *out.stride(), self.groups, self.height, self.width,
-            **self.sizes, tokens=tokens, chunk=chunk, keep_lse=lse is not None, num_warps=warps, num_stages=2,
+    def forward(self, out: Tensor) -> None:
+        """Write the result into ``out`` (B, G, HW, C)."""
+        tile, programs = self._tile("forward")
+        unit, out_unit = unit_of(self.query, self.value), unit_of(out)
+        bands.forward_kernel[(programs,)](
+            self.query, self.keys, self.value, self.table, out,
+            *strides_of(self.query, self.value, unit=unit), *strides_of(out, unit=out_unit), out.stride(3),
+            self.half, self.groups, self.height, self.width,
+            **self.sizes, **self.band, rows=tile.size, unit=unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def sums(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=self.value.device)
-
-    def start_backward(self, grad: Tensor) -> None:
-        """Compute the result and each token's log-sum-exp again, and set up what the gradient kernels share."""
-        self.grad = channels_together(grad.to(self.dtype))
-        self.mixed = self.sums(self.batch, self.groups, self.tokens, self.channels)
-        self.lse = self.sums(self.pairs, self.tokens)
-        self.delta = torch.empty_like(self.lse)
-        self.forward(self.mixed, self.lse)
-        self.strides = (*self.grad.stride()[:3], *self.query.stride()[:3])
-        self.biases = (self.weight, self.bias, self.rpb)
-
-    def query_gradients(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of query and key; leaves ``delta`` for the weight's."""
-        tokens, chunk, warps = self.tile
-        splits = min(triton.cdiv(self.tokens, tokens), triton.cdiv(4 * PROGRAMS, self.pairs))
-        grad_query = torch.empty_like(like)
-        target = by_token(grad_query)
-        parts = self.sums(self.batch, self.groups, splits, self.depth, self.regions)
-        kernels.query_kernel[(self.pairs * splits,)](
-            self.grad, self.mixed, self.query, self.key, self.value, *self.biases, self.lse, self.delta, target, parts,
-            *self.strides, *self.value.stride()[:3], *target.stride(), self.groups, self.height, self.width, splits,
-            **self.sizes, tokens=tokens, chunk=chunk, num_warps=warps, num_stages=1,
+    def query_gradient(self, out: Tensor) -> None:
+        """Write the gradient into ``out`` (B, G, HW, D), and log-sum-exp and delta for the other gradients."""
+        tile, programs = self._tile("query")
+        out_unit = unit_of(out)
+        bands.query_kernel[(programs,)](
+            self.grad, self.query, self.keys, self.value, self.table, self.lse, self.delta, out,
+            *strides_of(self.grad, self.query, self.value, unit=self.unit),
+            *strides_of(out, unit=out_unit), out.stride(3), self.half, self.groups, self.height, self.width,
+            **self.sizes, **self.band, rows=tile.size, unit=self.unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return settle(grad_query, target), parts.sum(2)
 
-    def value_gradient(self, like: Tensor) -> Tensor:
-        side = min(padded(self.width, 16), 32, self.tile.tokens)
-        grad_value = torch.empty_like(like)
-        target = by_token(grad_value)
-        kernels.value_kernel[(self.pairs * self.height * triton.cdiv(self.width, side),)](
-            self.grad, self.query, self.key, *self.biases, self.lse, target,
-            *self.strides, *target.stride(), self.groups, self.height, self.width,
-            **self.sizes | {"channels_p": padded(self.channels, 16)},
-            chunk=padded(self.kernel[1], 16), tokens=side, positions=side, num_warps=4, num_stages=1,
+    def value_gradient(self, out: Tensor) -> None:
+        """Write the gradient into ``out`` (B, G, HW, C)."""
+        tile, programs = self._tile("value")
+        out_unit = unit_of(out)
+        bands.value_kernel[(programs,)](
+            self.grad, self.query, self.keys, self.table, self.lse, out,
+            *strides_of(self.grad, self.query, unit=self.unit), *strides_of(out, unit=out_unit), out.stride(3),
+            self.half, self.groups, self.height, self.width,
+            **self.sizes, rows=tile.size, tokens=tile.chunk, unit=self.unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return settle(grad_value, target)
 
-    def weight_gradients(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of weight, bias and rpb."""
-        (kernel_height, kernel_width), taps = self.kernel, self.kernel[0] * self.kernel[1]
-        tokens, chunk, warps = self.tile
-        tokens = min(tokens, padded(self.width, 16))  # a slot at the border has one row
-        inner, chunks = self.height - kernel_height + 1, triton.cdiv(taps, chunk)
-        wanted = triton.cdiv(8 * PROGRAMS, self.groups * chunks)
-        pieces = min(inner, max(1, wanted - kernel_height + 1))
-        slots = kernel_height - 1 + pieces
-        splits = min(self.batch, triton.cdiv(wanted, slots))
-        grad_weight = self.sums(self.groups, splits, slots, taps, self.regions)
-        grad_bias = self.sums(self.groups, splits, slots, taps)
-        grad_shift = self.sums(self.groups, splits, slots, kernel_width, *self.kernel)
-        kernels.weight_kernel[(self.groups * splits * slots * chunks,)](
-            self.grad, self.query, self.key, self.value, *self.biases, self.lse, self.delta,
-            grad_weight, grad_bias, grad_shift, *self.strides, *self.value.stride()[:3],
-            self.batch, self.groups, self.height, self.width, splits, slots, pieces,
-            **self.sizes, shifts_p=padded(kernel_width, 16), tokens=tokens, chunk=chunk, num_warps=warps, num_stages=1,
+    def tap_gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the folded keys (BG, taps_p, D) and of the table (G, Kh, Kw, Kh, Kw)."""
+        tile = tile_of("bands taps", self.exact)
+        images = min(tile.size, padded(self.batch))
+        owners = self.kernel_height * self.groups
+        splits = min(triton.cdiv(self.batch, images), triton.cdiv(PROGRAMS, owners))
+        pieces = min(self.height, triton.cdiv(PROGRAMS, owners * splits))
+        grad_keys = self.empty(pieces, *self.keys.shape[1:])
+        grad_table = self.empty(pieces * splits, *self.table.shape).zero_()
+        bands.taps_kernel[(owners * splits * pieces,)](
+            self.grad, self.query, self.keys, self.value, self.table, self.lse, self.delta, grad_keys, grad_table,
+            *strides_of(self.grad, self.query, self.value, unit=self.unit),
+            self.half, self.batch, self.groups, self.height, self.width, splits, pieces,
+            **self.sizes, **self.band, images=images, shifts_p=padded(self.kernel_width, 16), unit=self.unit,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return (
-            grad_weight.sum((0, 1, 2)),
-            grad_bias.sum((0, 1, 2)) if self.sizes["has_bias"] else None,
-            sum_shifts(grad_shift.sum(1), pieces) if self.sizes["has_rpb"] else None,
-        )
+        return grad_keys.sum(0), self.taps(grad_table.sum(0))
 
 
-def settle(out: Tensor, by_tokens: Tensor) -> Tensor:
-    """``out``, whose numbers a kernel wrote through the view ``by_tokens``; they are copied if it is no view."""
-    if by_tokens.data_ptr() != out.data_ptr():
-        out.copy_(by_tokens.unflatten(2, out.shape[3:]).permute(0, 1, 4, 2, 3))
-    return out
+class Windows(Prepared):
+    """A call on a map with at most two rows and two columns of windows."""
+
+    def __init__(self, call: tuple[Any, ...]):
+        kernel_height, kernel_width = call[-2:]
+        taps = kernel_height * kernel_width
+        self.block = min(64, padded(taps, 16))
+        super().__init__(call, kernel_width, triton.cdiv(taps, self.block) * self.block)
+        one = (self.height == kernel_height, self.width == kernel_width)
+        # tokens of the first window, which no other exceeds
+        self.rows = self.height if one[0] else kernel_height // 2 + 1
+        self.columns = self.width if one[1] else kernel_width // 2 + 1
+        self.count = (2 - one[0], 2 - one[1])
+        self.sizes |= {"height": self.height, "width": self.width, "rows": self.rows, "columns": self.columns}
+
+    def _tile(self, kernel: str) -> tuple[Tile, int, int]:
+        """The tile of a kernel, how many each window takes, and all of them."""
+        tile = tile_of(f"windows {kernel}", self.exact)
+        tokens = min(tile.size, padded(self.rows * self.columns, 16))
+        parts = triton.cdiv(self.rows * self.columns, tokens)
+        chunk = min(tile.chunk, self.block)
+        return tile._replace(size=tokens, chunk=chunk), parts, self.count[0] * self.count[1] * parts
+
+    def forward(self, out: Tensor) -> None:
+        """Write the result into ``out`` (B, G, HW, C)."""
+        tile, parts, tiles = self._tile("forward")
+        unit, out_unit = unit_of(self.query, self.value), unit_of(out)
+        windows.forward_kernel[(self.pairs * tiles,)](
+            self.query, self.keys, self.value, self.table, out,
+            *strides_of(self.query, self.value, unit=unit), *strides_of(out, unit=out_unit), out.stride(3),
+            self.half, self.batch, self.groups, tiles,
+            **self.sizes, parts=parts, tokens=tile.size, chunk=tile.chunk, unit=unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def query_gradient(self, out: Tensor) -> None:
+        """Write the gradient into ``out`` (B, G, HW, D), and log-sum-exp and delta for the other gradients."""
+        tile, parts, tiles = self._tile("query")
+        out_unit = unit_of(out)
+        windows.query_kernel[(self.pairs * tiles,)](
+            self.grad, self.query, self.keys, self.value, self.table, self.lse, self.delta, out,
+            *strides_of(self.grad, self.query, self.value, unit=self.unit),
+            *strides_of(out, unit=out_unit), out.stride(3), self.half, self.batch, self.groups, tiles,
+            **self.sizes, parts=parts, tokens=tile.size, chunk=tile.chunk, unit=self.unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def value_gradient(self, out: Tensor) -> None:
+        """Write the gradient into ``out`` (B, G, HW, C)."""
+        tile, parts, tiles = self._tile("value")
+        out_unit = unit_of(out)
+        windows.value_kernel[(self.pairs * triton.cdiv(self.height * self.width, tile.chunk),)](
+            self.grad, self.query, self.keys, self.table, self.lse, out,
+            *strides_of(self.grad, self.query, unit=self.unit), *strides_of(out, unit=out_unit), out.stride(3),
+            self.half, self.batch, self.groups, tiles,
+            **self.sizes, parts=parts, tokens=tile.size, chunk=tile.chunk, unit=self.unit, out_unit=out_unit,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def tap_gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the folded keys (BG, taps_p, D) and of the table (G, Kh, Kw, Kh, Kw)."""
+        tile, parts, tiles = self._tile("taps")
+        together = min(padded(tiles), 4)
+        groups_of_tiles = triton.cdiv(tiles, together)
+        owners = self.taps_p // tile.chunk * groups_of_tiles * self.groups
+        splits = min(self.batch, triton.cdiv(PROGRAMS, owners))
+        grad_keys = self.empty(groups_of_tiles, *self.keys.shape[1:])
+        grad_biases = self.empty(splits, self.groups, tiles * tile.size, self.taps_p)
+        windows.taps_kernel[(owners * splits,)](
+            self.grad, self.query, self.keys, self.value, self.table, self.lse, self.delta, grad_keys, grad_biases,
+            *strides_of(self.grad, self.query, self.value, unit=self.unit),
+            self.half, self.batch, self.groups, tiles, splits,
+            **self.sizes, parts=parts, tokens=tile.size, chunk=tile.chunk, together=together, unit=self.unit,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return grad_keys.sum(0), self._by_shift(self.taps(grad_biases.sum(0)))
+
+    def _by_shift(self, x: Tensor) -> Tensor:
+        """Sum (G, tiles x T, Kh, Kw) by the shifts of the tokens' windows, (G, Kh, Kw, Kh, Kw)."""
+        x = x.unflatten(1, (*self.count, -1))[:, :, :, : self.rows * self.columns]
+        x = x.unflatten(3, (self.rows, self.columns))
+        table = x.new_zeros(self.groups, self.kernel_height, self.kernel_width, *x.shape[-2:])
+        for i, rows in enumerate(_shifts(self.height, self.kernel_height, self.rows)):
+            for j, columns in enumerate(_shifts(self.width, self.kernel_width, self.columns)):
+                part = x[:, i, j, : rows.stop - rows.start, : columns.stop - columns.start]
+                table[:, rows, columns] += part.flip(1, 2)  # a shift falls from token to token
+        return table
 
 
-def sum_shifts(parts: Tensor, pieces: int) -> Tensor:
-    """Gradient of the relative position bias, from dL summed by the windows' shifts (G, slots, Kw, Kh, Kw).
-
-    With the shift counted as s = win(t) - t + K - 1, a tap n reads the entry s + n: a sum over anti-diagonals. Slots
-    come by descending shift, those of centred rows in ``pieces``.
-    """
-    half = parts.shape[3] // 2
-    centred = parts[:, half : half + pieces].sum(1, keepdim=True)
-    by_shift = torch.cat([parts[:, :half], centred, parts[:, half + pieces :]], dim=1).flip(1)
-    return _antidiagonals(_antidiagonals(by_shift.permute(0, 2, 4, 1, 3)).permute(0, 3, 1, 2))
+def _shifts(size: int, kernel: int, first: int) -> list[slice]:
+    """Shifts of the tokens that see the first window of an axis, and of those that see the second."""
+    return [slice(kernel - first, kernel), slice(0, kernel - first + 1)][: size - kernel + 1]
 
 
-def _antidiagonals(x: Tensor) -> Tensor:
-    """(..., K, K) -> (..., 2K - 1): rows lengthened by K and read as rows of 2K - 1 have moved one more step each."""
-    size = x.shape[-1]
-    skewed = F.pad(x, (0, size)).flatten(-2)[..., : size * (2 * size - 1)]
-    return skewed.unflatten(-1, (size, 2 * size - 1)).sum(-2)
+def _lay_out(*call: Any, gradients: bool) -> Bands | Windows:
+    query, kernel_height, kernel_width = call[0], *call[-2:]
+    few = query.shape[3] - kernel_height <= 1 and query.shape[4] - kernel_width <= 1
+    return Windows(call) if few else Bands(call, gradients)
 
 
 def forward(
@@ -214,11 +223,11 @@ def forward(
     kernel_height: int, kernel_width: int,
 ) -> Tensor:  # fmt: skip
     """See kernels/torch/reference.py. Returns (B, G, C, H, W) in the layout and dtype of ``value``."""
-    mixing = Mixing(query, key, value, weight, bias, rpb, kernel_height, kernel_width)
+    mixing = _lay_out(query, key, value, weight, bias, rpb, kernel_height, kernel_width, gradients=False)
     out = torch.empty_like(value)
     target = by_token(out)
     with mixing.device():
-        mixing.forward(target, None)
+        mixing.forward(target)
     return settle(out, target)
 
 
@@ -227,20 +236,29 @@ def backward(
     kernel_height: int, kernel_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of query, key, value, weight, bias and rpb, each in the dtype of its input."""
-    mixing = Mixing(query, key, value, weight, bias, rpb, kernel_height, kernel_width)
+    mixing = _lay_out(query, key, value, weight, bias, rpb, kernel_height, kernel_width, gradients=True)
+    grad_query, grad_value = torch.empty_like(query), torch.empty_like(value)
+    query_target, value_target = by_token(grad_query), by_token(grad_value)
+    mixing.start_backward(grad)
     with mixing.device():
-        mixing.start_backward(grad)
-        grad_query, grad_key = mixing.query_gradients(query)
-        grad_value = mixing.value_gradient(value)
-        grad_weight, grad_bias, grad_rpb = mixing.weight_gradients()
+        mixing.query_gradient(query_target)
+        mixing.value_gradient(value_target)
+        grad_keys, grad_table = mixing.tap_gradients()
+    grad_key, grad_weight = mixing.unfold_keys(grad_keys)
+    grad_bias, grad_rpb = unfold_table(grad_table)
     return (
-        grad_query,
+        settle(grad_query, query_target),
         grad_key.to(key.dtype),
-        grad_value,
+        settle(grad_value, value_target),
         grad_weight.to(weight.dtype),
-        None if bias is None or grad_bias is None else grad_bias.to(bias.dtype),
-        None if rpb is None or grad_rpb is None else grad_rpb.to(rpb.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+        None if rpb is None else grad_rpb.to(rpb.dtype),
     )
+
+
+def _spans(x: Tensor) -> int:
+    """Numbers from the first of an image to its last."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True)) + 1
 
 
 def why_not(
@@ -252,7 +270,7 @@ def why_not(
     depth, channels, regions = query.shape[2], value.shape[2], key.shape[3]
     dtypes = {x.dtype for x in tensors} - {torch.float32, torch.bfloat16, torch.float16}
     reason = None
-    if not (value.is_cuda or kernels.INTERPRETED.value):
+    if not (value.is_cuda or INTERPRETED.value):
         reason = f"it needs tensors on a CUDA device, not on {value.device.type}"
     elif not hasattr(triton.language, "gather"):
         reason = f"it needs Triton 3.3 or newer, which comes with PyTorch 2.7, not {triton.__version__}"
@@ -264,6 +282,9 @@ def why_not(
         reason = f"it takes at most {LARGEST} channels a group, which a program keeps in registers"
     elif padded(depth, 16) * padded(regions, 16) > LARGEST_KEY:
         reason = f"{regions} region centres of {depth} channels do not fit into a program's registers"
-    elif max(kernel_height, kernel_width) > 64:
-        reason = f"it takes kernels of at most 64 x 64, not {kernel_height} x {kernel_width}"
+    elif max(kernel_height, kernel_width) > LARGEST_KERNEL:
+        most = f"{LARGEST_KERNEL} x {LARGEST_KERNEL}"
+        reason = f"it takes kernels of at most {most}, not {kernel_height} x {kernel_width}"
+    elif max(_spans(query), _spans(value)) >= 2**31:
+        reason = "it counts the numbers of an image in 32 bits, and one of the maps spans 2^31 or more"
     return reason
