@@ -24,17 +24,16 @@ KEPT = 16  # channels that lie side by side in the branches' results, whatever t
 ZERO = np.float32(0)
 
 
-def _branches(value: Any) -> tuple[Any, ...]:
-    numbers = tuple(map(operator.index, value))
-    return (*numbers, *(0 for _ in range(MOST - len(numbers))))
+def _branches(value: Any) -> list[Any]:
+    return [operator.index(value[i]) if i < len(value) else 0 for i in range(MOST)]
 
 
-def _pointers(value: Any) -> tuple[Any, ...]:
-    return tuple(x for i in range(MOST) for x in POINTER.convert(value[i] if i < len(value) else None))
+def _pointers(value: Any) -> list[Any]:
+    return [POINTER.convert(value[i] if i < len(value) else None) for i in range(MOST)]
 
 
-BRANCHES = Kind((np.int64, MOST), f"{MOST}q", _branches)  # a number for each branch
-POINTERS = Kind((np.int64, MOST), f"{MOST}q", _pointers)  # a tensor for each branch
+BRANCHES = Kind((np.int64, MOST), f"{MOST}q", _branches, is_several=True)  # a number for each branch
+POINTERS = Kind((np.int64, MOST), f"{MOST}q", _pointers, is_several=True)  # a tensor for each branch
 
 
 def tiles_of(height: int, width: int) -> tuple[int, int]:
