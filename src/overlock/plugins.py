@@ -33,7 +33,12 @@ def _define_operators(_: ModuleType) -> None:
         module for name, module in sys.modules.items() if name.startswith(("overlock.kernels.", "overlock.fused."))
     ]
     if not any(map(_is_under_way, made_of)):
-        for name in ("overlock.ops", "overlock.fused.layer_operators", "overlock.fused.stage_operators"):
+        for name in (
+            "overlock.ops",
+            "overlock.fused.layer_operators",
+            "overlock.fused.stage_operators",
+            "overlock.fused.cuda_operators",
+        ):
             importlib.import_module(name)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -29,6 +32,36 @@ def kernels_apply(*tensors: Tensor | None) -> bool:
             return False
     in_graph = torch.compiler.is_compiling() and not exports_to_onnx()
     return tensors[0].shape[0] > 0 and _are_wanted() and (in_graph or not is_watched())  # type: ignore[union-attr]
+
+
+def triton_applies(*tensors: Tensor) -> bool:
+    """Whether a call is one for the kernels on CUDA: one type of at most 32 bits, no gradient wanted, none other asked.
+
+    Args:
+        tensors: those of the call, the input first.
+    """
+    x, with_gradients = tensors[0], torch.is_grad_enabled()
+    for other in tensors:
+        if other.dtype != x.dtype or other.is_cuda != x.is_cuda or (with_gradients and other.requires_grad):
+            return False
+    if x.dtype not in TRITON_TYPES or x.shape[0] == 0 or exports_to_onnx():
+        return False
+    return _triton_is_wanted(x.is_cuda) and (torch.compiler.is_compiling() or not is_watched())
+
+
+TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result
+def _triton_is_wanted(on_cuda: bool) -> bool:
+    """Whether Triton is there, and a GPU or its interpreter, and no other backend asked for."""
+    runs = on_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and triton_installed() and asked_for() in (AUTO, "triton")
+
+
+def triton_installed() -> bool:
+    """Triton comes with PyTorch for CUDA on Linux, and not elsewhere."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result

@@ -1,7 +1,8 @@
 """``fuse``: a copy of a network in the form for inference. Start here to read how a fused network comes about.
 
 1. ``fuse`` copies the network and walks it by the table of forms.py: what can be folded is, and on CPU stages, blocks
-   and layers take the forms of blocks.py and layers.py, which hold all their parameters as one (flat_parameters.py).
+   and layers take the forms of blocks.py and layers.py, which hold all their parameters as one (flat_parameters.py). On
+   CUDA some take those of cuda_layers.py, and the rest below does not apply.
 2. A call of such a form runs one operation of stage_operators.py, or the folded module itself where the kernels cannot
    run (conditions.py).
 3. The operation has stage_builders.py make a stage of the parameters, and the stage a plan of kernel calls for each
@@ -13,13 +14,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from overlock.fused.forms import FOLDED, ON_CPU, Form
+from overlock.fused.conditions import triton_installed
+from overlock.fused.forms import FOLDED, ON_CPU, ON_CUDA, Table
 from overlock.fused.structure import Reason
 from overlock.kernels.numba.contmix import numba_installed
 
@@ -36,8 +38,9 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
 
     Dilated RepConvs are merged; batch norms, residual depthwise convolutions, layer scales and the response norms'
     biases are folded into convolutions. Then, where parameters are float32 on CPU and numba is installed, stages,
-    blocks and layers take the form that is fastest there. Works in any dtype and on any device; ``model`` stays as it
-    is. Fuse on the device of use: the copy runs elsewhere too, slower.
+    blocks and layers take the form that is fastest there; on CUDA with Triton, blocks and layers of another such form,
+    and weights are channels last. Works in any dtype and on any device; ``model`` stays as it is. Fuse on the device of
+    use: the copy runs elsewhere too, slower.
 
     What is not as its class builds it keeps its own form: swapped activations and norms, wrapped, subclassed or
     parametrised layers, modules with hooks, parameters that several modules share, several dtypes in one block. The
@@ -45,8 +48,8 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     taken off: compile the fused copy.
 
     Args:
-        kernels: take the CPU's own layers. False leaves plain PyTorch ones, which TorchScript and fx trace too, and
-            which export for any size of the image.
+        kernels: take the layers of the CPU or the GPU. False leaves plain PyTorch ones, which TorchScript and fx trace
+            too, and which export for any size of the image.
 
     Returns:
         The copy, its parameters frozen. It is in evaluation mode and stays so, whatever ``train`` is called with.
@@ -59,9 +62,10 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     with torch.inference_mode(mode=False), torch.no_grad():  # parameters made in inference mode do not tell of changes
         copied = _without_compilation(_copy_of(model)).eval().requires_grad_(False)
         shared = _shared_tensors(copied)
-        copied = _Walk(FOLDED, shared, parts_first=True).of(copied)
-        if kernels and numba_installed():
-            walk = _Walk(ON_CPU, shared, parts_first=False)
+        copied = _Walk(FOLDED, shared).of(copied)
+        tables = [table for table, runs in ((ON_CPU, numba_installed()), (ON_CUDA, triton_installed())) if runs]
+        for table in tables if kernels else ():
+            walk = _Walk(table, shared)
             copied = walk.of(copied)
             if walk.has_changed:
                 copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -105,13 +109,12 @@ class _Walk:
     """Gives the modules of a network their forms.
 
     Args:
-        forms: a list of the table.
+        table: of the forms.
         shared: as :func:`_shared_tensors` gives them.
-        parts_first: take a module's form after those of its parts; else a whole that has a form keeps its parts.
     """
 
-    def __init__(self, forms: Sequence[Form], shared: set[object], *, parts_first: bool):
-        self.forms, self.shared, self.parts_first = forms, shared, parts_first
+    def __init__(self, table: Table, shared: set[object]):
+        self.table, self.shared, self.parts_first = table, shared, table.parts_first
         self.has_changed = False
 
     def of(self, module: nn.Module, name: str = "model", owner: nn.Module | None = None) -> nn.Module:
@@ -133,7 +136,7 @@ class _Walk:
                 setattr(module, key, form)
 
     def _form_of(self, module: nn.Module, name: str, owner: nn.Module | None) -> nn.Module | None:
-        rows = [row for row in self.forms if row.of is type(module)]
+        rows = [row for row in self.table.forms if row.of is type(module)]
         if not rows:
             return None
         reasons = [self._why_left(module, name, owner)]
@@ -154,9 +157,9 @@ class _Walk:
         kinds = {type(x).__name__ for x in tensors if type(x) not in (Tensor, nn.Parameter)}
         if kinds:
             return f"{name} has parameters of {', '.join(sorted(kinds))}"
-        dtypes = {(x.device.type, x.dtype) for x in tensors if x.is_floating_point()}
-        if len(dtypes) > 1 or (not self.parts_first and dtypes and dtypes != {("cpu", torch.float32)}):
-            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in dtypes))
+        found_kinds = {(x.device.type, x.dtype) for x in tensors if x.is_floating_point()}
+        if len(found_kinds) > 1 or (self.table.kinds is not None and not found_kinds <= self.table.kinds):
+            found = ", ".join(sorted(f"{dtype} on {device}" for device, dtype in found_kinds))
             return f"{name} has parameters of {found}"
         return None
 

@@ -1,0 +1,197 @@
+"""The fused forms on CUDA against the folded modules: in Triton's interpreter, in a process of its own, and compiled.
+
+Whole networks run on fake tensors, which know a device and refuse to be read: what waits for the GPU fails there.
+"""
+
+from __future__ import annotations
+
+import os
+from unittest.mock import Mock, patch
+
+import pytest
+import torch
+from helpers import images, randomise, run_interpreted, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from overlock import fuse
+from overlock.blocks import BasicBlock
+from overlock.fused import conditions, cuda_layers
+from overlock.fused import fuse as fuse_module
+from overlock.fused.cuda_layers import FusedAggregator, FusedBasicBlock, FusedConvFFN
+from overlock.fused.cuda_operators import filter_and_scale, scaled_pointwise
+from overlock.fused.forms import ON_CUDA
+from overlock.layers import Aggregator, ContMix, ConvFFN
+from overlock.ops import backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process with the interpreter")
+GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+on_devices = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=GPU)]
+)  # fmt: skip
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_interpreted(__file__, "-m", "not gpu and not slow", "-k", "cpu")
+
+
+def exact(x, weight, bias, norm_weight, eps):
+    """Of numbers in float64."""
+    y = F.conv2d(F.gelu(x), weight, bias, padding=1, groups=x.shape[1])
+    norms = y.square().sum((2, 3)).sqrt()
+    return y, 1 + norm_weight * norms / (norms.mean(1, keepdim=True) + eps)
+
+
+SHAPES = {
+    "more than a block, a tile and a piece": (2, 70, 19, 18),
+    "narrow": (1, 8, 3, 7),
+    "one position": (3, 5, 1, 1),
+    "one row": (1, 16, 1, 9),
+    "contiguous": (1, 24, 5, 6),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", SHAPES)
+def test_filter_and_scale(name, dtype, device):
+    """Both results in each type, at the borders of tiles, and the same bits again."""
+    shape = SHAPES[name]
+    channels = shape[1]
+    layout = torch.contiguous_format if name == "contiguous" else torch.channels_last
+    x = images(*shape).to(memory_format=layout)
+    inputs = [x, images(channels, 1, 3, 3, seed=1) / 3, images(channels, seed=2), images(channels, seed=3)]
+    inputs = [t.to(dtype).to(device) for t in inputs]
+    found = filter_and_scale(*inputs, 1e-6)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(found, exact(*(t.double() for t in inputs), 1e-6), strict=True):
+        assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(found, filter_and_scale(*inputs, 1e-6), strict=True))
+
+
+def test_filter_and_scale_refuses():
+    x, weight = torch.zeros(1, 4, 5, 5), torch.zeros(3, 1, 3, 3)
+    with pytest.raises(ValueError, match="weight of filter_and_scale must be"):
+        filter_and_scale(x, weight, torch.zeros(4), torch.zeros(4), 1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (5, 7)])
+def test_scaled_pointwise(height, width):
+    """By scaled weights on a large map, by a scaled map on a small one."""
+    conv = torch.nn.Conv2d(6, 10, 1).double()
+    x, scale = images(3, 6, height, width).double(), images(3, 6, seed=1).double()
+    expected = conv(x * scale[:, :, None, None])
+    torch.testing.assert_close(scaled_pointwise(x, scale, conv), expected)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert scaled_pointwise(last, scale, conv).is_contiguous(memory_format=torch.channels_last)
+
+
+def make_modules():
+    """Folded modules with a form on CUDA, and their inputs."""
+    block = fuse(randomise(BasicBlock(8, kernel_size=7, scaled=True)), kernels=False)
+    mixer = ContMix(8, groups=2, kernel_size=5, small_kernel=3, context_channels=4)
+    aggregator = fuse(randomise(Aggregator(8, 12, kernel_size=7, mixer=mixer)), kernels=False)
+    return {
+        "basic block": (block, [images(2, 8, 6, 7)]),
+        "ffn": (fuse(randomise(ConvFFN(6, 20)), kernels=False), [images(1, 6, 9, 8)]),
+        "aggregator": (aggregator, [images(1, 8, 7, 7), images(1, 8, 7, 7, seed=1), images(1, 4, 7, 7, seed=2)]),
+    }
+
+
+FORMS = {"basic block": FusedBasicBlock, "ffn": FusedConvFFN, "aggregator": FusedAggregator}
+
+
+@torch.no_grad()
+@on_devices
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_give_what_the_modules_give(name, device, monkeypatch):
+    module, inputs = make_modules()[name]
+    calls = []
+    monkeypatch.setattr(
+        cuda_layers, "filter_and_scale", lambda *call: calls.append(len(call)) or filter_and_scale(*call)
+    )  # fmt: skip
+    form, inputs = FORMS[name](module).eval().to(device), [x.to(device) for x in inputs]
+    with backend("torch"):
+        expected = module.to(device)(*inputs)
+    found = form(*inputs)
+    assert bool(calls) == (name != "aggregator")
+    assert (found - expected).abs().max() <= 5e-6 * expected.abs().max()
+    assert form.state_dict().keys() == module.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_are_the_modules_where_kernels_cannot_run(name):
+    """On CPU, and where gradients are wanted, which they have."""
+    if INTERPRETED:
+        pytest.skip("there they can")
+    module, inputs = make_modules()[name]
+    leaves = [x.requires_grad_() for x in inputs]
+    found, expected = FORMS[name](module).eval()(*leaves), module(*leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    cotangent = images(*expected.shape, seed=3)
+    for a, b in zip(
+        *(torch.autograd.grad(y, leaves, cotangent) for y in (found, expected)), strict=True
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """A network in the forms for CUDA, on CPU."""
+    monkeypatch.setattr(fuse_module, "ON_CUDA", ON_CUDA._replace(kinds=frozenset({("cpu", torch.bfloat16)})))
+    return fuse(randomise(tiny()).to(torch.bfloat16))
+
+
+def move_to_fake_gpu(model):
+    """Onto a device that is not there."""
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, x in own.items():
+                own[name] = (
+                    None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+                )
+
+
+def test_a_network_takes_the_forms(fused):
+    """All of its blocks and ConvFFNs, with weights channels last."""
+    kinds = [type(module).__name__ for module in fused.modules()]
+    assert kinds.count("FusedBasicBlock") == 4
+    assert kinds.count("FusedConvFFN") == 4 + 3
+    assert kinds.count("FusedAggregator") == 3
+    assert not {"BasicBlock", "ConvFFN", "Aggregator"} & set(kinds)
+    weights = [p for p in fused.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+
+
+def test_nothing_waits_for_the_gpu(fused, monkeypatch):
+    """No number is read on the way, in a whole inference."""
+    monkeypatch.setattr(cuda_layers, "triton_applies", lambda *_: True)  # it would see the mode of fake tensors
+    with FakeTensorMode(), torch.inference_mode():
+        move_to_fake_gpu(fused)
+        x = torch.empty(2, 3, 224, 160, dtype=torch.bfloat16, device="cuda")
+        with patch.object(cuda_layers, "filter_and_scale", Mock(wraps=filter_and_scale)) as called:
+            assert fused(x).shape == (2, 5)
+        assert called.call_count == 7
+
+
+def test_one_graph_for_all_batches(fused):
+    """Nothing breaks the graph, and another batch takes the same one."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return lambda *_: (None,)  # nothing is run
+
+    with torch.no_grad(), patch.object(conditions, "_triton_is_wanted", lambda _: True):
+        compiled = torch.compile(fused, backend=keep, fullgraph=True, dynamic=None)
+        for batch in (2, 3, 5):
+            x = images(batch, 3, 64, 32).to(torch.bfloat16)
+            torch._dynamo.mark_dynamic(x, 0)
+            compiled(x)
+    assert len(graphs) == 1
+    called = [node.target for node in graphs[0].graph.nodes if "filter_and_scale" in str(node.target)]
+    assert len(called) == 7
