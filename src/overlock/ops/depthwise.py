@@ -32,7 +32,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     """``F.conv2d`` with groups = C and as much padding as keeps the size, by the fastest kernels at hand.
 
     It is one operator to ``torch.compile`` on CUDA for K from 7 on without dilation (Triton's kernels or PyTorch's, as
-    is found when it runs), and in float32 on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
+    is found when it runs), and on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
     convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
 
     Args:

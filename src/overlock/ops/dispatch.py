@@ -226,7 +226,7 @@ def run(operation: str, asked: str, *call: Any) -> Any:
 
 
 def trains_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a call has a gradient to compute in float32 on CPU, where the kernels can run.
+    """Whether a call has a gradient to compute in float32 or bfloat16 on CPU, where the kernels can run.
 
     An exported or traced graph is to have operations that others know.
     """

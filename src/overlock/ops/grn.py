@@ -16,7 +16,7 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     """x + weight * x * n / (mean of n over the channels + eps) + bias, with n the L2 norm of each channel's map.
 
     Norms are summed in float32 or better: a sum of squares over a map overflows float16 at values near 16. Where it
-    trains in float32 on CPU it is one operator.
+    trains in float32 or bfloat16 on CPU it is one operator.
 
     Args:
         x: (B, C, H, W).

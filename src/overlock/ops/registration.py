@@ -97,7 +97,8 @@ def _register_autocast(name: str, cast: int, device: str) -> None:
 
 
 def to_layout_of(like: Tensor, result: Tensor) -> Tensor:
-    """The result in the layout that ``torch.empty_like`` gives, as an operator's fake promises."""
+    """The result in the type and the layout that ``torch.empty_like`` gives, as an operator's fake promises."""
+    result = result.to(like.dtype)
     if result.stride() == like.stride():  # ``result`` has no gaps, so that empty_like keeps these strides
         return result
     wanted = torch.empty_like(like, device="meta").stride()

@@ -19,7 +19,7 @@ _INPUTS = FilterInputs("local_conv")
 def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """a + conv(a), with a = GELU(x) or x itself.
 
-    Where it trains in float32 on CPU it is one operator that keeps ``x`` alone for the gradients.
+    Where it trains in float32 or bfloat16 on CPU it is one operator that keeps ``x`` alone for the gradients.
 
     Args:
         x: (B, C, H, W).

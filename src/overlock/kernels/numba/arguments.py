@@ -50,15 +50,20 @@ class Kind(NamedTuple):
     is_several: bool = False
 
 
-def _pointer(value: Any) -> Any:
-    if value is None:  # what the flags of this call leave unread
-        return 0
-    if isinstance(value, Tensor):
-        if value.dtype != torch.float32:
-            raise TypeError(f"a float32 tensor is wanted, got {value.dtype}")
-    elif not isinstance(value, BufferRef):
-        raise TypeError(f"a tensor or a buffer of the plan is wanted, got {type(value).__name__}")
-    return value
+def _pointer_to(*dtypes: torch.dtype) -> Callable[[Any], Any]:
+    wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+    def convert(value: Any) -> Any:
+        if value is None:  # what the flags of this call leave unread
+            return 0
+        if isinstance(value, Tensor):
+            if value.dtype not in dtypes:
+                raise TypeError(f"a {wanted} tensor is wanted, got {value.dtype}")
+        elif not isinstance(value, BufferRef):
+            raise TypeError(f"a tensor or a buffer of the plan is wanted, got {type(value).__name__}")
+        return value
+
+    return convert
 
 
 def _strides(value: Any) -> tuple[Any, ...]:
@@ -68,7 +73,8 @@ def _strides(value: Any) -> tuple[Any, ...]:
     return strides
 
 
-POINTER = Kind(np.int64, "q", _pointer)  # to float32 numbers
+POINTER = Kind(np.int64, "q", _pointer_to(torch.float32))  # to float32 numbers
+MAP = Kind(np.int64, "q", _pointer_to(torch.float32, torch.bfloat16))  # to those of a map, all of a call's of one type
 INT64 = Kind(np.int64, "q", operator.index)
 FLOAT64 = Kind(np.float64, "d", float)
 STRIDES = Kind((np.int64, 4), "4q", _strides, is_several=True)  # of four dimensions, in numbers
@@ -85,9 +91,28 @@ class Arguments:
     def __init__(self, kernel: str, kinds: Mapping[str, Kind]):
         self.kernel, self.kinds, self.names = kernel, dict(kinds), set(kinds)
         self._rows = [(name, kind.convert, kind.is_several) for name, kind in kinds.items()]
+        self.maps = [name for name, kind in kinds.items() if kind is MAP]
         self.layout = struct.Struct("=qq" + "".join(kind.format for kind in kinds.values()))
-        fields = [("function", np.int64), ("tasks", np.int64), *((name, kind.dtype) for name, kind in kinds.items())]
-        self.record_type = from_dtype(np.dtype(fields, align=True))
+        self.record_type = self.record_type_of(torch.float32)
+
+    def record_type_of(self, dtype: torch.dtype) -> Any:
+        """The record as numba reads it where maps have a dtype: addresses of bfloat16 are unsigned, so that code can
+        tell (:func:`overlock.kernels.numba.runtime.maps`)."""
+        address = np.uint64 if dtype == torch.bfloat16 else np.int64
+        fields = [(name, address if kind is MAP else kind.dtype) for name, kind in self.kinds.items()]
+        return from_dtype(np.dtype([("function", np.int64), ("tasks", np.int64), *fields], align=True))
+
+    def dtype_of(self, given: Mapping[str, Any]) -> torch.dtype:
+        """Of a call's maps.
+
+        Raises:
+            TypeError: where they have several.
+        """
+        dtypes = {x.dtype for x in map(given.get, self.maps) if isinstance(x, Tensor)}
+        if len(dtypes) > 1:
+            found = " and ".join(sorted(map(str, dtypes)))
+            raise TypeError(f"{', '.join(self.maps)} of {self.kernel} are to be of one type, got {found}")
+        return dtypes.pop() if dtypes else torch.float32
 
     def flatten(self, given: Mapping[str, Any]) -> list[Any]:
         """The values in the order of the record; tensors and buffers as they are.

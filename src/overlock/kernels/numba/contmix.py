@@ -1,8 +1,8 @@
 """ContMix's dynamic convolution fused on CPU: logits, softmax and weighted sum of a tile in the cache.
 
 Compiled by numba at the first call and kept in its cache, so no compiler and no binary bound to a version of PyTorch is
-needed. Float32; the gradients are in contmix_gradients.py. The letters of kernels/torch/reference.py, and T the
-tokens of a tile (consecutive in the flattened map).
+needed. Maps are float32 or bfloat16, sums float32; the gradients are in contmix_gradients.py. The letters of
+kernels/torch/reference.py, and T the tokens of a tile (consecutive in the flattened map).
 
 What bounds it, for one group of 16 channels, K = 13, S = 7: a token takes 2 * 49 * 169 = 16.6 kFLOP of logits and
 2 * 169 * 16 = 5.4 kFLOP of weighted sum, against 64 bytes in and 64 out: arithmetic. Loops are therefore written so
@@ -17,6 +17,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16)
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -28,8 +29,8 @@ def why_not(*call: object) -> str | None:
             first = x if first is None else first
             if x.device.type != "cpu":  # torch.compile knows it, and not ``is_cpu``
                 return f"it runs on CPU, not on {x.device.type}"
-            if x.dtype != torch.float32:
-                return "it computes in float32 only"
+            if x.dtype not in DTYPES:
+                return f"it takes float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if not HAS_NUMBA:
         return "numba is not installed; pip install numba"
     return "there is nothing to compute" if first is not None and first.numel() == 0 else None
@@ -62,7 +63,7 @@ def forward(
     out = torch.empty_like(value)
     if out.stride(3) != width * out.stride(4):  # rows and columns swapped in memory: no flat view to write through
         out = value.new_empty(value.shape)
-    queries, values = query.flatten(3), value.flatten(3)
+    queries, values, key = query.flatten(3).to(value.dtype), value.flatten(3), key.to(value.dtype)
     splits = map_splits(batch * groups, height * width)
     run(
         contmix, batch * groups * splits, queries=queries, keys=key, values=values, out=out,
@@ -79,6 +80,7 @@ def prepare(
     weight: Tensor, bias: Tensor | None, rpb: Tensor | None, groups: int, kernel_height: int, kernel_width: int
 ) -> dict[str, Tensor]:
     """Weight (S^2, N), bias (N) and relative position bias as the kernel reads them."""
+    weight, bias, rpb = weight.float(), None if bias is None else bias.float(), None if rpb is None else rpb.float()
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.contiguous()
     if rpb is None:
         rpb = weight.new_zeros(groups, 2 * kernel_height - 1, 2 * kernel_width - 1)

@@ -1,4 +1,6 @@
-"""Gradients of ContMix's dynamic convolution on CPU in float32; imports numba and compiles, so it is imported on use.
+"""Gradients of ContMix's dynamic convolution on CPU; imports numba and compiles, so it is imported on use.
+
+Maps are float32 or bfloat16, everything between is float32.
 
 Four tokens at a time, everything that has the size of their kernels stays in the first-level cache: kernels P again,
 their gradients dP = grad . value, those of the logits dL = P (dP - sum P dP), and what these give to each input. Taps
@@ -14,16 +16,17 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import INT64, POINTER, STRIDES
+from overlock.kernels.numba.activations import exp2
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER, STRIDES
 from overlock.kernels.numba.contmix import map_splits
 from overlock.kernels.numba.contmix_kernels import LOG2_E, PAIR, four_logits, no_biases, read_token, tap_biases
-from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, maps, run, task_range
 from overlock.kernels.numba.simd import (
     LANES,
     broadcast,
-    exp2,
     load,
     load_broadcast,
+    load_number,
     masked_load,
     masked_store,
     maximum,
@@ -41,7 +44,7 @@ def read_planes(values, first, by_channel, by_token, channels, tokens, plane, ou
     """Values (C, tokens) of any strides as planes, one a channel."""
     for c in range(channels):
         for t in range(tokens):
-            out[c * plane + t] = values[first + c * by_channel + t * by_token]
+            out[c * plane + t] = load_number(values, first + c * by_channel + t * by_token)
 
 
 @njit(**OPTIONS)
@@ -248,14 +251,14 @@ def write_tap_keys(sums, depth, used, out):
 
 
 @kernel(
-    queries=POINTER,  # (B, G, D, H W)
-    values=POINTER,  # (B, G, C, H W)
-    grads=POINTER,  # (B, G, C, H W)
+    queries=MAP,  # (B, G, D, H W)
+    values=MAP,  # (B, G, C, H W)
+    grads=MAP,  # (B, G, C, H W)
     tap_keys=POINTER,  # (B G, D, N)
     bias=POINTER,  # (N)
     rpb=POINTER,  # (G, 2 Kh - 1, 2 Kw - 1)
-    query_grads=POINTER,  # (B, H W, G, D)
-    value_grads=POINTER,  # (splits, B, H W, G, C)
+    query_grads=MAP,  # (B, H W, G, D)
+    value_grads=MAP,  # (splits, B, H W, G, C)
     key_grads=POINTER,  # (B G, splits, D, N)
     bias_grads=POINTER,  # (B G, splits, N)
     rpb_grads=POINTER,  # (B G, splits, 2 Kh - 1, 2 Kw - 1)
@@ -278,12 +281,12 @@ def contmix_backward(call, thread, threads):
     height, width, kernel_height, kernel_width = call.height, call.width, call.kernel_height, call.kernel_width
     of_query, of_value, of_grad = call.query_strides, call.value_strides, call.grad_strides
     size, used = height * width, kernel_height * kernel_width
-    queries, values, grads = floats(call.queries, ANY), floats(call.values, ANY), floats(call.grads, ANY)
+    queries, values, grads = maps(call.queries, ANY), maps(call.values, ANY), maps(call.grads, ANY)
     taps, side = (used + PAIR - 1) // PAIR * PAIR, (2 * kernel_height - 1) * (2 * kernel_width - 1)
     step, tasks, plane = taps + PAIR, batch * groups * splits, size + LANES
     tap_keys, biases = floats(call.tap_keys, (batch * groups, depth * used)), floats(call.bias, (used,))
-    tables, query_grads = floats(call.rpb, (groups, side)), floats(call.query_grads, ANY)
-    value_grads, key_grads = floats(call.value_grads, ANY), floats(call.key_grads, (tasks, depth, used))
+    tables, query_grads = floats(call.rpb, (groups, side)), maps(call.query_grads, ANY)
+    value_grads, key_grads = maps(call.value_grads, ANY), floats(call.key_grads, (tasks, depth, used))
     bias_grads, table_grads = floats(call.bias_grads, (tasks, used)), floats(call.rpb_grads, (tasks, side))
     lines, line = (1, used) if kernel_width == width else (kernel_height, kernel_width)
     depth_blocks, blocks = (depth + LANES - 1) // LANES, (channels + LANES - 1) // LANES
@@ -355,31 +358,36 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rpb: Tensor | None,
     kernel_height: int, kernel_width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of query, key, value, weight, bias and rpb; see :func:`overlock.kernels.torch.reference.contmix`."""
+    """Gradients of query, key, value, weight, bias and rpb; see :func:`overlock.kernels.torch.reference.contmix`.
+
+    Those of query and value have the type of ``value``, the others are float32.
+    """
+    grad, query, weight = grad.to(value.dtype), query.to(value.dtype), weight.float()
+    bias, rpb = (None if x is None else x.float() for x in (bias, rpb))
     batch, groups, channels, height, width = value.shape
     depth, taps = query.shape[2], len(weight)
-    positions, maps = height * width, batch * groups
-    keys = key.reshape(maps * depth, -1)
+    positions, pairs = height * width, batch * groups
+    keys = key.float().reshape(pairs * depth, -1)
     tap_keys = keys @ weight.t()  # B G D, N
     biases = weight.new_zeros(taps) if bias is None else bias.contiguous()
     sides = (2 * kernel_height - 1, 2 * kernel_width - 1)
     tables = weight.new_zeros(groups, *sides) if rpb is None else rpb.contiguous()
     queries, values, grads = query.flatten(3), value.flatten(3), grad.flatten(3)
 
-    splits = map_splits(maps, positions)
+    splits = map_splits(pairs, positions)
     query_grads = query.new_empty(batch, height, width, groups, depth)
     value_grads = (value.new_empty if splits == 1 else value.new_zeros)(splits, batch, height, width, groups, channels)
-    key_grads, bias_grads = key.new_empty(maps, splits, depth, taps), key.new_empty(maps * splits, taps)
-    table_grads = key.new_empty(batch, groups, splits, *sides)
+    key_grads, bias_grads = keys.new_empty(pairs, splits, depth, taps), keys.new_empty(pairs * splits, taps)
+    table_grads = keys.new_empty(batch, groups, splits, *sides)
     run(
-        contmix_backward, maps * splits, queries=queries, values=values, grads=grads, tap_keys=tap_keys, bias=biases,
+        contmix_backward, pairs * splits, queries=queries, values=values, grads=grads, tap_keys=tap_keys, bias=biases,
         rpb=tables, query_grads=query_grads, value_grads=value_grads, key_grads=key_grads, bias_grads=bias_grads,
         rpb_grads=table_grads, batch=batch, groups=groups, depth=depth, channels=channels, height=height, width=width,
         kernel_height=kernel_height, kernel_width=kernel_width, splits=splits, query_strides=queries.stride(),
         value_strides=values.stride(), grad_strides=grads.stride(),
     )  # fmt: skip
     key_grad, value_grad = (x.squeeze(i) if splits == 1 else x.sum(i) for x, i in ((key_grads, 1), (value_grads, 0)))
-    by_tap = key_grad.view(maps * depth, taps)
+    by_tap = key_grad.view(pairs * depth, taps)
     return (
         query_grads.permute(0, 3, 4, 1, 2),
         (by_tap @ weight).view(key.shape),

@@ -5,21 +5,23 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from overlock.kernels.numba.arguments import INT64, POINTER, STRIDES
-from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
+from overlock.kernels.numba.activations import exp2
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER, STRIDES
+from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, maps, task_range
 from overlock.kernels.numba.simd import (
     LANES,
     aligned_zeros,
     broadcast,
-    exp2,
     load,
     load_broadcast,
+    load_number,
     masked_load,
     masked_store,
     maximum,
     reduce_max,
     reduce_sum,
     store,
+    store_number,
 )
 from overlock.kernels.numba.vector_tuples import store_all
 
@@ -61,14 +63,14 @@ def fold_key(keys, first, by_depth, by_region, weights, depth, regions, used, ta
 
 
 @njit(**OPTIONS)
-def read_token(maps, first, by_channel, channels, out, to):
+def read_token(tokens, first, by_channel, channels, out, to):
     """A token's channels, side by side; what lies up to LANES beyond them is lost."""
     if by_channel == 1:
         for c in range(0, channels, LANES):
-            store(out, to + c, masked_load(maps, first + c, channels - c))
+            store(out, to + c, masked_load(tokens, first + c, channels - c))
     else:
         for c in range(channels):
-            out[to + c] = maps[first + c * by_channel]
+            out[to + c] = load_number(tokens, first + c * by_channel)
 
 
 @njit(**OPTIONS)
@@ -245,7 +247,7 @@ def block_channels(values, first, by_channel, by_token, channels, tokens, blocke
                 store(blocked, place + t * LANES, masked_load(values, start + t * by_token, width))
             else:
                 for c in range(width):
-                    blocked[place + t * LANES + c] = values[start + c * by_channel + t * by_token]
+                    blocked[place + t * LANES + c] = load_number(values, start + c * by_channel + t * by_token)
                 for c in range(width, LANES):
                     blocked[place + t * LANES + c] = 0
 
@@ -257,17 +259,17 @@ def write_token(mixed, place, scale, out, first, by_channel, width):
         masked_store(out, first, load(mixed, place) * broadcast(scale), width)
     else:
         for c in range(width):
-            out[first + c * by_channel] = mixed[place + c] * scale
+            store_number(out, first + c * by_channel, mixed[place + c] * scale)
 
 
 @kernel(
-    queries=POINTER,  # (B, G, D, H W)
-    keys=POINTER,  # (B, G, D, S2)
-    values=POINTER,  # (B, G, C, H W)
+    queries=MAP,  # (B, G, D, H W)
+    keys=MAP,  # (B, G, D, S2)
+    values=MAP,  # (B, G, C, H W)
     weight=POINTER,  # (S2, N)
     bias=POINTER,  # (N)
     rpb=POINTER,  # (G, 2 Kh - 1, 2 Kw - 1)
-    out=POINTER,  # (B, G, C, H W)
+    out=MAP,  # (B, G, C, H W)
     groups=INT64,
     depth=INT64,
     channels=INT64,
@@ -288,10 +290,10 @@ def contmix(call, thread, threads):
     height, width, kernel_height, kernel_width = call.height, call.width, call.kernel_height, call.kernel_width
     of_query, of_key, of_value, of_out = call.query_strides, call.key_strides, call.value_strides, call.out_strides
     queries, keys, values, out = (
-        floats(call.queries, ANY),
-        floats(call.keys, ANY),
-        floats(call.values, ANY),
-        floats(call.out, ANY),
+        maps(call.queries, ANY),
+        maps(call.keys, ANY),
+        maps(call.values, ANY),
+        maps(call.out, ANY),
     )
     size, blocks, used = height * width, (channels + LANES - 1) // LANES, kernel_height * kernel_width
     taps, side = (used + PAIR - 1) // PAIR * PAIR, (2 * kernel_height - 1) * (2 * kernel_width - 1)

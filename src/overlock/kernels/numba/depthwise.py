@@ -7,20 +7,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.activations import gelu, gelu_gradient
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER
 from overlock.kernels.numba.flags import GELU, GELU_GRADIENT, SUM, SUM_SQUARES
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
-from overlock.kernels.numba.simd import (
-    LANES,
-    aligned_zeros,
-    gelu,
-    gelu_gradient,
-    load,
-    masked_load,
-    masked_store,
-    prefetch,
-    store,
-)
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
+from overlock.kernels.numba.simd import LANES, aligned_zeros, load, masked_load, masked_store, prefetch, store
 from overlock.kernels.numba.vector_tuples import load_all, multiply_add, repeat, store_all
 
 
@@ -148,12 +139,12 @@ def write_row(row, begin, width, lanes, epilogue, out, first, channels, sums, be
 
 
 @kernel(
-    x=POINTER,  # (B, H, W, C)
+    x=MAP,  # (B, H, W, C)
     weight=POINTER,  # (K K, C)
     bias=POINTER,  # (C)
-    out=POINTER,  # (B, H, W, C); may be x, where the rows are not split
+    out=MAP,  # (B, H, W, C); may be x, where the rows are not split
     sums=POINTER,  # (B, splits, C), of the results or their squares
-    before_gelu=POINTER,  # (B, H, W, C), which GELU_GRADIENT reads
+    before_gelu=MAP,  # (B, H, W, C), which GELU_GRADIENT reads
     batch=INT64,
     height=INT64,
     width=INT64,
@@ -178,7 +169,7 @@ def depthwise(call, thread, threads):
         call.epilogue,
     )
     numbers = (batch * height * width * channels,)
-    images, out, before_gelu = floats(call.x, numbers), floats(call.out, numbers), floats(call.before_gelu, numbers)
+    images, out, before_gelu = maps(call.x, numbers), maps(call.out, numbers), maps(call.before_gelu, numbers)
     weights, bias = floats(call.weight, (size * size * channels,)), floats(call.bias, (channels,))
     sums = floats(call.sums, (batch, splits, channels))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
@@ -242,8 +233,8 @@ def filter_tokens(
     blocks = batch * -(-channels // LANES)
     splits = max(1, min(2 * torch.get_num_threads() // blocks, height // 8))
     run(
-        depthwise, blocks * splits, x=x, weight=weight.contiguous(), bias=bias.contiguous(), out=out, sums=None,
-        before_gelu=before_gelu, batch=batch, height=height, width=width, channels=channels,
+        depthwise, blocks * splits, x=x, weight=weight.float().contiguous(), bias=bias.float().contiguous(), out=out,
+        sums=None, before_gelu=before_gelu, batch=batch, height=height, width=width, channels=channels,
         kernel_size=weight.shape[0], dilation=dilation, prologue=prologue,
         epilogue=epilogue if before_gelu is None else epilogue | GELU_GRADIENT, splits=splits,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Depthwise convolution and its gradients on CPU in float32, by numba; the filters themselves are in depthwise.py."""
+"""Depthwise convolution and its gradients on CPU, by numba, with sums in float32; the filters are in depthwise.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER
 from overlock.kernels.numba.contmix import to_images, to_tokens
 from overlock.kernels.numba.depthwise import filter_tokens, read_row
 from overlock.kernels.numba.flags import GELU
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
 from overlock.kernels.numba.simd import LANES, aligned_zeros, broadcast, load, masked_store, store
 from overlock.kernels.numba.vector_tuples import add_all, load_all, multiply_add, repeat
 
@@ -66,8 +66,8 @@ def correlate_row(row, lines, order, begin, end, size, padded, step, stride, wid
 
 
 @kernel(
-    x=POINTER,  # (B, H, W, C)
-    grads=POINTER,  # (B, H, W, C)
+    x=MAP,  # (B, H, W, C)
+    grads=MAP,  # (B, H, W, C)
     out=POINTER,  # (splits, K K + 1, C): gradients of the weights, and last of the biases
     batch=INT64,
     height=INT64,
@@ -86,7 +86,7 @@ def correlate(call, thread, threads):
     batch, height, width, channels = call.batch, call.height, call.width, call.channels
     size, dilation, splits = call.kernel_size, call.dilation, call.splits
     numbers = (batch * height * width * channels,)
-    images, grads = floats(call.x, numbers), floats(call.grads, numbers)
+    images, grads = maps(call.x, numbers), maps(call.grads, numbers)
     out = floats(call.out, (splits * (size * size + 1) * channels,))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
     step, padded = dilation * LANES, size + 6
@@ -134,17 +134,17 @@ def correlate(call, thread, threads):
 
 def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
     """Images (B, C, H, W) filtered with weights (C, K, K), channels last."""
-    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    bias = torch.zeros(x.shape[1]) if bias is None else bias
     return to_images(filter_tokens(to_tokens(x), weight.permute(1, 2, 0), bias, **settings))
 
 
 def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, prologue: int = 0) -> tuple[Tensor, Tensor]:
     """Gradients of the weights (C, 1, K, K) and biases (C) that x (B, C, H, W) is filtered with."""
-    grads, images = to_tokens(grad), to_tokens(x)
+    grads, images = to_tokens(grad).to(x.dtype), to_tokens(x)
     batch, height, width, channels = images.shape
     blocks = -(-channels // LANES)
     splits = max(1, min(batch, 8 * torch.get_num_threads() // blocks))
-    out = images.new_empty(splits, size * size + 1, channels)
+    out = torch.empty(splits, size * size + 1, channels)
     run(
         correlate, splits * blocks, x=images, grads=grads, out=out, batch=batch, height=height, width=width,
         channels=channels, kernel_size=size, dilation=dilation, prologue=prologue, splits=splits,
@@ -164,7 +164,7 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Te
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """Gradient of the convolution with respect to its weight (C, 1, K, K)."""
+    """Gradient of the convolution with respect to its weight (C, 1, K, K), in float32."""
     return _correlate(grad, x, weight.shape[3], dilation)[0]
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numba import njit
 
+from overlock.kernels.numba.activations import gelu
 from overlock.kernels.numba.arguments import INT64, POINTER
 from overlock.kernels.numba.depthwise import filter_three, write_row
 from overlock.kernels.numba.flags import SUM_SQUARES
 from overlock.kernels.numba.gemm import multiply_panel, pack_row
 from overlock.kernels.numba.gemm_microkernel import KC, MR, NR, ROW_STRIDE
 from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
-from overlock.kernels.numba.simd import LANES, aligned_empty, aligned_zeros, gelu, load, masked_load, store
+from overlock.kernels.numba.simd import LANES, aligned_empty, aligned_zeros, load, masked_load, store
 
 LARGEST_WEIGHT = 1 << 17  # numbers: half of a second-level cache
 FEWEST_ROWS = 24  # of a split, for those that its neighbours make a second time not to count

@@ -13,6 +13,7 @@ from numba import njit
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.kernels.numba.activations import gelu, silu
 from overlock.kernels.numba.arguments import INT64, POINTER
 from overlock.kernels.numba.flags import GATE, GELU, RESIDUAL, SCALE, SILU
 from overlock.kernels.numba.gemm_microkernel import (
@@ -28,17 +29,7 @@ from overlock.kernels.numba.gemm_microkernel import (
     multiply_vector,
 )
 from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
-from overlock.kernels.numba.simd import (
-    LANES,
-    aligned_empty,
-    gelu,
-    load,
-    masked_load,
-    masked_store,
-    prefetch,
-    silu,
-    store,
-)
+from overlock.kernels.numba.simd import LANES, aligned_empty, load, masked_load, masked_store, prefetch, store
 
 LINE = 64  # bytes of the cache
 PACKED_NUMBERS = 1 << 16  # of tokens: half of a second-level cache, with weights and results beside them

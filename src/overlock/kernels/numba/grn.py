@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER
 from overlock.kernels.numba.contmix import to_images, to_tokens
-from overlock.kernels.numba.runtime import floats, kernel, run, task_range
+from overlock.kernels.numba.runtime import floats, kernel, maps, run, task_range
 from overlock.kernels.numba.simd import LANES, broadcast, load, masked_load, masked_store, store
 
 LONGEST = 64  # tokens summed up in float32 before their sum joins others
 
 
 @kernel(
-    a=POINTER,  # (B, T, C)
-    b=POINTER,  # (B, T, C)
+    a=MAP,  # (B, T, C)
+    b=MAP,  # (B, T, C)
     sums=POINTER,  # (B, splits, C)
     batch=INT64,
     tokens=INT64,
@@ -26,7 +26,7 @@ LONGEST = 64  # tokens summed up in float32 before their sum joins others
 def multiply_and_sum(call, thread, threads):
     """Sums of a * b over parts of the tokens. A task is one of these."""
     batch, tokens, channels, splits = call.batch, call.tokens, call.channels, call.splits
-    a, b = floats(call.a, (batch * tokens * channels,)), floats(call.b, (batch * tokens * channels,))
+    a, b = maps(call.a, (batch * tokens * channels,)), maps(call.b, (batch * tokens * channels,))
     sums = floats(call.sums, (batch, splits, channels))
     line = np.zeros(channels + LANES, np.float32)
     begin, end = task_range(call.tasks, thread, threads)
@@ -44,11 +44,11 @@ def multiply_and_sum(call, thread, threads):
 
 
 @kernel(
-    a=POINTER,  # (B, T, C)
+    a=MAP,  # (B, T, C)
     scale=POINTER,  # (B, C)
-    b=POINTER,  # (B, T, C), or None for 1
+    b=MAP,  # (B, T, C), or None for 1
     shift=POINTER,  # (B, C)
-    out=POINTER,  # (B, T, C)
+    out=MAP,  # (B, T, C)
     batch=INT64,
     tokens=INT64,
     channels=INT64,
@@ -58,7 +58,7 @@ def scale_and_shift(call, thread, threads):
     """out = a * scale + b * shift. A task is some tokens of an image."""
     tokens, channels, splits = call.tokens, call.channels, call.splits
     numbers = call.batch * tokens * channels
-    a, b, out = floats(call.a, (numbers,)), floats(call.b, (numbers,)), floats(call.out, (numbers,))
+    a, b, out = maps(call.a, (numbers,)), maps(call.b, (numbers,)), maps(call.out, (numbers,))
     scale, shift = floats(call.scale, (call.batch * channels,)), floats(call.shift, (call.batch * channels,))
     one = broadcast(np.float32(1))
     begin, end = task_range(call.tasks, thread, threads)
@@ -78,12 +78,12 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sums of a * b (B, C, H, W) over the maps, (B, C)."""
+    """Sums of a * b (B, C, H, W) over the maps, (B, C) in float32."""
     first = _tokens(a)
-    second = first if b is a else _tokens(b)
+    second = first if b is a else _tokens(b).to(a.dtype)
     batch, tokens, channels = first.shape
     splits = max(-(-tokens // LONGEST), 1)
-    sums = a.new_empty(batch, splits, channels)
+    sums = torch.empty(batch, splits, channels)
     run(
         multiply_and_sum, batch * splits, a=first, b=second, sums=sums, batch=batch, tokens=tokens, channels=channels,
         splits=splits,
@@ -97,7 +97,8 @@ def scale_and_add(a: Tensor, scale: Tensor, b: Tensor | None, shift: Tensor) -> 
     batch, tokens, channels = first.shape
     splits, out = max(1, min(-(-2 * torch.get_num_threads() // batch), tokens)), torch.empty_like(first)
     run(
-        scale_and_shift, batch * splits, a=first, scale=scale.contiguous(), b=None if b is None else _tokens(b),
-        shift=shift.contiguous(), out=out, batch=batch, tokens=tokens, channels=channels, splits=splits,
+        scale_and_shift, batch * splits, a=first, scale=scale.float().contiguous(),
+        b=None if b is None else _tokens(b).to(a.dtype), shift=shift.float().contiguous(), out=out, batch=batch,
+        tokens=tokens, channels=channels, splits=splits,
     )  # fmt: skip
     return to_images(out.unflatten(1, a.shape[2:]))

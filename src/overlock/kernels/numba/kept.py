@@ -26,11 +26,12 @@ class KeptFunction(CFunc):
         function: in Python.
         signature: its types.
         options: of the compilation.
+        variant: what tells it from others of its name.
     """
 
-    def __init__(self, function: Callable[..., Any], signature: Any, options: dict[str, Any]):
+    def __init__(self, function: Callable[..., Any], signature: Any, options: dict[str, Any], variant: str = ""):
         super().__init__(function, sigutils.normalize_signature(signature), locals={}, options=options)
-        self._cache = _Folders(function)
+        self._cache = _Folders(function, variant)
         self.compile()
 
     @property
@@ -47,8 +48,11 @@ class KeptFunction(CFunc):
 class _Folders:
     """As numba's caches are used: found in any folder, kept in the first that can be written."""
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., Any], variant: str):
         self._function = function
+        self._label = ".".join(
+            filter(None, (Path(function.__code__.co_filename).stem, function.__name__, variant))
+        )  # fmt: skip
         self.has_saved = False
 
     def load_overload(self, signature: Any, context: Any) -> Any:
@@ -71,7 +75,7 @@ class _Folders:
     def _name(self, signature: Any, context: Any) -> str:
         facts = signature, context.codegen().magic_tuple(), self._function.__code__.co_code
         digest = hashlib.sha256("\n".join(map(repr, facts)).encode()).hexdigest()[:8]
-        return f"{Path(self._function.__code__.co_filename).stem}.{self._function.__name__}-{digest}{cache.SUFFIX}"
+        return f"{self._label}-{digest}{cache.SUFFIX}"
 
 
 def _write(path: Path, content: bytes) -> None:

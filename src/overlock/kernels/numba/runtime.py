@@ -40,15 +40,29 @@ ANY = (1 << 60,)  # shape of an array whose size the kernel knows by its other a
 C_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-class Kernel(NamedTuple):
-    """A compiled function and the arguments that its calls have."""
+class Kernel:
+    """A function compiled for float32 maps, for bfloat16 ones too once they are met, and the arguments of its calls."""
 
-    compiled: Any
-    arguments: Arguments
+    def __init__(self, function: Callable[..., None], arguments: Arguments):
+        self.function, self.arguments = function, arguments
+        self._compiled = {torch.float32: _compile(function, arguments, torch.float32)}
+
+    @property
+    def compiled(self) -> Any:
+        """The function for float32."""
+        return self._compiled[torch.float32]
 
     @property
     def address(self) -> int:
-        return self.compiled.address
+        """Of that function."""
+        return self.address_for(torch.float32)
+
+    def address_for(self, dtype: torch.dtype) -> int:
+        """Of the function for maps of a type, compiled now if need be."""
+        if dtype not in self._compiled:
+            self._compiled[dtype] = _compile(self.function, self.arguments, dtype)
+        address: int = self._compiled[dtype].address
+        return address
 
 
 def kernel(**kinds: Kind) -> Callable[[Callable[..., None]], Kernel]:
@@ -68,17 +82,17 @@ def kernel(**kinds: Kind) -> Callable[[Callable[..., None]], Kernel]:
     """
 
     def declare(function: Callable[..., None]) -> Kernel:
-        arguments = Arguments(function.__name__, kinds)
-        signature = types.void(arguments.record_type, types.int64, types.int64)  # a record is handed on as a pointer
-        return Kernel(_compile(function, signature), arguments)
+        return Kernel(function, Arguments(function.__name__, kinds))
 
     return declare
 
 
-def _compile(function: Callable[..., None], signature: Any) -> Any:
+def _compile(function: Callable[..., None], arguments: Arguments, dtype: torch.dtype) -> Any:
     """Compile now, or take what is kept."""
     options = {name: OPTIONS[name] for name in ("fastmath", "error_model")}  # a C function never holds the lock
-    compiled = KeptFunction(function, signature, options)
+    record = arguments.record_type_of(dtype)  # handed on as a pointer
+    variant = "" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    compiled = KeptFunction(function, types.void(record, types.int64, types.int64), options, variant)
     if not compiled.is_kept:
         _tell(f"compiling kernels anew, since there is no place to keep them; set {cache.ENVIRONMENT_VARIABLE} to one")
     elif not compiled.was_kept:
@@ -105,9 +119,10 @@ def run(kernel: Kernel, tasks: int, /, **arguments: Any) -> None:
     """
     layout = kernel.arguments.layout
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in kernel.arguments.flatten(arguments)]
+    address = kernel.address_for(kernel.arguments.dtype_of(arguments))
     call = (ctypes.c_int64 * (layout.size // 8))()
-    layout.pack_into(call, 0, kernel.address, tasks, *values)
-    start(kernel.address, tasks, ctypes.addressof(call))
+    layout.pack_into(call, 0, address, tasks, *values)
+    start(address, tasks, ctypes.addressof(call))
 
 
 def start(address: int, tasks: int, call: int) -> None:
@@ -167,6 +182,22 @@ _float_pointer, _integer_pointer = _pointer(types.float32), _pointer(types.int64
 def floats(address, shape):
     """The contiguous float32 array of a shape at an address."""
     return carray(_float_pointer(address), shape)
+
+
+@intrinsic
+def _map_pointer(_typing_context: Any, address: Any) -> Any:
+    kind = types.uint16 if address == types.uint64 else types.float32
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind)(address), generate
+
+
+@njit(**OPTIONS)
+def maps(address, shape):
+    """The contiguous array of a map at its address: float32, or the bits of bfloat16, to be read by simd.py."""
+    return carray(_map_pointer(address), shape)
 
 
 @intrinsic

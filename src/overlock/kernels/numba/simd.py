@@ -1,5 +1,7 @@
 """Vectors of float32 as numba values, so that a kernel says itself what stays in registers.
 
+Arrays hold float32, or bfloat16 as the uint16 of its bits: a load widens them, a store rounds to the nearest, ties to
+even, as PyTorch does. What is computed between is float32 in either case.
 A loop that a compiler may or may not turn into vector instructions is fast by luck; ``a = a + load(x, i) * w`` on
 vectors is the same few instructions everywhere. LLVM splits a vector over several registers where the machine's are
 shorter. Products and sums contract to fused ones.
@@ -7,7 +9,6 @@ shorter. Products and sums contract to fused ones.
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -16,11 +17,11 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
-from numpy.polynomial import Chebyshev, Polynomial
 
 LANES = 16 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 8
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+HALVES = ir.VectorType(ir.IntType(16), LANES)
 PAGE = 4096  # bytes of memory
 
 
@@ -39,8 +40,45 @@ class VectorModel(models.PrimitiveModel):
 
 
 def address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Where a vector begins: of float32, or of bfloat16 where the array has 16 bits a number."""
     data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
+    pointee = HALVES if kind.dtype == types.uint16 else VECTOR
+    return builder.bitcast(builder.gep(data, [index]), pointee.as_pointer())
+
+
+def _of_bits(builder: Any, bits: Any, kind: Any = VECTOR) -> Any:
+    """bfloat16 as float32, whose upper half it is."""
+    integers = INTEGERS if kind == VECTOR else ir.IntType(32)
+    by = ir.Constant(integers, [16] * LANES if kind == VECTOR else 16)
+    return builder.bitcast(builder.shl(builder.zext(bits, integers), by), kind)
+
+
+def _to_bits(builder: Any, value: Any, kind: Any = VECTOR) -> Any:
+    """float32 as bfloat16: half a unit is added to the lower half, less what an even number lacks; NaN stays one."""
+
+    def constant(number: int) -> Any:
+        return ir.Constant(INTEGERS, [number] * LANES) if kind == VECTOR else ir.Constant(ir.IntType(32), number)
+
+    integers, halves = (INTEGERS, HALVES) if kind == VECTOR else (ir.IntType(32), ir.IntType(16))
+    bits = builder.bitcast(value, integers)
+    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+    quiet = builder.or_(bits, constant(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(chosen, constant(16)), halves)
+
+
+def read_vector(builder: Any, address: Any) -> Any:
+    """The vector at an address."""
+    loaded = builder.load(address)
+    loaded.align = 4 if address.type.pointee == VECTOR else 2
+    return loaded if address.type.pointee == VECTOR else _of_bits(builder, loaded)
+
+
+def write_vector(builder: Any, value: Any, address: Any) -> None:
+    """A vector to an address."""
+    is_float32 = address.type.pointee == VECTOR
+    builder.store(value if is_float32 else _to_bits(builder, value), address).align = 4 if is_float32 else 2
 
 
 @intrinsic
@@ -48,9 +86,7 @@ def load(_typing_context, array, index):  # noqa: ARG001
     """The vector that begins at an index of a flat array."""
 
     def generate(context, builder, signature, arguments):
-        loaded = builder.load(address_of(context, builder, signature.args[0], *arguments))
-        loaded.align = 4
-        return loaded
+        return read_vector(builder, address_of(context, builder, signature.args[0], *arguments))
 
     return vector(array, types.int64), generate
 
@@ -60,8 +96,7 @@ def store(_typing_context, array, index, value):  # noqa: ARG001
     """Write a vector to a flat array from an index on."""
 
     def generate(context, builder, signature, arguments):
-        stored = builder.store(arguments[2], address_of(context, builder, signature.args[0], *arguments[:2]))
-        stored.align = 4
+        write_vector(builder, arguments[2], address_of(context, builder, signature.args[0], *arguments[:2]))
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector), generate
@@ -82,7 +117,8 @@ def _broadcast(builder: Any, number: Any, kind: Any) -> Any:
 
 def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     kind = ir.FunctionType(result, [x.type for x in arguments])
-    name = f"llvm.masked.{name}.v{LANES}f32.p0v{LANES}f32"
+    numbers = f"v{LANES}f32" if any(x.type == VECTOR.as_pointer() for x in arguments) else f"v{LANES}i16"
+    name = f"llvm.masked.{name}.{numbers}.p0{numbers}"
     known = builder.module.globals.get(name)
     return builder.call(known or ir.Function(builder.module, kind, name), arguments)
 
@@ -93,8 +129,11 @@ def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
 
     def generate(context, builder, signature, arguments):
         address = address_of(context, builder, signature.args[0], *arguments[:2])
-        zeros, align = ir.Constant(VECTOR, [0.0] * LANES), ir.Constant(ir.IntType(32), 4)
-        return _masked(builder, "load", VECTOR, [address, align, _mask(builder, arguments[2]), zeros])
+        kind, is_float32 = address.type.pointee, address.type.pointee == VECTOR
+        zeros = ir.Constant(kind, [0.0 if is_float32 else 0] * LANES)
+        align = ir.Constant(ir.IntType(32), 4 if is_float32 else 2)
+        loaded = _masked(builder, "load", kind, [address, align, _mask(builder, arguments[2]), zeros])
+        return loaded if is_float32 else _of_bits(builder, loaded)
 
     return vector(array, types.int64, types.int64), generate
 
@@ -105,8 +144,10 @@ def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
 
     def generate(context, builder, signature, arguments):
         address = address_of(context, builder, signature.args[0], *arguments[:2])
-        align, mask = ir.Constant(ir.IntType(32), 4), _mask(builder, arguments[3])
-        _masked(builder, "store", ir.VoidType(), [arguments[2], address, align, mask])
+        is_float32 = address.type.pointee == VECTOR
+        value = arguments[2] if is_float32 else _to_bits(builder, arguments[2])
+        align, mask = ir.Constant(ir.IntType(32), 4 if is_float32 else 2), _mask(builder, arguments[3])
+        _masked(builder, "store", ir.VoidType(), [value, address, align, mask])
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector, types.int64), generate
@@ -145,10 +186,38 @@ def load_broadcast(_typing_context, array, index):  # noqa: ARG001
     """The number at an index of a flat array in all lanes; no index counts from the end, which saves the check."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return _broadcast(builder, builder.load(builder.gep(data, [arguments[1]])), VECTOR)
+        return _broadcast(builder, _read_number(context, builder, signature.args[0], *arguments), VECTOR)
 
     return vector(array, types.int64), generate
+
+
+def _read_number(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    number = builder.load(builder.gep(context.make_array(kind)(context, builder, array).data, [index]))
+    return _of_bits(builder, number, ir.FloatType()) if kind.dtype == types.uint16 else number
+
+
+@intrinsic
+def load_number(_typing_context, array, index):  # noqa: ARG001
+    """The number at an index of a flat array."""
+
+    def generate(context, builder, signature, arguments):
+        return _read_number(context, builder, signature.args[0], *arguments)
+
+    return types.float32(array, types.int64), generate
+
+
+@intrinsic
+def store_number(_typing_context, array, index, value):  # noqa: ARG001
+    """Write a number to a flat array."""
+
+    def generate(context, builder, signature, arguments):
+        array, index, value = arguments
+        address = builder.gep(context.make_array(signature.args[0])(context, builder, array).data, [index])
+        is_half = signature.args[0].dtype == types.uint16
+        builder.store(_to_bits(builder, value, ir.FloatType()) if is_half else value, address)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.float32), generate
 
 
 @intrinsic
@@ -203,26 +272,6 @@ def absolute(_typing_context, value):  # noqa: ARG001
         return builder.call(known or ir.Function(builder.module, kind, name), arguments)
 
     return vector(vector), generate
-
-
-def _table(numbers: np.ndarray) -> Any:
-    """32 numbers in two registers of AVX-512, of which each lane takes one."""
-
-    @intrinsic
-    def look_up(_typing_context, shifted):  # noqa: ARG001
-        """The numbers at indices given as the last bits of a float32: as the index plus SHIFT."""
-
-        def generate(_context, builder, _signature, arguments):
-            name = "llvm.x86.avx512.vpermi2var.ps.512"
-            kind = ir.FunctionType(VECTOR, [VECTOR, INTEGERS, VECTOR])
-            known = builder.module.globals.get(name)
-            low, high = (ir.Constant(VECTOR, [float(x) for x in half]) for half in numbers.reshape(2, LANES))
-            function = known or ir.Function(builder.module, kind, name)
-            return builder.call(function, [low, builder.bitcast(arguments[0], INTEGERS), high])
-
-        return vector(vector), generate
-
-    return look_up
 
 
 def _arithmetic(name: str) -> Any:
@@ -283,9 +332,6 @@ def _across(name: str) -> Any:
 
 reduce_sum, reduce_max = _across("sum"), _across("largest")
 
-LOWEST = np.float32(-100)  # 2^-100 is nothing beside the largest term of a softmax, 1
-SHIFT = np.float32(3 << 22)  # added to a small number, it leaves the nearest integer in the last bits
-
 
 @njit(error_model="numpy", nogil=True)
 def aligned_empty(count):
@@ -305,95 +351,3 @@ def aligned_zeros(count):
     numbers = aligned_empty(count)
     numbers[:] = 0
     return numbers
-
-
-@njit(error_model="numpy", nogil=True)
-def exp2(x):
-    """2^x for x <= 0 (2^-100 below -100): 2^whole from a float's bits times a polynomial, relative error 1.6e-7."""
-    x = maximum(x, broadcast(LOWEST))
-    shifted = x + broadcast(SHIFT)
-    f = x - (shifted - broadcast(SHIFT))
-    p = broadcast(np.float32(1.5353361e-4)) * f + broadcast(np.float32(1.3398875e-3))
-    p = p * f + broadcast(np.float32(9.6184374e-3))
-    p = p * f + broadcast(np.float32(5.5503325e-2))
-    p = p * f + broadcast(np.float32(2.4022648e-1))
-    p = p * f + broadcast(np.float32(6.931472e-1))
-    return (p * f + broadcast(np.float32(1))) * exp2_integer(shifted)
-
-
-@njit(error_model="numpy", nogil=True)
-def silu(x):
-    """x / (1 + e^-x)."""
-    below = exp2(select_negative(x, x, broadcast(np.float32(0)) - x) * broadcast(np.float32(1.4426950408889634)))
-    one = broadcast(np.float32(1))
-    return x * select_negative(x, below, one) / (one + below)
-
-
-@njit(error_model="numpy", nogil=True)
-def normal_cdf(x):
-    """1/2 (1 + erf(x / sqrt(2))), erf as a rational function with relative error 4e-7."""
-    z = minimum(maximum(x * broadcast(np.float32(0.70710678)), broadcast(np.float32(-3.9))), broadcast(np.float32(3.9)))
-    u = z * z
-    p = broadcast(np.float32(2.06647087e-6)) * u + broadcast(np.float32(2.85063026e-4))
-    p = p * u + broadcast(np.float32(3.73837491e-3))
-    p = p * u + broadcast(np.float32(5.26681729e-2))
-    p = p * u + broadcast(np.float32(1.89667463e-1))
-    p = p * u + broadcast(np.float32(1.12837911))
-    q = broadcast(np.float32(3.82700382e-5)) * u + broadcast(np.float32(1.15738343e-3))
-    q = q * u + broadcast(np.float32(1.49143348e-2))
-    q = q * u + broadcast(np.float32(1.13819227e-1))
-    q = q * u + broadcast(np.float32(5.01421213e-1))
-    q = q * u + broadcast(np.float32(1))
-    half = broadcast(np.float32(0.5))
-    return half + half * (z * p / q)
-
-
-SEGMENT = 5.25 / 31  # of a absolute; GELU differs from max(x, 0) by less than 1e-6 beyond the last
-
-
-def _gelu_segments() -> np.ndarray:
-    """Coefficients (4, 32) of |x| normal_cdf(-|x|), by which GELU differs from max(x, 0), about multiples of SEGMENT.
-
-    The first has no constant, that GELU be 0 at 0, and the last is zero.
-    """
-
-    def below(x: np.ndarray) -> np.ndarray:
-        return np.array([math.erfc(number / math.sqrt(2)) / 2 for number in x])
-
-    def fit(function: Any, degree: int, begin: float, end: float) -> np.ndarray:
-        return Chebyshev.interpolate(function, degree, [begin, end]).convert(kind=Polynomial).coef
-
-    first = [0, *fit(below, 2, 0, SEGMENT / 2)]
-    others = [
-        fit(lambda x, about=i * SEGMENT: (x + about) * below(x + about), 3, -SEGMENT / 2, SEGMENT / 2)
-        for i in range(1, 31)
-    ]
-    return np.array([first, *others, [0] * 4], np.float32).T
-
-
-@njit(error_model="numpy", nogil=True)
-def _gelu_by_formula(x):
-    return x * normal_cdf(x)
-
-
-@njit(error_model="numpy", nogil=True)
-def _gelu_by_table(x):
-    size, half = absolute(x), broadcast(np.float32(0.5))
-    short = minimum(size, broadcast(np.float32(31 * SEGMENT)))
-    shifted = short * broadcast(np.float32(1 / SEGMENT)) + broadcast(SHIFT)
-    f = short - (shifted - broadcast(SHIFT)) * broadcast(np.float32(SEGMENT))
-    below = _cubic(shifted) * f + _square(shifted)
-    below = (below * f + _linear(shifted)) * f + _constant(shifted)
-    return half * x + (half * size - below)
-
-
-if LANES == 16:  # 2.8 in place of 5.0 ns for a vector; absolute error 4e-7 up to 1, relative above
-    _constant, _linear, _square, _cubic = map(_table, _gelu_segments())
-gelu = _gelu_by_table if LANES == 16 else _gelu_by_formula
-
-
-@njit(error_model="numpy", nogil=True)
-def gelu_gradient(x):
-    """normal_cdf(x) + x e^(-x^2 / 2) / sqrt(2 pi)."""
-    density = exp2(x * x * broadcast(np.float32(-0.72134752))) * broadcast(np.float32(0.39894228))
-    return normal_cdf(x) + x * density

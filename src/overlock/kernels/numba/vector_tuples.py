@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from overlock.kernels.numba.simd import address_of, vector
+from overlock.kernels.numba.simd import address_of, read_vector, vector, write_vector
 
 FUSED = ("contract", "nsz")  # a product and a sum may be one operation
 
@@ -19,16 +19,6 @@ def _addresses(context: Any, builder: Any, kind: Any, arguments: Any, count: int
     array, first, step = arguments
     indices = (builder.add(first, builder.mul(step, ir.Constant(ir.IntType(64), i))) for i in range(count))
     return [address_of(context, builder, kind, array, index) for index in indices]
-
-
-def _load(builder: Any, address: Any) -> Any:
-    loaded = builder.load(address)
-    loaded.align = 4
-    return loaded
-
-
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, address).align = 4
 
 
 @intrinsic(prefer_literal=True)
@@ -49,7 +39,7 @@ def load_all(_typing_context, array, first, step, count):  # noqa: ARG001
 
     def generate(context, builder, signature, arguments):
         addresses = _addresses(context, builder, signature.args[0], arguments[:3], kind.count)
-        return context.make_tuple(builder, kind, [_load(builder, address) for address in addresses])
+        return context.make_tuple(builder, kind, [read_vector(builder, address) for address in addresses])
 
     return kind(array, types.int64, types.int64, count), generate
 
@@ -73,7 +63,7 @@ def store_all(_typing_context, array, first, step, values):  # noqa: ARG001
     def generate(context, builder, signature, arguments):
         addresses = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
         for value, address in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), addresses, strict=True):
-            _store(builder, value, address)
+            write_vector(builder, value, address)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, values), generate
@@ -86,7 +76,7 @@ def add_all(_typing_context, array, first, step, values):  # noqa: ARG001
     def generate(context, builder, signature, arguments):
         addresses = _addresses(context, builder, signature.args[0], arguments[:3], values.count)
         for value, address in zip(cgutils.unpack_tuple(builder, arguments[3], values.count), addresses, strict=True):
-            _store(builder, builder.fadd(_load(builder, address), value, flags=FUSED), address)
+            write_vector(builder, builder.fadd(read_vector(builder, address), value, flags=FUSED), address)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, values), generate
