@@ -67,3 +67,34 @@ def test_kernels(photos, tmp_path, capsys):
 )
 def test_faults_of_kernels(photos, capsys, words, told):
     assert told in fails(capsys, "kernels", photos, *words)
+
+
+def test_erf(photos, tmp_path, capsys, default_file):
+    table, picture = tmp_path / "fields.csv", tmp_path / "fields.png"
+    words = ("erf", default_file, "--images", photos, "--sizes", 32, 48, "--weights", "both")
+    out = succeeds(capsys, *words, "--save", table, "--save", picture, "--json")
+    fields = json.loads(out)
+    assert [(one["stage"], one["size"]) for one in fields] == [(3, 32), (4, 32), (3, 48), (4, 48)] * 2
+    assert sum("untrained" in one["network"] for one in fields) == 4
+    for one, row in zip(fields, csv.DictReader(table.open()), strict=True):
+        assert one["curve"][0] == 0
+        assert one["curve"][-1] == pytest.approx(1)
+        assert 0 < one["20 %"] < one["50 %"] < one["99 %"]
+        assert float(row["50 %"]) == pytest.approx(one["50 %"], rel=1e-4)
+        assert one["± 50 %"] > 0
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("resnet10", "--weights", "untrained"), "unknown model 'resnet10'"),
+        (("vit_tiny_patch16_224", "--weights", "untrained", "--sizes", 64), "does not take images of 64 x 64"),
+        (("overlock_atto", "--weights", "untrained", "--stages", 5, "--sizes", 32), "stages are 1 to 4, got 5"),
+        (("overlock_atto", "--weights", "untrained", "--sizes", 16), "at least 32 x 32"),
+        (("overlock_atto", "--count", 0), "--count must be at least 1"),
+    ],
+)
+def test_faults_of_erf(photos, capsys, words, told):
+    assert told in fails(capsys, "erf", *words, "--images", photos)

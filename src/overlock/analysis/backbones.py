@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -56,17 +57,20 @@ class Preparation:
         network: a classifier, detector or segmenter.
         record: its own.
         side: the short side in pixels, the network's own where it is None.
+        keep_aspect: as said above, unless given.
 
     Raises:
         ValueError: for a side of less than one pixel.
     """
 
-    def __init__(self, network: nn.Module, record: Record, side: int | None = None):
+    def __init__(self, network: nn.Module, record: Record, side: int | None = None, *,
+                 keep_aspect: bool | None = None):  # fmt: skip
         self.side = short_side(network, record) if side is None else side
         if self.side < 1:
             raise ValueError(f"the size of images must be at least 1, got {self.side}")
         self.channels = record.channels
-        self.keeps_aspect = record.head is not None or isinstance(network, OverLoCK)
+        usual = record.head is not None or isinstance(network, OverLoCK)
+        self.keeps_aspect = usual if keep_aspect is None else keep_aspect
         self.settings = {**NORMAL, **(record.preprocessing if record.head is None else {})}
 
     def size_of(self, image: Image.Image) -> tuple[int, int]:
@@ -80,3 +84,44 @@ class Preparation:
         """An image as RGB to (1, C, H, W)."""
         whole = dict(input_size=(self.channels, *self.size_of(image)), crop_pct=1.0, crop_mode="squash")
         return make_eval_transform(self.settings | whole)(image)[None]
+
+
+def stage_indices(info: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Which of timm's features are the four stages: the last of each of the four largest strides.
+
+    Networks of fewer strides, such as plain transformers, are cut into four quarters of their depth.
+
+    Args:
+        info: of a model, with the ``reduction`` of each feature.
+    """
+    last = {int(level["reduction"]): i for i, level in enumerate(info)}
+    strides = sorted(last)[-4:]
+    if len(strides) == 4:
+        return [last[stride] for stride in strides]
+    return [max(0, round(len(info) * quarter / 4) - 1) for quarter in (1, 2, 3, 4)]
+
+
+def make_stages(network: nn.Module, name: str) -> Callable[[Tensor], list[Tensor]]:
+    """What gives the features of the four stages: images (B, Cin, H, W) to four maps (B, C, H', W').
+
+    Args:
+        network: a classifier of timm's, ours among them, or a detector or segmenter, of which it is the backbone.
+        name: of the network, for messages.
+
+    Raises:
+        ValueError: for a network without features.
+    """
+    backbone: Any = find_backbone(network)
+    if backbone is not network:
+        return lambda x: list(backbone(x))
+    if not hasattr(network, "forward_intermediates"):
+        raise ValueError(f"{name}: timm knows no features of this model; give another")
+    classifier: Any = network
+    indices = stage_indices(classifier.feature_info)
+
+    def stages(x: Tensor) -> list[Tensor]:
+        maps = classifier.forward_intermediates(x, indices=sorted(set(indices)), intermediates_only=True)
+        of = dict(zip(sorted(set(indices)), maps, strict=True))
+        return [of[index] for index in indices]
+
+    return stages

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from overlock.cli import average, convert, evaluate, kernels, pack, predict, push, summary, train
+from overlock.cli import average, convert, erf, evaluate, kernels, pack, predict, push, summary, train
 from overlock.cli import compile as compile_
 from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
@@ -31,6 +31,7 @@ COMMANDS = {
     "pack": pack.COMMAND,
     "summary": summary.COMMAND,
     "kernels": kernels.COMMAND,
+    "erf": erf.COMMAND,
     "average": average.COMMAND,
     "convert": convert.COMMAND,
     "compile": compile_.COMMAND,

@@ -36,11 +36,27 @@ def load_network(source: str | os.PathLike[str], *, model: str | None = None) ->
         raise ValueError(f"{name}: no such file, and no published weights could be fetched ({reason})") from None
     except ValueError as error:
         raise ValueError(f"{name}: no such file or folder, and no model of timm's ({error})") from None
-    config: Any = network.pretrained_cfg
+    return network.eval(), _record_of(name, network)
+
+
+def load_untrained(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
+    """The network of :func:`load_network` with the weights that its training starts from, drawn by PyTorch's generator.
+
+    Raises:
+        ValueError: as there, but for weights that cannot be fetched.
+    """
+    if _is_file(source):
+        record = load_record(source, model=model)
+        return record.make_network().eval(), record
+    network = build(str(source))
+    return network.eval(), _record_of(str(source), network)
+
+
+def _record_of(name: str, network: Any) -> Record:
+    """Of a model of timm's as it is."""
+    config = network.pretrained_cfg
     preprocessing = default_preprocessing(network, in_chans=config["input_size"][0])
-    return network.eval(), Record(
-        model=name, classes=default_classes(config["num_classes"]), preprocessing=preprocessing
-    )
+    return Record(model=name, classes=default_classes(config["num_classes"]), preprocessing=preprocessing)
 
 
 def task_of(source: str | os.PathLike[str], *, model: str | None = None) -> str:
