@@ -98,3 +98,38 @@ def test_erf(photos, tmp_path, capsys, default_file):
 )
 def test_faults_of_erf(photos, capsys, words, told):
     assert told in fails(capsys, "erf", *words, "--images", photos)
+
+
+def test_cam(photos, tmp_path, capsys):
+    pytest.importorskip("pytorch_grad_cam")
+    boxes, table, picture = (tmp_path / name for name in ("boxes.json", "maps.csv", "maps.jpg"))
+    content = dict(
+        images=[dict(id=1, file_name="a.png"), dict(id=2, file_name="b.png")], categories=[dict(id=1, name="thing")],
+        annotations=[dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 24, 48])],
+    )  # fmt: skip
+    boxes.write_text(json.dumps(content))
+    words = ("cam", photos, "--boxes", boxes, "--curves", "--target", "cat", "--save", table, "--save", picture)
+    rows = json.loads(succeeds(capsys, *words, "--json"))
+    assert [row["layer"] for row in rows] == ["overview", "stage3", "stage4"] * 2
+    for row in rows[:3]:
+        assert row["area_of_boxes"] == pytest.approx(0.5)
+        assert 0 <= row["energy_in_boxes"] <= 1
+    assert all(row["energy_in_boxes"] is None for row in rows[3:])
+    assert all(0 <= row[name] <= 1 for row in rows for name in ("insertion", "deletion"))
+    assert {row["target"] for row in rows} == {"cat"}
+    assert len(list(csv.DictReader(table.open()))) == 6
+    with Image.open(picture) as drawn:
+        assert drawn.width > 4 * 224
+    assert "means of 2 images" in succeeds(capsys, "cam", photos, "--layers", "stage4", "--precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--layers", "stage5"), "got 'stage5'"),
+        (("--target", "zebra"), "has no such class; it has airplane"),
+        (("--method", "magic"), "got 'magic'"),
+    ],
+)
+def test_faults_of_cam(photos, capsys, words, told):
+    assert told in fails(capsys, "cam", photos, *words)

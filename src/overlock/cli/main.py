@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from overlock.cli import average, convert, erf, evaluate, kernels, pack, predict, push, summary, train
+from overlock.cli import average, cam, convert, erf, evaluate, kernels, pack, predict, push, summary, train
 from overlock.cli import compile as compile_
 from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
@@ -32,6 +32,7 @@ COMMANDS = {
     "summary": summary.COMMAND,
     "kernels": kernels.COMMAND,
     "erf": erf.COMMAND,
+    "cam": cam.COMMAND,
     "average": average.COMMAND,
     "convert": convert.COMMAND,
     "compile": compile_.COMMAND,
