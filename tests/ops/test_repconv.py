@@ -199,3 +199,19 @@ def test_branches_fit_the_kernels():
     """No kernel size has more of them than there is room for."""
     assert all(1 + len(branches_of(k)) <= 8 for k in range(3, 33, 2))
     assert overlock.DilatedRepConv is DilatedRepConv
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("batch", "channels", "height", "width", "kernel_size"), [CASES[0], CASES[3], CASES[4]])
+def test_bfloat16(batch, channels, height, width, kernel_size, autocast):
+    """Images in bfloat16, sums in float32: as autocast has them, or in a network of that type."""
+    module, x = make(channels, kernel_size), make_images(batch, channels, height, width).bfloat16()
+    exact = train(copy.deepcopy(module.to(torch.float32 if autocast else torch.bfloat16)).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert calls_operator(copy.deepcopy(module), x.float() if autocast else x)
+        found = train(module, x)
+    assert found["y"].dtype == found["of x"].dtype == torch.bfloat16
+    for name, value in exact.items():
+        if value.is_floating_point():
+            assert (found[name] - value).norm() <= 2**-5 * value.norm(), name
+            assert found[name].dtype == (torch.bfloat16 if name in {"y", "of x"} or not autocast else torch.float32)

@@ -100,7 +100,9 @@ class DilatedRepConv(nn.Module):
 
     def _trains_at_once(self, x: Tensor) -> bool:
         """Whether the operator for all branches computes what the modules would: they are as they were built."""
-        if type(x) is not Tensor or x.numel() == x.size(1) or torch.is_autocast_enabled("cpu"):
+        if type(x) is not Tensor or x.numel() == x.size(1):
+            return False
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != torch.bfloat16:
             return False
         branches = list(self.branches.values())
         if any(type(branch) is not ConvNorm for branch in branches):

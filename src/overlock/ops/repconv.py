@@ -58,7 +58,7 @@ def _check(
 
 
 def _forward(x: Tensor, taps: Tensor, *call: Any) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    y, kept, mean, variance = run(NAME, asked_for(), x, taps.contiguous(), *call)
+    y, kept, mean, variance = run(NAME, asked_for(), x, taps, *call)
     return to_layout_of(x, y), kept, mean, variance
 
 
@@ -66,7 +66,8 @@ def _fake(
     x: Tensor, _taps: Tensor, scale: Tensor, _shift: Tensor, sizes: Sequence[int], *_: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     kept = [x.new_empty(plain.kept_shape(x)) for _ in sizes]
-    return torch.empty_like(x), kept, torch.empty_like(scale), torch.empty_like(scale)
+    exact = torch.promote_types(scale.dtype, torch.float32)
+    return torch.empty_like(x), kept, torch.empty_like(scale, dtype=exact), torch.empty_like(scale, dtype=exact)
 
 
 register(
@@ -86,15 +87,15 @@ def _backward_check(
     check_gradient(f"{NAME}_backward", grad, x.shape)
 
 
-def _run_backward(grad: Tensor, backend: str, x: Tensor, taps: Tensor, *call: Any) -> tuple[Tensor, ...]:
+def _run_backward(grad: Tensor, backend: str, x: Tensor, taps: Tensor, scale: Tensor, *call: Any) -> tuple[Tensor, ...]:
     wanted = call[-2:]
-    gradients_of: Any = TABLE[NAME][choose(NAME, backend, x, taps, *call)].backward
-    of_x, of_taps, of_scale, of_shift = gradients_of(grad, x, taps.contiguous(), *call[:-2], wanted)
+    gradients_of: Any = TABLE[NAME][choose(NAME, backend, x, taps, scale, *call)].backward
+    of_x, of_taps, of_scale, of_shift = gradients_of(grad, x, taps, scale, *call[:-2], wanted)
     return (
         to_layout_of(x, of_x) if wanted[0] else x.new_empty(0),
-        of_taps if wanted[1] else taps.new_empty(0),
-        of_scale,
-        of_shift.clone(),
+        of_taps.to(taps.dtype).contiguous() if wanted[1] else taps.new_empty(0),
+        of_scale.to(scale.dtype),
+        of_shift.to(scale.dtype, copy=True),
     )
 
 

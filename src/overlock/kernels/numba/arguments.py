@@ -42,12 +42,14 @@ class Kind(NamedTuple):
         format: the same for ``struct``.
         convert: brings a value to it; called for each argument of each call of an operator, so best a builtin.
         is_several: whether ``convert`` gives several numbers.
+        is_map: whether it is the address of a map, or several, all of a call's of one type.
     """
 
     dtype: Any
     format: str
     convert: Callable[[Any], Any]
     is_several: bool = False
+    is_map: bool = False
 
 
 def _pointer_to(*dtypes: torch.dtype) -> Callable[[Any], Any]:
@@ -74,10 +76,14 @@ def _strides(value: Any) -> tuple[Any, ...]:
 
 
 POINTER = Kind(np.int64, "q", _pointer_to(torch.float32))  # to float32 numbers
-MAP = Kind(np.int64, "q", _pointer_to(torch.float32, torch.bfloat16))  # to those of a map, all of a call's of one type
+MAP = Kind(np.int64, "q", _pointer_to(torch.float32, torch.bfloat16), is_map=True)  # to those of a map
 INT64 = Kind(np.int64, "q", operator.index)
 FLOAT64 = Kind(np.float64, "d", float)
 STRIDES = Kind((np.int64, 4), "4q", _strides, is_several=True)  # of four dimensions, in numbers
+
+
+def _unsigned(dtype: Any) -> Any:
+    return (np.uint64, dtype[1]) if isinstance(dtype, tuple) else np.uint64
 
 
 class Arguments:
@@ -91,15 +97,17 @@ class Arguments:
     def __init__(self, kernel: str, kinds: Mapping[str, Kind]):
         self.kernel, self.kinds, self.names = kernel, dict(kinds), set(kinds)
         self._rows = [(name, kind.convert, kind.is_several) for name, kind in kinds.items()]
-        self.maps = [name for name, kind in kinds.items() if kind is MAP]
+        self.maps = [name for name, kind in kinds.items() if kind.is_map and not kind.is_several]
         self.layout = struct.Struct("=qq" + "".join(kind.format for kind in kinds.values()))
         self.record_type = self.record_type_of(torch.float32)
 
     def record_type_of(self, dtype: torch.dtype) -> Any:
         """The record as numba reads it where maps have a dtype: addresses of bfloat16 are unsigned, so that code can
         tell (:func:`overlock.kernels.numba.runtime.maps`)."""
-        address = np.uint64 if dtype == torch.bfloat16 else np.int64
-        fields = [(name, address if kind is MAP else kind.dtype) for name, kind in self.kinds.items()]
+        is_half = dtype == torch.bfloat16
+        fields = [
+            (n, _unsigned(kind.dtype) if kind.is_map and is_half else kind.dtype) for n, kind in self.kinds.items()
+        ]
         return from_dtype(np.dtype([("function", np.int64), ("tasks", np.int64), *fields], align=True))
 
     def dtype_of(self, given: Mapping[str, Any]) -> torch.dtype:

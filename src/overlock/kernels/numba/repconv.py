@@ -10,12 +10,12 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import FLOAT64, INT64, POINTER
+from overlock.kernels.numba.arguments import FLOAT64, INT64, MAP, POINTER
 from overlock.kernels.numba.contmix import to_images, to_tokens
 from overlock.kernels.numba.repconv_tiles import (
     BRANCHES,
     KEPT,
-    POINTERS,
+    MAPS,
     SPARE,
     ZERO,
     count_taps,
@@ -26,7 +26,7 @@ from overlock.kernels.numba.repconv_tiles import (
     results,
     tiles_of,
 )
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
 from overlock.kernels.numba.simd import (
     LANES,
     aligned_zeros,
@@ -57,9 +57,9 @@ def keep_row(row, begin, columns, kept, to, sums, squares):
 
 
 @kernel(
-    x=POINTER,  # (B, H, W, C)
+    x=MAP,  # (B, H, W, C)
     taps=POINTER,  # (T, C), of one branch after the other
-    kept=POINTERS,  # (C / KEPT, B, H, W, KEPT): the branches' results, to be written
+    kept=MAPS,  # (C / KEPT, B, H, W, KEPT): the branches' results, to be written
     statistics=POINTER,  # (splits, 3, N, C): count, mean, squared distances from it
     batch=INT64,
     height=INT64,
@@ -78,7 +78,7 @@ def filter_branches(call, thread, threads):
     batch, height, width, channels, branches = call.batch, call.height, call.width, call.channels, call.branches
     reach, splits, positions, tiles = call.reach, call.splits, height * width, call.tile_rows * call.tile_columns
     all_taps = count_taps(call.sizes, branches)
-    images, weights = floats(call.x, (batch * positions * channels,)), floats(call.taps, (all_taps * channels,))
+    images, weights = maps(call.x, (batch * positions * channels,)), floats(call.taps, (all_taps * channels,))
     statistics = floats(call.statistics, (splits, 3, branches, channels))
     most_rows, most_columns = -(-height // call.tile_rows), -(-width // call.tile_columns)
     stride = (most_columns + SPARE + 2 * reach) * LANES
@@ -151,13 +151,13 @@ def merge_statistics(statistics, i, c):
 
 
 @kernel(
-    kept=POINTERS,  # (C / KEPT, B, H W, KEPT)
+    kept=MAPS,  # (C / KEPT, B, H W, KEPT)
     statistics=POINTER,  # (splits, 3, N, C)
     scale=POINTER,  # (N, C)
     shift=POINTER,  # (N, C)
     mean=POINTER,  # (N, C), to be written
     variance=POINTER,  # (N, C), to be written
-    out=POINTER,  # (B, H W, C)
+    out=MAP,  # (B, H W, C)
     eps=FLOAT64,
     batch=INT64,
     positions=INT64,
@@ -172,7 +172,7 @@ def add_branches(call, thread, threads):
     statistics = floats(call.statistics, (call.splits, 3, branches, channels))
     scale, shift = floats(call.scale, (branches, channels)), floats(call.shift, (branches, channels))
     means, variances = floats(call.mean, (branches, channels)), floats(call.variance, (branches, channels))
-    out = floats(call.out, (batch * positions * channels,))
+    out = maps(call.out, (batch * positions * channels,))
     factors, row, rest = aligned_zeros((branches + 1) * LANES), aligned_zeros(7 * LANES), aligned_zeros(LANES)
     begin, end = task_range(call.tasks, thread, threads)
     for task in range(begin, end):
@@ -222,7 +222,7 @@ def forward(
     x: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, sizes: Sequence[int], dilations: Sequence[int], eps: float
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """See overlock.ops.repconv; channels last."""
-    tokens = to_tokens(x)
+    tokens, taps, scale, shift = to_tokens(x), taps.float().contiguous(), scale.float(), shift.float()
     batch, height, width, channels = tokens.shape
     blocks, (tile_rows, tile_columns) = -(-channels // LANES), tiles_of(height, width)
     splits = task_splits(blocks, batch * tile_rows * tile_columns)

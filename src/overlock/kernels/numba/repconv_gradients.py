@@ -14,13 +14,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from overlock.kernels.numba.arguments import FLOAT64, INT64, POINTER
+from overlock.kernels.numba.arguments import FLOAT64, INT64, MAP, POINTER
 from overlock.kernels.numba.contmix import to_images, to_tokens
 from overlock.kernels.numba.repconv import task_splits
 from overlock.kernels.numba.repconv_tiles import (
     BRANCHES,
     KEPT,
-    POINTERS,
+    MAPS,
     SPARE,
     ZERO,
     correlate_tile,
@@ -32,7 +32,7 @@ from overlock.kernels.numba.repconv_tiles import (
     results,
     tiles_of,
 )
-from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, run, task_range
+from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
 from overlock.kernels.numba.simd import (
     LANES,
     aligned_zeros,
@@ -48,8 +48,8 @@ LONGEST = 64  # positions summed up in float32 before they join a sum in float64
 
 
 @kernel(
-    grads=POINTER,  # (B, H W, C)
-    kept=POINTERS,  # (C / KEPT, B, H W, KEPT)
+    grads=MAP,  # (B, H W, C)
+    kept=MAPS,  # (C / KEPT, B, H W, KEPT)
     mean=POINTER,  # (N, C)
     sums=POINTER,  # (parts, N + 1, C): of g (z - mean), and last of g
     batch=INT64,
@@ -61,7 +61,7 @@ LONGEST = 64  # positions summed up in float32 before they join a sum in float64
 def sum_gradients(call, thread, threads):
     """Sums that the gradients of the batch norms are made of. A task is LANES channels of some positions."""
     batch, positions, channels, branches, parts = call.batch, call.positions, call.channels, call.branches, call.parts
-    grads = floats(call.grads, (batch * positions * channels,))
+    grads = maps(call.grads, (batch * positions * channels,))
     means = floats(call.mean, (branches * channels,))
     sums = floats(call.sums, (parts, branches + 1, channels))
     row, lane = aligned_zeros(LONGEST * LANES), aligned_zeros(LANES)
@@ -173,15 +173,15 @@ def filter_tile(tile, at, stride, taps, tap, size, dilation, above, height, rows
 
 
 @kernel(
-    x=POINTER,  # (B, H, W, C)
-    grads=POINTER,  # (B, H, W, C)
+    x=MAP,  # (B, H, W, C)
+    grads=MAP,  # (B, H, W, C)
     taps=POINTER,  # (T, C), of one branch after the other
-    kept=POINTERS,  # (C / KEPT, B, H, W, KEPT): the branches' results
+    kept=MAPS,  # (C / KEPT, B, H, W, KEPT): the branches' results
     mean=POINTER,  # (N, C)
     variance=POINTER,  # (N, C)
     scale=POINTER,  # (N, C)
     sums=POINTER,  # (parts, N + 1, C)
-    of_x=POINTER,  # (B, H, W, C), to be written; or nothing
+    of_x=MAP,  # (B, H, W, C), to be written; or nothing
     of_taps=POINTER,  # (splits, T, C), to be written; or nothing
     of_norms=POINTER,  # (2, N, C), to be written: gradients of scale and shift
     eps=FLOAT64,
@@ -204,7 +204,7 @@ def branch_gradients(call, thread, threads):
     reach, splits, positions, tiles = call.reach, call.splits, height * width, call.tile_rows * call.tile_columns
     all_taps = count_taps(call.sizes, branches)
     numbers = (batch * positions * channels,)
-    images, grads, of_x = floats(call.x, numbers), floats(call.grads, numbers), floats(call.of_x, numbers)
+    images, grads, of_x = maps(call.x, numbers), maps(call.grads, numbers), maps(call.of_x, numbers)
     weights, of_taps = (
         floats(call.taps, (all_taps * channels,)),
         floats(call.of_taps, (splits * all_taps * channels,)),
@@ -291,7 +291,7 @@ def backward(
     sizes: Sequence[int], dilations: Sequence[int], eps: float, wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, where the first is wanted, of the taps, where the second is, of scale and of shift."""
-    grads, tokens = to_tokens(grad), to_tokens(x)
+    grads, tokens, taps, scale = to_tokens(grad.to(x.dtype)), to_tokens(x), taps.float().contiguous(), scale.float()
     batch, height, width, channels = tokens.shape
     blocks, (tile_rows, tile_columns) = -(-channels // LANES), tiles_of(height, width)
     splits = task_splits(blocks, batch * tile_rows * tile_columns)

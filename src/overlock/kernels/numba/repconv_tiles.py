@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from overlock.kernels.numba.arguments import POINTER, Kind
-from overlock.kernels.numba.runtime import OPTIONS, floats
+from overlock.kernels.numba.arguments import MAP, Kind
+from overlock.kernels.numba.runtime import OPTIONS, maps
 from overlock.kernels.numba.simd import LANES, broadcast, load, masked_load, prefetch, store
 from overlock.kernels.numba.vector_tuples import add_all, load_all, multiply_add, repeat, store_all
 
@@ -28,12 +28,12 @@ def _branches(value: Any) -> list[Any]:
     return [operator.index(value[i]) if i < len(value) else 0 for i in range(MOST)]
 
 
-def _pointers(value: Any) -> list[Any]:
-    return [POINTER.convert(value[i] if i < len(value) else None) for i in range(MOST)]
+def _addresses(value: Any) -> list[Any]:
+    return [MAP.convert(value[i] if i < len(value) else None) for i in range(MOST)]
 
 
 BRANCHES = Kind((np.int64, MOST), f"{MOST}q", _branches, is_several=True)  # a number for each branch
-POINTERS = Kind((np.int64, MOST), f"{MOST}q", _pointers, is_several=True)  # a tensor for each branch
+MAPS = Kind((np.int64, MOST), f"{MOST}q", _addresses, is_several=True, is_map=True)  # a map for each branch
 
 
 def tiles_of(height: int, width: int) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def plane_of(block, image, batch, positions):
 @njit(**OPTIONS)
 def results(address, batch, positions, channels):
     """A branch's results (C / KEPT, B, H W, KEPT)."""
-    return floats(address, ((channels + KEPT - 1) // KEPT * batch * positions * KEPT,))
+    return maps(address, ((channels + KEPT - 1) // KEPT * batch * positions * KEPT,))
 
 
 @njit(**OPTIONS)

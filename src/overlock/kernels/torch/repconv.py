@@ -22,7 +22,7 @@ def kept_shape(x: Tensor) -> tuple[int, ...]:
 def _branches(x: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
     parts = taps.split([k * k for k in sizes])
     filters = (part.t().unflatten(1, (1, k, k)) for part, k in zip(parts, sizes, strict=True))
-    return [convolve(x, weight.to(x.dtype), None, r) for weight, r in zip(filters, dilations, strict=True)]
+    return [convolve(x, weight, None, r) for weight, r in zip(filters, dilations, strict=True)]
 
 
 def _keep(branch: Tensor) -> Tensor:
@@ -35,14 +35,15 @@ def forward(
     x: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, sizes: Sequence[int], dilations: Sequence[int], eps: float
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """See overlock.ops.repconv."""
-    results = _branches(x, taps, sizes, dilations)
-    both = [torch.var_mean(result.to(scale.dtype), (0, 2, 3), correction=0) for result in results]
+    exact = torch.promote_types(scale.dtype, torch.float32)
+    results = _branches(x.to(exact), taps.to(exact), sizes, dilations)
+    both = [torch.var_mean(result, (0, 2, 3), correction=0) for result in results]
     variance, mean = (torch.stack(numbers) for numbers in zip(*both, strict=True))
     factor = scale * torch.rsqrt(variance + eps)
     y = (shift - mean * factor).sum(0).view(-1, 1, 1)
     for result, weight in zip(results, factor, strict=True):
         y = y + result * weight.view(-1, 1, 1)
-    return y.to(x.dtype), [_keep(result.detach()) for result in results], mean, variance
+    return y.to(x.dtype), [_keep(result.detach()).to(x.dtype) for result in results], mean, variance
 
 
 def backward(
