@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
+from overlock.ablation.mixers import MIXERS, Maker, make_row
 from overlock.ablation.roadmap import ROADMAP
 from overlock.tasks.classification import FeatureGetter
 
@@ -66,6 +67,37 @@ def _cfg(first_conv: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def add_mixer(name: str, make: Maker, *, title: str | None = None) -> None:
+    """Put a mixer of one's own into the frame of Table 7, as a row of it and a model of timm's.
+
+    Args:
+        name: of the row; the model is ``overlock_mixer_NAME``.
+        make: gives a mixer, (B, C, H, W) -> (B, C, H, W), for C and the number of its block in the stage.
+        title: in tables; the name unless given.
+
+    Raises:
+        ValueError: for a name that is taken, or is none.
+
+    Example:
+        >>> from torch import nn
+        >>> add_mixer("pooling", lambda channels, _: nn.AvgPool2d(3, stride=1, padding=1))
+        >>> timm.create_model("overlock_mixer_pooling", size="small")(torch.zeros(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
+    """
+    if not name.isidentifier():
+        raise ValueError(f"name must be letters, digits and underscores, got {name!r}")
+    if name in MIXERS:
+        raise ValueError(f"there is a mixer {name!r} already; choose another name")
+    MIXERS[name] = make_row(make, title or name)
+    _register_mixer(name)
+
+
+def _register_mixer(name: str) -> None:
+    register(model_name("mixer", name), MIXERS[name].build, first_conv="stages.0.embed.0.conv")
+
+
+for _name in MIXERS:
+    _register_mixer(_name)
 for _name, _row in ROADMAP.items():
     register(model_name("roadmap", _name), _row.build, first_conv="base_net.stages.0.embed.0.conv")
 
