@@ -49,7 +49,7 @@ class Bands(Prepared):
     def __init__(self, call: tuple[Any, ...], gradients: bool):
         kernel_height, kernel_width = call[-2:]
         pitch = padded(kernel_width, 16 if gradients else 8)
-        super().__init__(call, pitch, kernel_height * pitch)
+        super().__init__(call, gradients, pitch, kernel_height * pitch)
         positions = padded(min(COLUMNS + kernel_width - 1, self.width), 16)
         self.sizes |= {"pitch": pitch, "columns": COLUMNS}
         self.band = {"positions": positions}
@@ -95,8 +95,8 @@ class Bands(Prepared):
             self.grad, self.query, self.keys, self.table, self.lse, out,
             *strides_of(self.grad, self.query, unit=self.unit), *strides_of(out, unit=out_unit), out.stride(3),
             self.half, self.groups, self.height, self.width,
-            **self.sizes, rows=tile.size, tokens=tile.chunk, unit=self.unit, out_unit=out_unit,
-            num_warps=tile.warps, num_stages=tile.stages,
+            **self.sizes, rows=tile.size, tokens=min(tile.chunk, padded(self.width, 16)),
+            unit=self.unit, out_unit=out_unit, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def tap_gradients(self) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,12 @@ class Bands(Prepared):
         tile = tile_of("bands taps", self.exact)
         images = min(tile.size, padded(self.batch))
         owners = self.kernel_height * self.groups
-        splits = min(triton.cdiv(self.batch, images), triton.cdiv(PROGRAMS, owners))
-        pieces = min(self.height, triton.cdiv(PROGRAMS, owners * splits))
+        splits = _even(triton.cdiv(self.batch, images), triton.cdiv(2 * PROGRAMS, owners))
+        pieces = _even(self.height, triton.cdiv(2 * PROGRAMS, owners * splits))
         grad_keys = self.empty(pieces, *self.keys.shape[1:])
-        grad_table = self.empty(pieces * splits, *self.table.shape).zero_()
+        # of rows of tokens whose windows are centred each piece has a sum of its own
+        slots = self.kernel_height - 1 + pieces
+        grad_table = self.empty(splits, self.groups, slots, *self.table.shape[2:]).zero_()
         bands.taps_kernel[(owners * splits * pieces,)](
             self.grad, self.query, self.keys, self.value, self.table, self.lse, self.delta, grad_keys, grad_table,
             *strides_of(self.grad, self.query, self.value, unit=self.unit),
@@ -115,17 +117,25 @@ class Bands(Prepared):
             **self.sizes, **self.band, images=images, shifts_p=padded(self.kernel_width, 16), unit=self.unit,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return grad_keys.sum(0), self.taps(grad_table.sum(0))
+        table, centre = grad_table.sum(0), (self.kernel_height - 1) // 2
+        centred = table[:, centre : centre + pieces].sum(1, keepdim=True)
+        table = torch.cat([table[:, :centre], centred, table[:, centre + pieces :]], dim=1)
+        return grad_keys.sum(0), self.taps(table)
+
+
+def _even(items: int, most: int) -> int:
+    """Into how many parts to cut items, at most so many that all are nearly equal."""
+    return triton.cdiv(items, triton.cdiv(items, most))
 
 
 class Windows(Prepared):
     """A call on a map with at most two rows and two columns of windows."""
 
-    def __init__(self, call: tuple[Any, ...]):
+    def __init__(self, call: tuple[Any, ...], gradients: bool):
         kernel_height, kernel_width = call[-2:]
         taps = kernel_height * kernel_width
         self.block = min(64, padded(taps, 16))
-        super().__init__(call, kernel_width, triton.cdiv(taps, self.block) * self.block)
+        super().__init__(call, gradients, kernel_width, triton.cdiv(taps, self.block) * self.block)
         one = (self.height == kernel_height, self.width == kernel_width)
         # tokens of the first window, which no other exceeds
         self.rows = self.height if one[0] else kernel_height // 2 + 1
@@ -180,10 +190,10 @@ class Windows(Prepared):
     def tap_gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the folded keys (BG, taps_p, D) and of the table (G, Kh, Kw, Kh, Kw)."""
         tile, parts, tiles = self._tile("taps")
-        together = min(padded(tiles), 4)
+        together = min(padded(tiles), tile.warps)
         groups_of_tiles = triton.cdiv(tiles, together)
         owners = self.taps_p // tile.chunk * groups_of_tiles * self.groups
-        splits = min(self.batch, triton.cdiv(PROGRAMS, owners))
+        splits = _even(self.batch, triton.cdiv(4 * PROGRAMS, owners * together))
         grad_keys = self.empty(groups_of_tiles, *self.keys.shape[1:])
         grad_biases = self.empty(splits, self.groups, tiles * tile.size, self.taps_p)
         windows.taps_kernel[(owners * splits,)](
@@ -191,7 +201,7 @@ class Windows(Prepared):
             *strides_of(self.grad, self.query, self.value, unit=self.unit),
             self.half, self.batch, self.groups, tiles, splits,
             **self.sizes, parts=parts, tokens=tile.size, chunk=tile.chunk, together=together, unit=self.unit,
-            num_warps=tile.warps, num_stages=tile.stages,
+            num_warps=together, num_stages=tile.stages,
         )  # fmt: skip
         return grad_keys.sum(0), self._by_shift(self.taps(grad_biases.sum(0)))
 
@@ -215,7 +225,7 @@ def _shifts(size: int, kernel: int, first: int) -> list[slice]:
 def _lay_out(*call: Any, gradients: bool) -> Bands | Windows:
     query, kernel_height, kernel_width = call[0], *call[-2:]
     few = query.shape[3] - kernel_height <= 1 and query.shape[4] - kernel_width <= 1
-    return Windows(call) if few else Bands(call, gradients)
+    return (Windows if few else Bands)(call, gradients)
 
 
 def forward(

@@ -244,9 +244,10 @@ def taps_kernel(  # noqa: PLR0915 - a kernel is one function
 ):  # fmt: skip
     """One program: a row of taps, a group, one of ``pieces`` of the map's rows and of ``splits`` of the images.
 
-    Gradients of the keys, (pieces, BG, taps, D), and of the table, (pieces, splits, G, Kh, Kw, taps), zeros before. The
-    shift of a window's rows is the same for all tokens of a row. Summing by that of the columns is a product with a
-    matrix of zeros and ones. So a program needs no atomics: it adds to the table when its rows' shift changes.
+    Gradients of the keys, (pieces, BG, taps, D), and of the table, (splits, G, Kh - 1 + pieces, Kw, taps), at first
+    zeros. The shift of a window's rows is the same for all tokens of a row. Summing by that of the columns is a product
+    with a matrix of zeros and ones. So a program needs no atomics: it adds to the table when its rows' shift changes.
+    Only that of centred windows is the shift of several rows, so there each piece has a row of the table of its own.
     """
     tokens: tl.constexpr = images * columns
     tap_row = tl.program_id(0) % kernel_height
@@ -260,7 +261,8 @@ def taps_kernel(  # noqa: PLR0915 - a kernel is one function
     feature = tl.arange(0, depth_p)
     table += group * kernel_height * kernel_width * taps_p + tap_row * pitch
     shifts = tl.arange(0, shifts_p)
-    sums = grad_table + ((piece * splits + split) * groups + group) * kernel_height * kernel_width * taps_p
+    centre: tl.constexpr = (kernel_height - 1) // 2
+    sums = grad_table + (split * groups + group) * (kernel_height - 1 + pieces) * kernel_width * taps_p
     sums += tap_row * pitch + shifts[:, None] * taps_p + entry[None, :]
 
     for first_image in range(split * images, batches, splits * images):
@@ -310,7 +312,8 @@ def taps_kernel(  # noqa: PLR0915 - a kernel is one function
                     sum_shifts += product(chosen, grad_logits.reshape(tokens, pitch), exact)
             row_shift = shift(row, height, kernel_height)
             if (row + 1 == last_row) | (row_shift != shift(row + 1, height, kernel_height)):
-                target = sums + row_shift * kernel_width * taps_p
+                slot = row_shift + tl.where(row_shift > centre, pieces - 1, tl.where(row_shift == centre, piece, 0))
+                target = sums + slot * kernel_width * taps_p
                 real = (shifts < kernel_width)[:, None] & (entry < pitch)[None, :]
                 tl.debug_barrier()  # what is read was written by other threads of this program
                 tl.store(target, tl.load(target, mask=real, other=0.0) + sum_shifts, mask=real)

@@ -20,6 +20,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 def dot(x, y, exact: tl.constexpr):
     """x @ y in float32, of operands of one dtype: float32 (``exact``) as three tf32 products, 16 bits as they are."""
     if INTERPRETED:
+        assert x.shape[-1] >= 16  # what the compiler asks for
         x, y = x.to(tl.float32), y.to(tl.float32)  # the interpreter would multiply the bits of bfloat16 as integers
     return tl.dot(x, y, input_precision="tf32x3" if exact and not INTERPRETED else "ieee")
 

@@ -54,11 +54,13 @@ class Prepared:
     """Inputs of a call, their keys folded: (W_d K^T) Q in place of W_d (K^T Q), so a logit needs D numbers, not S^2.
 
     Args:
+        call: arguments of ``forward``.
+        gradients: whether for the backward kernels, which take products over channels: 16 or more of them.
         pitch: entries of a row of taps, of which Kw are taps.
         taps_p: entries of all rows.
     """
 
-    def __init__(self, call: tuple[Any, ...], pitch: int, taps_p: int):
+    def __init__(self, call: tuple[Any, ...], gradients: bool, pitch: int, taps_p: int):
         query, key, value, weight, bias, rpb, self.kernel_height, self.kernel_width = call
         self.batch, self.groups, self.depth, self.height, self.width = query.shape
         self.channels, self.pairs = value.shape[2], self.batch * self.groups
@@ -72,7 +74,7 @@ class Prepared:
         self.sizes = {
             "depth": self.depth, "channels": self.channels, "kernel_height": self.kernel_height,
             "kernel_width": self.kernel_width, "depth_p": padded(self.depth, 16),
-            "channels_p": padded(self.channels, 8), "taps_p": taps_p, "exact": self.exact,
+            "channels_p": padded(self.channels, 16 if gradients else 8), "taps_p": taps_p, "exact": self.exact,
         }  # fmt: skip
         with self.device():
             self._prepare(bias, rpb)

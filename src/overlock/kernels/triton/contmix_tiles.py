@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     Attributes:
         size: rows of 16 tokens or positions (bands), images (bands, taps), tokens (windows); a power of two.
         chunk: what a step of the loop takes: tokens (bands, value), taps or positions (windows); a power of two.
-        warps: of a program.
+        warps: of a program; for the taps of windows the tiles of a program too, one for each.
         stages: of Triton's pipelined loads.
     """
 
@@ -30,13 +30,14 @@ class Tile(NamedTuple):
 
 TILES: dict[str, Tile] = {
     "bands forward": Tile(4, 0, 2, 2),
-    "bands query": Tile(4, 0, 2, 2),
+    "bands query": Tile(2, 0, 2, 2),
     "bands value": Tile(4, 32, 2, 1),
-    "bands taps": Tile(4, 0, 1, 1),
+    "bands taps": Tile(2, 0, 1, 1),
     "windows forward": Tile(64, 64, 4, 2),
-    "windows query": Tile(64, 64, 4, 2),
-    "windows value": Tile(64, 64, 4, 1),
+    "windows query": Tile(64, 32, 4, 2),
+    "windows value": Tile(64, 32, 4, 1),
     "windows taps": Tile(64, 16, 4, 1),
+    "windows taps float32": Tile(32, 16, 4, 1),
 }
 """A row for each kernel. Where one is best cut otherwise in float32, its name has `` float32`` after it."""
 

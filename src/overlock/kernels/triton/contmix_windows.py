@@ -226,46 +226,45 @@ def taps_kernel(
     (splits, G, tiles x tokens, taps), summed over images.
     """
     chunks: tl.constexpr = taps_p // chunk
-    count: tl.constexpr = together * tokens
     entry = tl.program_id(0) % chunks * chunk + tl.arange(0, chunk)
     first_tile = tl.program_id(0) // chunks % tl.cdiv(tiles, together) * together
     split = (tl.program_id(0) // chunks // tl.cdiv(tiles, together) % splits).to(tl.int64)
     group = (tl.program_id(0) // chunks // tl.cdiv(tiles, together) // splits).to(tl.int64)
 
-    index = tl.arange(0, count)
-    tile = first_tile + index // tokens
-    row, column, inside = _tokens(tile, index % tokens, height, width, kernel_width, rows, columns, parts, tokens)
+    tile = first_tile + tl.arange(0, together)[:, None]
+    index = tl.arange(0, tokens)[None, :]
+    row, column, inside = _tokens(tile, index, height, width, kernel_width, rows, columns, parts, tokens)
     inside = inside & (tile < tiles)
     token = row * width + column
     place = _place(row, column, height, width, kernel_height, kernel_width)
-    biases = table + (group * kernel_height * kernel_width + place[:, None]) * taps_p + entry[None, :]
-    tile = tl.minimum(first_tile + tl.arange(0, together), tiles - 1)[:, None]
-    window_row, window_column = _window(tile // parts, width, kernel_width)
+    biases = table + (group * kernel_height * kernel_width + place[:, :, None]) * taps_p + entry[None, None, :]
+    window_row, window_column = _window(tl.minimum(tile, tiles - 1) // parts, width, kernel_width)
     position = _positions(entry[None, :], window_row, window_column, width, kernel_height, kernel_width)
     channel = tl.arange(0, channels_p)[None, None, :]
-    column = tl.arange(0, depth_p)
+    feature = tl.arange(0, depth_p)
 
-    summed = tl.zeros([count, chunk], tl.float32)
+    summed = tl.zeros([together, tokens, chunk], tl.float32)
     for batch in range(split, batches, splits):
         pair = batch * groups + group
-        pointer = keys + (pair * taps_p + entry[None, :]) * depth_p + column[:, None]
+        pointer = keys + (pair * taps_p + entry[None, None, :]) * depth_p + feature[None, :, None]
         high, low = load_keys(pointer, half, exact)
-        start = query + (batch * query_b + group * query_g) * unit
-        features = load_rows(start, token, query_t * unit, depth, depth_p)
+        high, low = high.broadcast_to(together, depth_p, chunk), low.broadcast_to(together, depth_p, chunk)
+        pointer = query + (batch * query_b + group * query_g) * unit + token[:, :, None] * (query_t * unit)
+        features = tl.load(pointer + feature[None, None, :], mask=(feature < depth)[None, None, :], other=0.0)
         logits = key_product(features, high, low, False, exact) + tl.load(biases)
-        kernels = tl.exp2(logits - tl.load(lse + pair * height * width + token)[:, None])
-        start = grad + (batch * grad_b + group * grad_g) * unit
-        grads = load_rows(start, token, grad_t * unit, channels, channels_p).reshape(together, tokens, channels_p)
-        start = value + (batch * value_b + group * value_g) * unit
-        seen = tl.load(start + position[:, :, None] * (value_t * unit) + channel, mask=channel < channels, other=0.0)
-        grad_kernels = dot(grads, tl.trans(seen, 0, 2, 1), exact).reshape(count, chunk)
-        grad_logits = kernels * (grad_kernels - tl.load(delta + pair * height * width + token)[:, None])
-        grad_logits = tl.where(inside[:, None], grad_logits, 0.0)
+        kernels = tl.exp2(logits - tl.load(lse + pair * height * width + token)[:, :, None])
+        pointer = grad + (batch * grad_b + group * grad_g) * unit + token[:, :, None] * (grad_t * unit)
+        grads = tl.load(pointer + channel, mask=channel < channels, other=0.0)
+        pointer = value + (batch * value_b + group * value_g) * unit + position[:, :, None] * (value_t * unit)
+        seen = tl.load(pointer + channel, mask=channel < channels, other=0.0)
+        grad_kernels = dot(grads, tl.trans(seen, 0, 2, 1), exact)
+        grad_logits = kernels * (grad_kernels - tl.load(delta + pair * height * width + token)[:, :, None])
+        grad_logits = tl.where(inside[:, :, None], grad_logits, 0.0)
         summed += grad_logits
-        part = product(tl.trans(grad_logits), features, exact)
+        part = tl.sum(product(tl.trans(grad_logits, 0, 2, 1), features, exact), 0)
         target = grad_keys + (first_tile // together).to(tl.int64) * batches * groups * taps_p * depth_p
-        tl.store(target + (pair * taps_p + entry[:, None]) * depth_p + column[None, :], part)
+        tl.store(target + (pair * taps_p + entry[:, None]) * depth_p + feature[None, :], part)
 
-    tile = first_tile * tokens + index
-    target = grad_biases + ((split * groups + group) * tiles * tokens + tile[:, None]) * taps_p + entry[None, :]
-    tl.store(target, summed, mask=(tile < tiles * tokens)[:, None])
+    place = (tile * tokens + index)[:, :, None]
+    target = grad_biases + ((split * groups + group) * tiles * tokens + place) * taps_p + entry[None, None, :]
+    tl.store(target, summed, mask=(tile < tiles)[:, :, None])
