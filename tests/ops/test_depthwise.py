@@ -45,8 +45,10 @@ SMALL = {
     "the kernel's size": Case((1, 3, 7, 7), 7),
     "smaller than the kernel": Case((2, 4, 4, 6), 9, "channels last"),
     "one row": Case((1, 2, 1, 20), 7),
-    "more than a block of channels": Case((1, 40, 4, 4), 7, "channels last", bias=False),
+    "more than a block of channels": Case((1, 20, 4, 4), 7, "channels last", bias=False),
     "more than a tile": Case((2, 3, 10, 9), 7, "half of channels last"),
+    "images in a tile": Case((5, 8, 7, 7), 7, "channels last"),
+    "wide loads and bands": Case((2, 8, 20, 19), 17, "channels last"),
     "largest kernel": Case((1, 2, 2, 3), 31),
 }
 LARGE = {
@@ -125,6 +127,19 @@ def test_triton_values_and_gradients(name, dtype, triton_only, request):
         assert (found - expected).abs().max() <= TOLERANCE[str(dtype).removeprefix("torch.")] * expected.abs().max()
     if name in HALF:
         assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(operator, inputs), strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+def test_triton_weight_gradient_in_few_programs(programs, triton_only, monkeypatch):
+    """Each walks over many places and images, as on a GPU, where maps are large; the sums are those of any number."""
+    from overlock.kernels.triton import depthwise as kernels
+
+    monkeypatch.setattr(kernels, "PROGRAMS", programs)
+    x, weight, _ = make_inputs(Case((5, 8, 10, 19), 9, "channels last"))
+    grad = images(5, 8, 10, 19)
+    expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=4, groups=8)
+    found = kernels.weight_gradient(grad, x, weight)
+    assert (found - expected).abs().max() <= TOLERANCE["float32"] * expected.abs().max()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,128 +1,226 @@
-"""Depthwise convolution with a large kernel for CUDA, in Triton; depthwise.py says where it takes cuDNN's place.
+"""Depthwise convolution with a large kernel for CUDA, in Triton: products with banded matrices on tensor cores.
 
 Letters: B batch, C channels, H x W the map, K x K the kernel (odd, stride 1, zeros around: the output has the map's
-size). M = B C H W numbers.
+size), p = K // 2, ky and kx a tap. In a channel, a row of the output is a sum of K rows of the map, each times a banded
+(Toeplitz) matrix:
 
-Each of forward, input gradient and weight gradient takes K^2 M multiply-adds and moves 2 M numbers: with K = 17 in
-bfloat16, 72 multiply-adds a byte, so it is arithmetic that counts, on the ordinary float32 units (as a matrix product a
-depthwise convolution is mostly zeros). What keeps these busy is reuse in registers: a lane has one channel and 8 x 8
-sums, and each step brings them 64 multiply-adds for 16 loads. In the convolution the sums are those of 8 rows x 8
-columns of the output; a step is one tap column of one row of the map, whose 8 values serve 8 rows. In the weight
-gradient they are 8 x 8 taps, and a step is one position. Price: K + 7 rows of values instead of K, masked, and K
-rounded up to a multiple of 8 twice.
+    out[r, j] = sum over ky of  x[r + ky - p, i - p] T_ky[i, j],    T_ky[i, j] = w[ky, i - j] where 0 <= i - j < K, or 0
 
-Two things make the compiler see it so. A program is one warp, 32 channels: then values, weights and sums all lie one
-channel to a lane, and no operand passes through shared memory to reach another lane. And pointers count as unaligned:
-wider loads would give a lane several channels, of values and weights differently. The maps are channels last, so that a
-warp reads 32 neighbours whatever the shift; others are copied, 2 M numbers against K^2 M multiply-adds.
+For a tile of J columns the band has I >= K + J - 1 rows: 32 x 16 numbers for K up to 17, 16 x 8 for K up to 9. So of
+I multiply-adds K count, about a half. In return tensor cores do them, at more than ten times the speed of the ordinary
+units, and a thread reads neither taps nor values one by one.
 
-The input gradient is the convolution with the taps reversed. The weight gradient is split over the rows of the images;
-the parts are summed at the end, in a fixed order.
+What is left to save are loads. A program has M blocks of S rows of the output. A row of the map, loaded once for each
+block, meets the bands of S taps side by side, I x (S J) numbers, since it counts for S rows of the output:
+
+    (M, I) x (I, S J)    for each of K + S - 1 rows of the map, each of the program's channels, summed in float32
+
+The blocks of all images are numbered through, so that maps of 14 x 14 or 7 x 7 fill a program too. The input's gradient
+is the convolution with the taps reversed. The weight's gradient is a product over rows, those of all images:
+
+    P[i, (s, j)] = sum over r of  x[r, i - p] g[r - ky_s + p, j],    grad_w[ky, kx] = sum over j of  P[kx + j, (ky, j)]
+
+Every sum has one owner and a fixed order. The maps are channels last, others are copied, and a load brings a thread 8
+channels where C is a multiple of 8. float32 is multiplied as three products of its halves in TF32, exact to about
+float32's own rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-SIDE, LANES = 8, 32
-PROGRAMS = 2112  # of the weight gradient, where the images have rows for it: 16 warps for each of 132 multiprocessors
+PROGRAMS = 264  # of the weight's gradient, where the images have rows for it: two for each of 132 multiprocessors
 
 
-@triton.jit(do_not_specialize_on_alignment=["x", "weight"])
-def conv_kernel(
-    x, weight, bias, out, x_b, x_h, x_w, out_b, out_h, out_w, channels, height, width,
-    size: tl.constexpr, reverse: tl.constexpr, has_bias: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """One program: rows x columns positions of a block of channels of one image. ``weight`` is (K^2, C) in float32."""
-    program = tl.program_id(0)
-    column_blocks, row_blocks, channel_blocks = tl.cdiv(width, columns), tl.cdiv(height, rows), tl.cdiv(channels, block)
-    first_column = program % column_blocks * columns
-    first_row = program // column_blocks % row_blocks * rows
-    channel = program // (column_blocks * row_blocks) % channel_blocks * block + tl.arange(0, block)[None, None, :]
-    batch = (program // (column_blocks * row_blocks * channel_blocks)).to(tl.int64)
-    known = channel < channels
-    row = tl.arange(0, rows)[:, None, None]
-    column = first_column + tl.arange(0, columns)[None, :, None]
-    reach: tl.constexpr = size // 2
-
-    total = tl.zeros([rows, columns, block], tl.float32)
-    for source_row in range(tl.maximum(first_row - reach, 0), tl.minimum(first_row + rows + reach, height)):
-        tap_row = source_row + reach - first_row - row  # of each output row
-        used = (tap_row >= 0) & (tap_row < size) & known
-        tap_row = tl.minimum(tl.maximum(tap_row, 0), size - 1)
-        for tap_column in range(size):
-            source = column + (tap_column - reach)
-            inside = (source >= 0) & (source < width) & known
-            values = tl.load(x + batch * x_b + source_row * x_h + source * x_w + channel, mask=inside, other=0.0)
-            tap = tap_row * size + tap_column
-            if reverse:
-                tap = size * size - 1 - tap
-            weights = tl.load(weight + tap * channels + channel, mask=used, other=0.0)
-            total += values.to(tl.float32) * weights
-
-    if has_bias:
-        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
-    row += first_row
-    target = out + batch * out_b + row * out_h + column * out_w + channel
-    tl.store(target, total.to(out.dtype.element_ty), mask=(row < height) & (column < width) & known)
-
-
-@triton.jit(do_not_specialize_on_alignment=["grad", "x"])
-def weight_kernel(
-    grad, x, out, grad_b, grad_h, grad_w, x_b, x_h, x_w, batches, channels, height, width, parts,
-    size: tl.constexpr, side: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """One program: side x side taps of a block of channels, over every ``parts``-th row of the images."""
-    blocks: tl.constexpr = (size + side - 1) // side
-    program = tl.program_id(0)
-    tap_column = program % blocks * side + tl.arange(0, side)[None, :, None]
-    tap_row = program // blocks % blocks * side + tl.arange(0, side)[:, None, None]
-    part = program // (blocks * blocks) % parts
-    channel = program // (blocks * blocks) // parts * block + tl.arange(0, block)[None, None, :]
-    known = channel < channels
-    reach: tl.constexpr = size // 2
-
-    total = tl.zeros([side, side, block], tl.float32)
-    for item in range(part, batches * height, parts):
-        batch = (item // height).to(tl.int64)
-        source_row = item % height
-        row = source_row + reach - tap_row  # of the output, to which this tap adds this row's values
-        used = (row >= 0) & (row < height) & known
-        for column in range(width):
-            source = column + tap_column - reach
-            inside = (source >= 0) & (source < width) & known
-            values = tl.load(x + batch * x_b + source_row * x_h + source * x_w + channel, mask=inside, other=0.0)
-            grads = tl.load(grad + batch * grad_b + row * grad_h + column * grad_w + channel, mask=used, other=0.0)
-            total += values.to(tl.float32) * grads.to(tl.float32)
-
-    target = out + ((part * size + tap_row) * size + tap_column) * channels + channel
-    tl.store(target, total, mask=(tap_row < size) & (tap_column < size) & known)
+@triton.jit
+def _multiply(x, y, total):
+    """total + x @ y for each channel, in float32."""
+    if INTERPRETED:
+        x, y = x.to(tl.float32), y.to(tl.float32)  # the interpreter would multiply the bits of bfloat16 as integers
+    return tl.dot(x, y, total, input_precision="tf32x3")
 
 
 # Triton interprets instead of compiling if TRITON_INTERPRET was set before this module was imported.
-INTERPRETED = not isinstance(conv_kernel, triton.JITFunction)
+INTERPRETED = tl.constexpr(not isinstance(_multiply, triton.JITFunction))
+
+
+@triton.jit
+def band_kernel(
+    weight, bands, size: tl.constexpr, reverse: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, padded: tl.constexpr,
+):  # fmt: skip
+    """One program: a channel's bands, (C, I, K + 2 S - 2, J), by descending ky, with S - 1 zeros around."""
+    taps: tl.constexpr = size + 2 * rows - 2
+    channel = tl.program_id(0).to(tl.int64)
+    i, n = tl.arange(0, window)[:, None], tl.arange(0, padded)[None, :]
+    tap_row = size + rows - 2 - n // columns
+    tap_column = i - n % columns
+    used = (tap_row >= 0) & (tap_row < size) & (tap_column >= 0) & (tap_column < size)
+    tap = tap_row * size + tap_column
+    if reverse:
+        tap = size * size - 1 - tap
+    values = tl.load(weight + channel * (size * size) + tap, mask=used, other=0.0)
+    tl.store(bands + (channel * window + i) * (taps * columns) + n, values, mask=n < taps * columns)
+
+
+@triton.jit
+def conv_kernel(
+    x, bands, bias, out, batches, eighths, height, width,
+    size: tl.constexpr, has_bias: tl.constexpr, unit: tl.constexpr, blocks: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program: M ``blocks`` of S ``rows``, J ``columns`` and a ``block`` of channels."""
+    taps: tl.constexpr = size + 2 * rows - 2
+    reach: tl.constexpr = size // 2
+    channels = eighths * unit
+    program = tl.program_id(0)
+    channel_blocks, column_blocks, row_blocks = tl.cdiv(channels, block), tl.cdiv(width, columns), tl.cdiv(height, rows)
+    channel = program % channel_blocks * block + tl.arange(0, block)
+    known = (channel < channels) | (unit == block)  # which the compiler sees then: one load for the block
+    first_column = program // channel_blocks % column_blocks * columns
+    index = program // (channel_blocks * column_blocks) * blocks + tl.arange(0, blocks)
+    batch = (index // row_blocks).to(tl.int64)[:, None, None]
+    first_row = (index % row_blocks * rows)[:, None, None]
+
+    i = tl.arange(0, window)
+    row = first_row - reach
+    column = (first_column - reach + i)[None, :, None]
+    inside = (batch < batches) & (column >= 0) & (column < width) & known[None, None, :]
+    source = x + ((batch * height + row) * width + column) * channels + channel[None, None, :]
+    n = tl.arange(0, rows * columns)
+    band = channel.to(tl.int64)[:, None, None] * window + i[None, :, None]
+    band = bands + band * (taps * columns) + (size + rows - 2) * columns + n[None, None, :]
+    total = tl.zeros([block, blocks, rows * columns], tl.float32)
+    values = tl.load(source, mask=inside & (row >= 0) & (row < height), other=0.0)
+    for _ in range(size + rows - 1):
+        row += 1
+        source += width * channels
+        following = tl.load(source, mask=inside & (row >= 0) & (row < height), other=0.0)
+        total = _multiply(tl.permute(values, (2, 0, 1)), tl.load(band, mask=known[:, None, None], other=0.0), total)
+        values = following
+        band -= columns
+
+    if has_bias:
+        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[:, None, None]
+    row, column = first_row + (n // columns)[None, :, None], (first_column + n % columns)[None, :, None]
+    target = out + ((batch * height + row) * width + column) * channels + channel[None, None, :]
+    inside = (batch < batches) & (row < height) & (column < width) & known[None, None, :]
+    tl.store(target, tl.permute(total, (1, 2, 0)).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weight_kernel(
+    grad, x, out, batches, eighths, height, width, places, image_parts,
+    size: tl.constexpr, unit: tl.constexpr, blocks: tl.constexpr, height_p: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program: P of S ``rows`` of taps, over part of the tiles of M rows and J columns.
+
+    The M ``blocks`` of a tile are ``height_p`` rows of each of M / ``height_p`` images. A program walks over every
+    ``places``-th place in an image, and there over every ``image_parts``-th group of so many images. ``out`` is
+    (image_parts, places, C, groups of S taps, I, S J).
+    """
+    groups: tl.constexpr = (size + rows - 1) // rows
+    reach: tl.constexpr = size // 2
+    images: tl.constexpr = blocks // height_p
+    channels = eighths * unit
+    program = tl.program_id(0)
+    channel_blocks, column_blocks = tl.cdiv(channels, block), tl.cdiv(width, columns)
+    group = program % groups
+    channel = program // groups % channel_blocks * block + tl.arange(0, block)
+    known = (channel < channels) | (unit == block)
+    part = program // (groups * channel_blocks)
+    first_image = part // places * images
+    step = (image_parts * images * height).to(tl.int64) * width * channels
+
+    m, i, n = tl.arange(0, blocks)[:, None, None], tl.arange(0, window), tl.arange(0, rows * columns)
+    up = (reach - group * rows - n // columns)[None, :, None]  # from a row of the map to the one that it counts for
+    total = tl.zeros([block, window, rows * columns], tl.float32)
+    for place in range(part % places, tl.cdiv(height, height_p) * column_blocks, places):
+        first_column = place % column_blocks * columns
+        row = place // column_blocks * height_p + m % height_p
+        start = (first_image + m // height_p).to(tl.int64) * height + row
+        column = (first_column - reach + i)[None, :, None]
+        values_in = (row < height) & (column >= 0) & (column < width) & known[None, None, :]
+        values_at = x + (start * width + column) * channels + channel[None, None, :]
+        column = (first_column + n % columns)[None, :, None]
+        grads_in = (row < height) & (row + up >= 0) & (row + up < height) & (column < width) & known[None, None, :]
+        grads_at = grad + ((start + up) * width + column) * channels + channel[None, None, :]
+        left = batches - first_image - m // height_p
+        values = tl.load(values_at, mask=values_in & (left > 0), other=0.0)
+        grads = tl.load(grads_at, mask=grads_in & (left > 0), other=0.0)
+        for _ in range(first_image, batches, image_parts * images):
+            left -= image_parts * images
+            values_at += step
+            grads_at += step
+            next_values = tl.load(values_at, mask=values_in & (left > 0), other=0.0)
+            next_grads = tl.load(grads_at, mask=grads_in & (left > 0), other=0.0)
+            total = _multiply(tl.permute(values, (2, 1, 0)), tl.permute(grads, (2, 0, 1)), total)
+            values, grads = next_values, next_grads
+
+    target = ((part * channels + channel.to(tl.int64)) * groups + group)[:, None, None] * window + i[None, :, None]
+    tl.store(out + target * (rows * columns) + n[None, None, :], total, mask=known[:, None, None])
+
+
+class Tile(NamedTuple):
+    """Sizes of a program, such that a thread has 64 sums, or 32 in float32, whose operands are split in two.
+
+    A map's next row is read during a product of the one before. In 16 bits so are the bands, by ``stages``; in float32
+    that would take 130 KB of shared memory.
+    """
+
+    blocks: int
+    rows: int
+    window: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"blocks": self.blocks, "rows": self.rows, "window": self.window, "columns": self.columns}
+
+
+BLOCK = 8  # channels of a program: one load of 16-bit numbers
+
+
+def tile_for(size: int, dtype: torch.dtype) -> Tile:
+    exact = dtype == torch.float32
+    columns = 8 if size <= 9 else 16
+    return Tile(
+        blocks=32,
+        rows=2 if exact else 4,
+        window=triton.next_power_of_2(size + columns - 1),
+        columns=columns,
+        warps=4 if columns == 8 else 8,
+        stages=1 if exact else 2,
+    )
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:
     """Reason why the kernels cannot run a convolution, or None."""
     size = weight.shape[-1]
     reason = None
-    if not (x.is_cuda or INTERPRETED):
+    if not (x.is_cuda or INTERPRETED.value):
         reason = f"it needs tensors on a CUDA device, not on {x.device.type}"
     elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         reason = f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
+    elif x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
+        reason = "it needs a GPU of compute capability 8.0 or above"
     elif weight.dtype != x.dtype:
         reason = f"it takes images and weights of one dtype, not {x.dtype} and {weight.dtype}"
     elif tuple(weight.shape) != (x.shape[1], 1, size, size) or size % 2 == 0 or not 7 <= size <= 31:
         reason = f"it takes weights (C, 1, K, K), K odd and 7 to 31, not {tuple(weight.shape)}"
     elif x.numel() == 0:
         reason = "there is nothing to compute"
+    elif x[0].numel() >= 2**31 // 32:
+        reason = "32 images have more numbers than 32 bits can count"
     return reason
 
 
@@ -135,23 +233,32 @@ def _on_device(x: Tensor, launch: Callable[[], object]) -> None:
         launch()
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(2), x.stride(3)
+def _map_sizes(x: Tensor) -> dict[str, int]:
+    """Sizes of a map with its channels last. A count of 8 channels each shows that loads may be so wide."""
+    batch, channels, height, width = x.shape
+    unit = BLOCK if channels % BLOCK == 0 else 1
+    return {"batches": batch, "eighths": channels // unit, "height": height, "width": width, "unit": unit}
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """The convolution, or with ``reverse`` the one with the taps reversed. Channels last, in the dtype of ``x``."""
     batch, channels, height, width = x.shape
+    size = weight.shape[-1]
     together = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(together)
-    by_tap = weight.flatten(1).t().float().contiguous()
-    blocks = triton.cdiv(height, SIDE) * triton.cdiv(width, SIDE) * triton.cdiv(channels, LANES)
+    tile = tile_for(size, x.dtype)
+    blocks = triton.cdiv(batch * triton.cdiv(height, tile.rows), tile.blocks)
+    programs = blocks * triton.cdiv(width, tile.columns) * triton.cdiv(channels, BLOCK)
+    bands = torch.empty(channels, tile.window, size + 2 * tile.rows - 2, tile.columns, dtype=x.dtype, device=x.device)
 
     def launch() -> None:
-        conv_kernel[(batch * blocks,)](
-            together, by_tap, by_tap if bias is None else bias, out, *_strides(together), *_strides(out),
-            channels, height, width, size=weight.shape[-1], reverse=reverse, has_bias=bias is not None,
-            rows=SIDE, columns=SIDE, block=LANES, num_warps=1, num_stages=1,
+        band_kernel[(channels,)](
+            weight.contiguous(), bands, size=size, reverse=reverse, window=tile.window, columns=tile.columns,
+            rows=tile.rows, padded=triton.next_power_of_2(bands[0, 0].numel()), num_warps=4,
+        )  # fmt: skip
+        conv_kernel[(programs,)](
+            together, bands, bands if bias is None else bias, out, **_map_sizes(x), size=size,
+            has_bias=bias is not None, **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     _on_device(x, launch)
@@ -168,15 +275,32 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     size = weight.shape[-1]
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    programs = triton.cdiv(size, SIDE) ** 2 * triton.cdiv(channels, LANES)
-    parts = min(batch * height, triton.cdiv(PROGRAMS, programs))
-    out = torch.empty(parts, size * size, channels, dtype=torch.float32, device=x.device)
+    tile = tile_for(size, x.dtype)._replace(blocks=16)  # 32 would take all registers
+    groups = triton.cdiv(size, tile.rows)
+    programs = groups * triton.cdiv(channels, BLOCK)
+    height_p = min(tile.blocks, triton.next_power_of_2(height))
+    wanted = triton.cdiv(PROGRAMS, programs)
+    image_parts = min(triton.cdiv(batch, tile.blocks // height_p), wanted)
+    places = min(triton.cdiv(height, height_p) * triton.cdiv(width, tile.columns), triton.cdiv(wanted, image_parts))
+    parts = image_parts * places
+    shape = (parts, channels, groups, tile.window, tile.rows, tile.columns)
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
 
     def launch() -> None:
         weight_kernel[(programs * parts,)](
-            grad, x, out, *_strides(grad), *_strides(x), batch, channels, height, width, parts,
-            size=size, side=SIDE, block=LANES, num_warps=1, num_stages=1,
+            grad, x, sums, **_map_sizes(x), places=places, image_parts=image_parts, size=size, height_p=height_p,
+            **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
 
     _on_device(x, launch)
-    return out.sum(0).t().reshape(weight.shape).to(weight.dtype)
+    return _sum_diagonals(sums, size).reshape(weight.shape).to(weight.dtype)
+
+
+def _sum_diagonals(sums: Tensor, size: int) -> Tensor:
+    """grad_w[ky, kx] = sum over j of P[kx + j, (ky, j)]: (parts, C, groups, I, S, J) -> (C, K, K)."""
+    parts, channels, groups, _, rows, columns = sums.shape
+    part, channel, group, i, row, column = sums.stride()
+    diagonals = sums.as_strided(
+        (parts, channels, groups, rows, size, columns), (part, channel, group, row, i, i + column)
+    )
+    return diagonals.sum((0, 5)).flatten(1, 2)[:, :size]
