@@ -18,6 +18,7 @@ from overlock.cli.subjects import (
     claim_results,
     find_files,
     make_subject,
+    name_of,
     print_rows,
     read_images,
 )
@@ -85,7 +86,11 @@ def run(options: Namespace, console: Console) -> None:
         curves = [dict(row, curve=one.field.curves.mean(dim=0).tolist()) for row, one in zip(rows, found, strict=True)]
         console.print_json(json.dumps(curves))
         return
-    print_rows(console, rows, title="side in pixels of the centred square that holds a share of the contributions")
+    print_rows(
+        console,
+        [_for_people(row) for row in rows],
+        title="side in pixels of the centred square that holds a share of the contributions",
+    )
 
 
 def _subjects(model: str, options: Namespace) -> list[Subject]:
@@ -95,7 +100,7 @@ def _subjects(model: str, options: Namespace) -> list[Subject]:
     from overlock.deploy.models import load_network, load_untrained  # noqa: PLC0415
 
     subjects = []
-    name = Path(model).name or model
+    name = name_of(model)
     if options.weights != "untrained":
         subjects.append(make_subject(name, *load_network(model), options))
     if options.weights != "trained":
@@ -129,6 +134,13 @@ def _row(one: Labelled, images: int) -> dict[str, Any]:
         row |= {f"{100 * share:.0f} %": side, f"± {100 * share:.0f} %": deviation}
     row |= dict(centre_row=one.field.centre[0], centre_column=one.field.centre[1])
     return row
+
+
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """A side and its deviation in one cell."""
+    kept = {name: row[name] for name in ("network", "stage", "size")}
+    shares = [name for name in row if name.endswith(" %") and not name.startswith("±")]
+    return kept | {name: f"{row[name]:.1f} ± {row[f'± {name}']:.1f}" for name in shares}
 
 
 COMMAND = Command("Measure how far a network's features see: their effective receptive fields.", add_options, run)

@@ -64,7 +64,13 @@ def open_subject(options: Namespace) -> Subject:
 
     source = options.checkpoint or DEFAULT_FILE
     network, record = load_network(source, model=options.model)
-    return make_subject(Path(source).name or str(source), network, record, options)
+    return make_subject(name_of(str(source)), network, record, options)
+
+
+def name_of(source: str) -> str:
+    """What tables call a network: a file's name without its ending, a folder's name, or timm's name."""
+    path = Path(source)
+    return path.stem if path.is_file() else path.name or source
 
 
 def make_subject(name: str, network: nn.Module, record: Record, options: Namespace) -> Subject:
