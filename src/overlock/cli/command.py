@@ -108,6 +108,21 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def needing_training() -> Iterator[None]:
+    """Inside, an import of what training needs.
+
+    Raises:
+        ValueError: where a package is not installed, with what to do.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(
+            f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
+        ) from None
+
+
 def add_overwrite(parser: ArgumentParser) -> None:
     """Leave to replace what a command finds where it writes; see :class:`overlock.files.Outputs`."""
     parser.add_argument(

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from overlock.cli import average, cam, convert, erf, evaluate, kernels, pack, predict, push, summary, train
+from overlock.cli import ablate, average, cam, convert, erf, evaluate, kernels, pack, predict, push, summary, train
 from overlock.cli import compile as compile_
 from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
@@ -30,6 +30,7 @@ COMMANDS = {
     "push": push.COMMAND,
     "pack": pack.COMMAND,
     "summary": summary.COMMAND,
+    "ablate": ablate.COMMAND,
     "kernels": kernels.COMMAND,
     "erf": erf.COMMAND,
     "cam": cam.COMMAND,

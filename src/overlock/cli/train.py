@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from overlock.cli.command import Command
+from overlock.cli.command import Command, needing_training
 from overlock.files import Outputs
 from overlock.settings import renew
 
@@ -111,13 +111,9 @@ def run(options: Namespace, console: Console) -> int | None:
     groups = {field.name: options[field.name] for field in dataclasses.fields(kind)}
     config = kind.from_dict({name: _plain(value) for name, value in groups.items()})
     _check_inputs(config)
-    try:
+    with needing_training():
         from overlock.training.run import train  # noqa: PLC0415
         from overlock.training.stop import RunStoppedError  # noqa: PLC0415
-    except ImportError as error:
-        raise ValueError(
-            f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
-        ) from None
     try:
         train(config, overwrite=options.overwrite, resume=options.resume, console=console)
     except RunStoppedError as stopped:

@@ -64,6 +64,26 @@ def ablation(data: str) -> TrainConfig:
     return replace(imagenet_xt(data), output="runs/ablation", epochs=120)
 
 
+def ablation_small(data: str) -> TrainConfig:
+    """The ablations for small budgets: networks of a million parameters on images of 64 x 64 pixels, say CIFAR-10."""
+    return TrainConfig(
+        data=data,
+        output="runs/ablation_small",
+        model="overlock_roadmap_gate",
+        model_args=dict(size="small"),
+        image_size=64,
+        stem_stride=2,
+        epochs=30,
+        batch_size=128,
+        drop_path=0.05,
+        validate_every=5,
+        augment=Augmentation(padding=8),
+        optim=OptimConfig(lr=2e-3, base_batch_size=128, warmup_epochs=2),
+        ema=EmaConfig(decay=0.999, warmup=True),
+        runtime=RuntimeConfig(channels_last=True),
+    )
+
+
 def finetune(data: str) -> TrainConfig:
     """Published weights fine-tuned to new classes; give --weights FILE, or --pretrained true to download them."""
     return TrainConfig(
@@ -145,7 +165,19 @@ def digits(data: str = "digits") -> TrainConfig:
 RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
-        *(imagenet_xt, imagenet_t, imagenet_s, imagenet_b, ablation, finetune, small, cifar10, cifar10_mixed, digits),
+        *(
+            imagenet_xt,
+            imagenet_t,
+            imagenet_s,
+            imagenet_b,
+            ablation,
+            ablation_small,
+            finetune,
+            small,
+            cifar10,
+            cifar10_mixed,
+            digits,
+        ),
         *DETECTION_RECIPES,
         *SEGMENTATION_RECIPES,
     )
