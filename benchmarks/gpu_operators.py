@@ -13,6 +13,7 @@ from alternatives import make_flex, make_kernels, make_logits
 from gpu_run import Row, Run
 from timing import interleave_queued, middle, ratio, spread
 
+from overlock.ops.depthwise import CHOICES, choice_key
 from overlock.ops.dispatch import TABLE, why_not
 
 BATCH = 128
@@ -142,7 +143,8 @@ def _contmix(run: Run, name: str, shape: ops.Shape, compiled: bool) -> Iterator[
 
 
 def _filters(run: Run) -> Iterator[Row]:
-    dtype, ceilings = "bfloat16", Ceilings.of(run)
+    """The large depthwise convolution; leaves the table that chooses between its candidates, for ``overlock.ops``."""
+    dtype, ceilings, choices = "bfloat16", Ceilings.of(run), {}
     for name, (given, size) in (DRY_FILTERS if run.dry else depthwise.SHAPES).items():
         shape = (given[0] or BATCH, *given[1:])
         x, grad = (
@@ -163,9 +165,13 @@ def _filters(run: Run) -> Iterator[Row]:
                     calls[candidate] = lambda call=call, arguments=arguments: call(*arguments)
             common = dict(operator=f"depthwise {part}", shape=name, backward=part != "forward")
             with torch.no_grad():
-                yield from table(
-                    common, calls, work_of_filter(shape, size, dtype), dtype, ceilings, 2 if run.dry else 10
-                )  # fmt: skip
+                work, repeats = work_of_filter(shape, size, dtype), 2 if run.dry else 10
+                rows = list(table(common, calls, work, dtype, ceilings, repeats))
+            yield from rows
+            if len(rows) > 1 and x.is_cuda:
+                key = choice_key(operation, x.device, x.dtype, shape, size)
+                choices[key] = min(rows, key=lambda row: row["ms"])["candidate"]
+                (run.folder / CHOICES.name).write_text(json.dumps(choices, indent=2) + "\n")
 
 
 def operators(run: Run) -> Iterator[Row]:

@@ -1,15 +1,15 @@
 """Depthwise convolution by kernels of our own: large ones on CUDA, where they are faster, and in training on CPU.
 
-On CUDA each part of the work, forward and the two gradients, is timed once for each shape, dtype and layout when it
-first runs, Triton's kernel against PyTorch's. On CPU it is the gradients and dilated convolutions that gain
-(docs/performance.md).
+On CUDA each part of the work, forward and the two gradients, takes Triton's kernel or PyTorch's by a stored table. On
+CPU it is the gradients and dilated convolutions that gain (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-from collections.abc import Callable
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ _INPUTS = FilterInputs(FORWARD)
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """``F.conv2d`` with groups = C and as much padding as keeps the size, by the fastest kernels at hand.
 
-    It is one operator to ``torch.compile`` on CUDA for K from 7 on without dilation (Triton's kernels or PyTorch's, as
-    is found when it runs), and on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
+    It is one operator to ``torch.compile`` on CUDA for K from 7 on without dilation (Triton's kernels, or PyTorch's
+    where they were measured to be faster), and on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
     convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
 
     Args:
@@ -57,48 +57,40 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     return convolve(x, weight, bias, dilation)
 
 
-_faster: dict[tuple[object, ...], bool] = {}
+CHOICES = Path(__file__).with_name("depthwise_choices.json")
+"""The faster on a GPU, ``triton`` or ``torch``, by :func:`choice_key`. ``benchmarks/gpu.py`` writes such a file."""
 
 
-def _milliseconds(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median time on the device, after two calls to compile and to warm up."""
-    times = []
-    for repeat in range(repeats + 2):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        if repeat >= 2:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+@functools.cache
+def measured_choices() -> dict[str, str]:
+    return json.loads(CHOICES.read_text())
+
+
+def choice_key(operation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> str:
+    """What measurements are kept by: GPU, dtype, part, K, and the counts of maps and of positions to a power of two."""
+    major, minor = torch.cuda.get_device_capability(device)
+    maps, positions = (round(math.log2(count)) for count in (shape[0] * shape[1], shape[2] * shape[3]))
+    name = str(dtype).removeprefix("torch.")
+    return f"sm_{major}{minor} {name} {operation} K {size}, maps 2^{maps}, positions 2^{positions}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(operation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> str:
+    """On CUDA by the stored table; Triton's where it has nothing.
+
+    The reason for that: it multiplies on tensor cores, PyTorch's convolutions for groups = C take K^2 multiply-adds a
+    number on the ordinary units (an estimate: nobody has measured it). The answer is never timed when a network runs,
+    so it is the same in every run.
+    """
+    return measured_choices().get(choice_key(operation, device, dtype, shape, size), "triton")
 
 
 def choose_fastest(operation: str, asked: str, x: Tensor, weight: Tensor, *call: Any) -> str:
-    """As :func:`overlock.ops.dispatch.choose`, but on CUDA Triton's kernel, unless asked for, only where it was faster.
-
-    Where nothing can be timed, which is while a CUDA graph is captured, PyTorch's is taken unless the answer is known;
-    also where algorithms must be deterministic, since a race of timings is not.
-    """
+    """As :func:`overlock.ops.dispatch.choose`, but on CUDA, unless asked for, not what was measured to be slower."""
     chosen = choose(operation, asked, *call)
-    free = asked == AUTO and chosen == "triton" and x.is_cuda
-    return "torch" if free and not _is_faster(operation, x, weight, *call) else chosen
-
-
-def _is_faster(operation: str, x: Tensor, weight: Tensor, *call: Any) -> bool:
-    """Whether Triton's kernel takes less time than PyTorch's."""
-    if torch.are_deterministic_algorithms_enabled():
-        return False
-    key = (operation, x.device, x.dtype, tuple(x.shape), x.stride(1) == 1, weight.shape[3])
-    if key not in _faster:
-        if torch.cuda.is_current_stream_capturing():
-            return False
-        like = weight if operation == WEIGHT_GRADIENT else x
-        with torch.cuda.device(x.device):
-            calls = (functools.partial(_compute, operation, name, like, *call) for name in ("triton", "torch"))
-            times = [_milliseconds(run) for run in calls]
-        _faster[key] = times[0] < times[1]
-    return _faster[key]
+    if asked == AUTO and chosen == "triton" and x.is_cuda:
+        return _fastest(operation, x.device, x.dtype, tuple(x.shape), weight.shape[3])
+    return chosen
 
 
 def _compute(operation: str, name: str, like: Tensor, *call: Any) -> Tensor:

@@ -55,10 +55,11 @@ def band_kernel(
     weight, bands, size: tl.constexpr, reverse: tl.constexpr,
     window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
-    """One program: a channel's bands, (C, I, K + 2 S - 2, J), by descending ky, with S - 1 zeros around."""
+    """One program: 8 rows of a channel's bands, (C, I, K + 2 S - 2, J), by descending ky, S - 1 zeros on both sides."""
     taps: tl.constexpr = size + 2 * rows - 2
-    channel = tl.program_id(0).to(tl.int64)
-    i, n = tl.arange(0, window)[:, None], tl.arange(0, padded)[None, :]
+    program = tl.program_id(0)
+    channel = (program // (window // 8)).to(tl.int64)
+    i, n = (program % (window // 8) * 8 + tl.arange(0, 8))[:, None], tl.arange(0, padded)[None, :]
     tap_row = size + rows - 2 - n // columns
     tap_column = i - n % columns
     used = (tap_row >= 0) & (tap_row < size) & (tap_column >= 0) & (tap_column < size)
@@ -252,7 +253,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: 
     bands = torch.empty(channels, tile.window, size + 2 * tile.rows - 2, tile.columns, dtype=x.dtype, device=x.device)
 
     def launch() -> None:
-        band_kernel[(channels,)](
+        band_kernel[(channels * tile.window // 8,)](
             weight.contiguous(), bands, size=size, reverse=reverse, window=tile.window, columns=tile.columns,
             rows=tile.rows, padded=triton.next_power_of_2(bands[0, 0].numel()), num_warps=4,
         )  # fmt: skip
