@@ -196,9 +196,8 @@ def _backward(
     rpb: Tensor | None, kernel_size: int, min_side: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (query, key, value, weight, bias, rpb)
-    gradients = [query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs]
     if value.numel() == 0:
-        return tuple(gradients)
+        return tuple(query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs)
     height, width = value.shape[3:]
     size = _enlarged(height, width, min_side)
     if size is not None:
@@ -214,17 +213,16 @@ def _backward(
     if size is not None:
         computed[0] = _resize_backward(computed[0], list(inputs[0].shape[3:]))
         computed[2] = _resize_backward(computed[2], list(inputs[2].shape[3:]))
-    extent = (kernel_size, height, width)
-    views = [
-        *gradients[:3],
-        _taps_inside(gradients[3], *extent),
-        None if bias is None else _taps_inside(gradients[4], *extent),
-        None if rpb is None else _offsets_inside(gradients[5], *extent),
-    ]
-    for view, gradient in zip(views, computed, strict=True):
-        if gradient is not None and view is not None:
-            view.copy_(gradient.view(view.shape))
-    return tuple(gradients)
+    if kernel_size > min(height, width):
+        extent = (kernel_size, height, width)
+        for i, inside in ((3, _taps_inside), (4, _taps_inside), (5, _offsets_inside)):
+            if computed[i] is not None:
+                whole = torch.zeros_like(inputs[i])  # type: ignore[arg-type]
+                view = inside(whole, *extent)
+                view.copy_(computed[i].view(view.shape))
+                computed[i] = whole
+    pairs = zip(inputs, computed, strict=True)
+    return tuple(query.new_zeros(0) if x is None else to_layout_of(x, gradient) for x, gradient in pairs)
 
 
 def region_centres(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
