@@ -98,6 +98,20 @@ def test_features_that_ask_about_themselves(height, width):
     assert relative_error(module(x), expected_of(module, x)) < 1e-10
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_channels_last_all_the_way(batch):
+    """What comes channels-last is mixed and projected so, one image too; and with the values of another layout."""
+    module = randomise(overlock.layers.ContMix(16, groups=2, kernel_size=7))
+    layouts = []
+    module.out.register_forward_pre_hook(lambda _, inputs: layouts.append(inputs[0].stride()))
+    x = images(batch, 16, 9, 8)
+    plain = module(x)
+    mixed = module(x.contiguous(memory_format=torch.channels_last))
+    assert layouts == [(1152, 72, 8, 1), (1152, 1, 128, 16)]
+    assert relative_error(mixed, plain) < 1e-5
+
+
 @pytest.mark.parametrize("small_kernel", [None, 2])
 @pytest.mark.parametrize(("height", "width"), [(4, 5), (2, 4)])
 def test_gradcheck(small_kernel, height, width):

@@ -11,6 +11,7 @@ from overlock.ops import contmix, region_centres
 
 torch.fx.wrap("contmix")
 torch.fx.wrap("region_centres")
+torch.fx.wrap("join_halves")
 
 
 class ContMix(nn.Module):
@@ -119,11 +120,24 @@ class ContMix(nn.Module):
         first, second = self._split(value[:, :half]), self._split(value[:, half:])
         first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)
         second = contmix(query, key, second, weight[taps:], bias[taps:], self.rpb_large, large, large)
-        return self.out(torch.cat([first.flatten(1, 2), second.flatten(1, 2)], dim=1))
+        return self.out(join_halves(first, second))
 
     def _split(self, value: Tensor) -> Tensor:
         """(B, C', H, W) -> (B, G, C' / G, H, W)."""
         return value.unflatten(1, (self.groups, -1))
+
+
+def join_halves(first: Tensor, second: Tensor) -> Tensor:
+    """Two (B, G, C, H, W) as one (B, 2GC, H, W), in their layout.
+
+    Of one image that is channels-last ``torch.cat`` alone would make one that is not: it goes by the stride of the
+    batch, which is arbitrary there.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 - scripts only as a condition of its own
+        if not torch.compiler.is_compiling() and len(first) == 1 and first.stride(2) == 1:
+            by_position = [x.permute(0, 3, 4, 1, 2).flatten(3) for x in (first, second)]  # B, H, W, GC
+            return torch.cat(by_position, dim=3).permute(0, 3, 1, 2)
+    return torch.cat([first.flatten(1, 2), second.flatten(1, 2)], dim=1)
 
 
 def _make_rpb(groups: int, kernel_size: int) -> nn.Parameter:

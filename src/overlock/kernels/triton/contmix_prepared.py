@@ -42,7 +42,8 @@ def settle(out: Tensor, by_tokens: Tensor) -> Tensor:
 
 def unit_of(*maps: Tensor) -> int:
     """The most numbers, up to 16, of which all strides of the maps are multiples: what a load can take at once."""
-    return math.gcd(16, *(stride for x in maps for stride in x.stride()[:3]))
+    strides = (zip(x.shape[:3], x.stride(), strict=False) for x in maps)
+    return math.gcd(16, *(stride for pairs in strides for size, stride in pairs if size > 1))  # of one, no matter
 
 
 def strides_of(*maps: Tensor, unit: int) -> list[int]:
