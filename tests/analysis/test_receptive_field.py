@@ -20,6 +20,8 @@ from overlock.analysis.receptive_field import (
     side_of,
     square_curve,
 )
+from overlock.tasks.detection import faster_rcnn
+from overlock.tasks.segmentation import upernet
 
 
 def stack(depth: int, stride: int = 1) -> nn.Sequential:
@@ -127,3 +129,30 @@ def test_faults():
         measure_fields(lambda x: [x], [])
     with pytest.raises(ValueError, match="try --gradient abs"):
         measure_fields(lambda x: [-stack(1)(x)], [x], wanted=[1])
+
+
+def test_backbones_of_detectors_and_segmenters():
+    pytest.importorskip("transformers")
+    x = images(1, 3, 64, 64)
+    for backbone in ("overlock_atto", "resnet10t"):
+        detector = randomise(faster_rcnn(backbone, num_classes=2, hidden_channels=16))
+        segmenter = randomise(upernet(backbone, num_classes=2, hidden_channels=16))
+        for network, features in ((detector, detector.backbone.body), (segmenter, segmenter.backbone)):
+            fields = measure_fields(make_stages(network, ""), [x], wanted=[2, 4])
+            pixels = x.clone().requires_grad_()
+            (expected,) = central_scores(list(features(pixels))[3], pixels)
+            torch.testing.assert_close(fields[1].scores, expected / expected.sum())
+
+
+def test_the_published_recipe_misses_where_a_feature_looks():
+    """Squares around the middle of the image, for a feature that looks half a stride beside it: docs/evidence.md."""
+    x = torch.rand(1, 3, 224, 224, dtype=torch.float64)
+    layers = [nn.Conv2d(3, 3, 3, padding=1, stride=2, bias=False) for _ in range(5)]  # 7 x 7 features of stride 32
+    for layer in layers:
+        nn.init.constant_(layer.weight, 1 / 27)
+    network = nn.Sequential(*layers).double()
+    (field,) = measure_fields(lambda x: [network(x)], [x], wanted=[1])
+    assert field.centre == pytest.approx((96.5, 96.5))
+    scores = field.scores.numpy()
+    half = next(i for i in range(1, 112) if scores[112 - i : 113 + i, 112 - i : 113 + i].sum() > 0.5)
+    assert 2 * half + 1 > field.side(0.5)[0] + 15
