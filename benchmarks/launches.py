@@ -9,6 +9,7 @@ the code that decides them decides them here too.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -131,14 +132,17 @@ def calls_of(model: str, image: Image) -> list[Call]:
 class _Nowhere:
     """Triton's driver for a GPU that is not there."""
 
+    numbers = itertools.count(1)
+
     def __init__(self, arch: int):
         self.target = GPUTarget("cuda", arch, 32)
+        self.device = next(self.numbers)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it knows of a device under this number
+        return self.device  # of its own each time: Triton would tell nothing of a kernel that it keeps for a device
 
     def get_current_stream(self, _device: int) -> int:
         return 0
