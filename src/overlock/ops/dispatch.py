@@ -89,9 +89,10 @@ def _triton_why_not(module: str) -> Callable[..., str | None]:
     return why_not
 
 
-def _numba(module: str, forward: str, backward: str | None = None) -> Backend:
-    gradients = None if backward is None else on_use(f"numba.{module}", backward)
-    return Backend(forward=on_use(f"numba.{module}", forward), backward=gradients, why_not=cpu.why_not)
+def _numba(forward: str, backward: str | None = None, why_not: Callable[..., str | None] = cpu.why_not) -> Backend:
+    """Functions of numba's modules, each as module.name."""
+    functions = [None if path is None else on_use(*f"numba.{path}".rsplit(".", 1)) for path in (forward, backward)]
+    return Backend(forward=functions[0], backward=functions[1], why_not=why_not)  # type: ignore[arg-type]
 
 
 def _triton_filter(name: str) -> Backend:
@@ -127,33 +128,29 @@ TABLE: dict[str, dict[str, Backend]] = {
     "contmix": BACKENDS,
     "depthwise_conv2d": {
         "triton": _triton_filter("convolve"),
-        "cpu": _numba("depthwise_gradients", "convolve"),
+        "cpu": _numba("depthwise_gradients.convolve"),
         "torch": Backend(forward=depthwise.convolve),
     },
     "depthwise_conv2d_input_gradient": {
         "triton": _triton_filter("input_gradient"),
-        "cpu": _numba("depthwise_gradients", "input_gradient"),
+        "cpu": _numba("depthwise_gradients.input_gradient"),
         "torch": Backend(forward=depthwise.input_gradient),
     },
     "depthwise_conv2d_weight_gradient": {
         "triton": _triton_filter("weight_gradient"),
-        "cpu": _numba("depthwise_gradients", "weight_gradient"),
+        "cpu": _numba("depthwise_gradients.weight_gradient"),
         "torch": Backend(forward=depthwise.weight_gradient),
     },
     "local_conv": {
-        "cpu": _numba("depthwise_gradients", "local_conv", "local_gradients"),
+        "cpu": _numba("depthwise_gradients.local_conv", "local_gradients.local_gradients"),
         "torch": Backend(forward=depthwise.local_conv, backward=depthwise.local_gradients),
     },
     "dilated_repconv": {
-        "cpu": Backend(
-            forward=on_use("numba.repconv", "forward"),
-            backward=on_use("numba.repconv_gradients", "backward"),
-            why_not=_repconv_why_not,
-        ),
+        "cpu": _numba("repconv.forward", "repconv_gradients.backward", _repconv_why_not),
         "torch": Backend(forward=repconv.forward, backward=repconv.backward),
     },
-    "sum_products": {"cpu": _numba("grn", "sum_products"), "torch": Backend(forward=grn.sum_products)},
-    "scale_and_add": {"cpu": _numba("grn", "scale_and_add"), "torch": Backend(forward=grn.scale_and_add)},
+    "sum_products": {"cpu": _numba("grn.sum_products"), "torch": Backend(forward=grn.sum_products)},
+    "scale_and_add": {"cpu": _numba("grn.scale_and_add"), "torch": Backend(forward=grn.scale_and_add)},
 }
 """Of each operation, or each part of one that is chosen apart, the backends, the preferred first."""
 

@@ -22,7 +22,7 @@ ENVIRONMENT_VARIABLE = "OVERLOCK_CACHE"
 SUFFIX = ".kernel"
 INFERENCE = ("channel_statistics", "context", "contmix_kernels", "depthwise", "expand_filter", "gemm", "layer_norm")
 """Modules of kernels that a fused network calls."""
-TRAINING = ("contmix_gradients", "depthwise_gradients", "grn", "repconv", "repconv_gradients")
+TRAINING = ("contmix_gradients", "depthwise_gradients", "grn", "local_gradients", "repconv", "repconv_gradients")
 """Those that training needs beside them."""
 
 _SOURCES = Path(__file__).parent

@@ -168,7 +168,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> T
     return _correlate(grad, x, weight.shape[3], dilation)[0]
 
 
-def _with_residual(weight: Tensor) -> Tensor:
+def with_residual(weight: Tensor) -> Tensor:
     """Weights (C, 1, K, K) as (C, K, K) whose centre carries the residual."""
     middle, both = weight.shape[3] // 2, weight[:, 0].clone()
     both[:, middle, middle] += 1
@@ -177,10 +177,10 @@ def _with_residual(weight: Tensor) -> Tensor:
 
 def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """See overlock.ops.local_conv; channels last."""
-    return _filter(x, _with_residual(weight), bias, prologue=GELU if gelu else 0)
+    return _filter(x, with_residual(weight), bias, prologue=GELU if gelu else 0)
 
 
-def local_gradients(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of local_conv with respect to x, channels last, weight and bias."""
-    of_x = _filter(grad, _with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
+def gradients_in_turn(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of local_conv with respect to x, channels last, and to weight and bias, in a pass each."""
+    of_x = _filter(grad, with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
     return of_x, *_correlate(grad, x, weight.shape[3], 1, GELU if gelu else 0)
