@@ -40,7 +40,10 @@ def test_kernels(photos, tmp_path, capsys):
     table, picture = tmp_path / "changes.csv", tmp_path / "kernels.png"
     out = succeeds(capsys, "kernels", photos, "--at", 40, 20, "--save", table, "--save", picture, "--json")
     result = json.loads(out)
-    assert [(block["stage"], block["block"]) for block in result["blocks"]] == [(3, 1), (3, 2), (3, 3), (4, 1)]
+    assert [(block["stage"], block["block"]) for block in result["blocks"]] == [(3, 1), (3, 2), (3, 3), (4, 1)] * 4
+    assert [block["prior"] for block in result["blocks"][::4]] == ["own", "zeros", "uniform", "other image's"]
+    own, *others = ([block["affinity"] for block in result["blocks"][i : i + 4]] for i in range(0, 16, 4))
+    assert all(other != own for other in others)
     assert result["blocks"][0]["position"] == [3, 7]  # of the map of 8 x 8, enlarged to 9 x 9; the image is 48 x 48
     for block in result["blocks"]:
         assert [len(kernel) for kernel in block["affinity"]] == [7] * len(block["affinity"])
@@ -53,6 +56,23 @@ def test_kernels(photos, tmp_path, capsys):
     with Image.open(picture) as drawn:
         assert drawn.width > 1000
     assert "pass --overwrite" in fails(capsys, "kernels", photos, "--save", picture)
+
+
+def test_kernels_of_one_image(photos, capsys):
+    result = json.loads(succeeds(capsys, "kernels", photos / "b.png", "--json"))
+    assert [block["prior"] for block in result["blocks"][::4]] == ["own", "zeros", "uniform"]
+    assert {row["prior"] for row in result["changes"]} == {"zeros", "uniform"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu(photos, capsys, default_file, precision):
+    where = ("--device", "cuda", "--precision", precision, "--json")
+    succeeds(capsys, "kernels", photos, *where)
+    for field in json.loads(succeeds(capsys, "erf", default_file, "--images", photos, "--sizes", 64, *where)):
+        assert 0 < field["50 %"] < 128
+    pytest.importorskip("pytorch_grad_cam")
+    assert len(json.loads(succeeds(capsys, "cam", photos, "--curves", *where))) == 6
 
 
 @pytest.mark.parametrize(

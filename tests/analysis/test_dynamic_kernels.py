@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import images, randomise, relative_error, tiny
+from pictures import make_image
+from PIL import Image
 from torch.nn import functional as F
 
+from overlock.analysis.backbones import Preparation, find_backbone, find_overlock
 from overlock.analysis.dynamic_kernels import (
     compare,
     kept_prior,
@@ -16,7 +19,9 @@ from overlock.analysis.dynamic_kernels import (
     uniform_prior,
     zero_prior,
 )
+from overlock.checkpoints import Record
 from overlock.kernels.torch.reference import window_rows
+from overlock.tasks.detection import faster_rcnn
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,38 @@ def test_replacing_the_prior(network):
     with replaced_prior(network, zero_prior):
         assert relative_error(network(x), logits) > 0.01
     assert torch.equal(network(x), logits)  # the hook is gone
+
+
+@torch.no_grad()
+def test_detectors():
+    detector = randomise(faster_rcnn("overlock_atto", num_classes=2, hidden_channels=16))
+    record = Record(model="overlock_atto", head="faster_rcnn", classes=("a", "b"))
+    image, prepare = make_image("red", 0, 48).resize((48, 32)), Preparation(detector, record, 64)
+    x = prepare(image)
+    assert x.shape == (1, 3, 64, 96)
+    mixings = record_mixing(find_overlock(detector, ""), lambda: find_backbone(detector)(x))
+    assert [mixing.stage for mixing in mixings] == [3, 3, 3, 4]
+    assert mixings[-1].kernels[-1].value.shape[3:] == (2, 3)
+
+
+def test_networks_without_dynamic_kernels():
+    with pytest.raises(ValueError, match="mine: there are no dynamic kernels in this network"):
+        find_overlock(torch.nn.Conv2d(3, 3, 1), "mine")
+    with pytest.raises(ValueError, match="build it with output_stride 32"):
+        find_overlock(tiny(output_stride=16), "mine")
+
+
+def test_images_are_prepared_whole():
+    """A bright quarter is the same quarter of the tensor; networks of one size get their square."""
+    image = Image.new("RGB", (40, 20))
+    image.paste("white", (20, 0, 40, 10))
+    record = Record(model="", classes=("a", "b"), preprocessing=dict(input_size=(3, 32, 32)))
+    for network, size in ((tiny(), (32, 64)), (torch.nn.Identity(), (32, 32))):
+        x = Preparation(network, record)(image)
+        assert x.shape == (1, 3, *size)
+        rows, columns = (side // 2 for side in size)
+        assert x[..., : rows - 2, columns + 2 :].min() > 2
+        assert x[..., rows + 2 :, :].max() < -1
 
 
 def test_uniform_prior_keeps_the_mean():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
@@ -30,27 +30,56 @@ def window_box(position: tuple[int, int], kernels: Kernels, size: tuple[int, int
     return round(left * across), round(top * down), round((left + wide) * across), round((top + tall) * down)
 
 
-def draw_kernels(image: Image.Image, point: Point, mixings: Sequence[Mixing]) -> Image.Image:
-    """A row for each block: the affinity to the regions, mean of the groups, then each group's large and small kernel.
+class _Canvas:
+    """The image, small, and the point in it."""
+
+    def __init__(self, image: Image.Image, point: Point):
+        self.image = fit(image, SIDE)
+        scale = self.image.width / image.width
+        self.place = (point[0] * scale, point[1] * scale)
+
+    def alone(self) -> Image.Image:
+        return caption(mark(self.image, self.place), ["image"])
+
+    def affinity(self, mixing: Mixing, lines: Sequence[str]) -> Image.Image:
+        """To the regions, mean of the groups, from its least on."""
+        i, j = position_of(self.place, self.image.size, mixing.affinity.shape[2:4])
+        affinity = mixing.affinity[0, :, i, j].mean(dim=0).cpu()
+        return caption(mark(overlay(self.image, affinity - affinity.min(), smooth=False), self.place), lines)
+
+    def kernels(self, kernels: Kernels) -> list[tuple[Image.Image, str]]:
+        """Of each group, and their size in words."""
+        i, j = position_of(self.place, self.image.size, kernels.taps.shape[2:4])
+        box = window_box((i, j), kernels, self.image.size)
+        size = " x ".join(map(str, kernels.taps.shape[4:]))
+        groups = kernels.taps[0, :, i, j].cpu()
+        return [(mark(overlay(self.image, taps, box=box, smooth=False), self.place), size) for taps in groups]
+
+
+def draw_kernels(image: Image.Image, point: Point, mixings: Mapping[str, Sequence[Mixing]]) -> Image.Image:
+    """What ContMix makes at a point, and then the same with other context priors.
+
+    First a row for each block: the affinity to the regions, mean of the groups, then each group's large and small
+    kernel. Below a row for each block: affinity and large kernel of the first group with each of the priors.
 
     Args:
         image: as RGB.
         point: x, y in its pixels.
-        mixings: of the image alone (B = 1).
+        mixings: of the image alone (B = 1), by the names of the priors, the network's own first.
     """
-    small = fit(image, SIDE)
-    scale = small.width / image.width
-    place = (point[0] * scale, point[1] * scale)
-    rows = []
-    for mixing in mixings:
-        i, j = position_of(place, small.size, mixing.affinity.shape[2:4])
-        affinity = mixing.affinity[0, :, i, j].mean(dim=0).cpu()
-        regions = overlay(small, affinity - affinity.min(), smooth=False)
-        row = [caption(mark(regions, place), [mixing.name, "affinity"])]
+    canvas = _Canvas(image, point)
+    own = next(iter(mixings.values()))
+    rows = [[canvas.alone()]]
+    for mixing in own:
+        row = [canvas.affinity(mixing, [mixing.name, "affinity"])]
         for kernels in reversed(mixing.kernels):
-            box = window_box((i, j), kernels, small.size)
-            for group, taps in enumerate(kernels.taps[0, :, i, j].cpu(), start=1):
-                drawn = mark(overlay(small, taps, box=box, smooth=False), place)
-                row.append(caption(drawn, [f"group {group}", " x ".join(map(str, taps.shape))]))
+            drawn = canvas.kernels(kernels)
+            row += [caption(one, [f"group {i}", size]) for i, (one, size) in enumerate(drawn, start=1)]
         rows.append(row)
-    return join_pictures([[caption(mark(small, place), ["image"])], *rows])
+    for block in zip(*mixings.values(), strict=True):
+        row = []
+        for name, mixing in zip(mixings, block, strict=True):
+            row.append(canvas.affinity(mixing, [f"prior: {name}", mixing.name]))
+            row.append(caption(canvas.kernels(mixing.kernels[-1])[0][0], ["", "group 1"]))
+        rows.append(row)
+    return join_pictures(rows)

@@ -53,14 +53,17 @@ class PriorStudy:
 
         with kept_prior(self.overlock) as priors:
             own = record_mixing(self.overlock, call)
-        replacements: dict[str, Replace] = dict(zeros=zero_prior, uniform=uniform_prior)
-        if self.before is not None:
-            replacements["other image's"] = other_prior(self.before)
+        replacements = self.replacements()
         self.before = priors[0]
         for name, replace in replacements.items():
             with replaced_prior(self.overlock, replace):
                 changed = record_mixing(self.overlock, call)
             self._note(name, own, changed, outputs[0], outputs.pop())
+
+    def replacements(self) -> dict[str, Replace]:
+        """What the prior is replaced by: the last of them, if an image has been studied, is that one's."""
+        other = {} if self.before is None else {"other image's": other_prior(self.before)}
+        return dict(zeros=zero_prior, uniform=uniform_prior, **other)
 
     def _note(self, name: str, own: list[Mixing], changed: list[Mixing], output: Tensor, other: Tensor) -> None:
         for first, second in zip(own, changed, strict=True):

@@ -27,7 +27,7 @@ from overlock.files import Outputs, write_atomically
 if TYPE_CHECKING:
     from PIL import Image
 
-    from overlock.analysis.dynamic_kernels import Mixing
+    from overlock.analysis.dynamic_kernels import Mixing, Replace
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
@@ -49,9 +49,10 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 def run(options: Namespace, console: Console) -> None:
     from overlock.analysis.backbones import Preparation, find_backbone, find_overlock  # noqa: PLC0415
-    from overlock.analysis.dynamic_kernels import record_mixing  # noqa: PLC0415
+    from overlock.analysis.dynamic_kernels import record_mixing, replaced_prior  # noqa: PLC0415
     from overlock.analysis.kernel_picture import draw_kernels  # noqa: PLC0415
     from overlock.analysis.prior_study import PriorStudy  # noqa: PLC0415
+    from overlock.data.files import read_image  # noqa: PLC0415
     from overlock.deploy.picture import encode  # noqa: PLC0415
 
     outputs = Outputs([options.checkpoint] if options.checkpoint else [], overwrite=options.overwrite)
@@ -61,22 +62,28 @@ def run(options: Namespace, console: Console) -> None:
     overlock, backbone = find_overlock(subject.network, subject.name), find_backbone(subject.network)
     prepare = Preparation(subject.network, subject.record, options.image_size)
     study = PriorStudy(overlock, backbone)
-    first: tuple[Image.Image, list[Mixing]] | None = None
-    point = None
+    first = read_image(files[0])
+    point = _point(options.at, first, files[0])
     with subject.cast:
-        for file, image in read_images(files, "kernels"):
-            x = prepare(image).to(subject.device)
-            if first is None:
-                point = _point(options.at, image, file)
-                first = image, record_mixing(overlock, partial(backbone, x))
-            study.add(x)
-        rows = study.rows()
-    assert first is not None and point is not None
+        for _, image in read_images(files, "kernels"):
+            study.add(prepare(image).to(subject.device))
+        priors: dict[str, Replace] = {"own": lambda prior: prior, **study.replacements()}
+        if len(files) == 1:
+            del priors["other image's"]  # it is its own
+        mixings = {}
+        for name, replace in priors.items():
+            with replaced_prior(overlock, replace):
+                mixings[name] = record_mixing(overlock, partial(backbone, prepare(first).to(subject.device)))
+    rows = study.rows()
     for path, is_picture in targets.items():
-        content = encode(draw_kernels(first[0], point, first[1]), path) if is_picture else as_csv(rows)
+        content = encode(draw_kernels(first, point, mixings), path) if is_picture else as_csv(rows)
         write_atomically(path, content)
     if options.json:
-        shown = [_values(mixing, point, first[0].size) for mixing in first[1]]
+        shown = [
+            dict(prior=name, **_values(mixing, point, first.size))
+            for name, blocks in mixings.items()
+            for mixing in blocks
+        ]
         console.print_json(json.dumps(dict(image=str(files[0]), at=point, blocks=shown, changes=rows)))
         return
     print_rows(console, _by_place(rows), title=_title(subject, len(files)))
