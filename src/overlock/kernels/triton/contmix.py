@@ -29,6 +29,7 @@ from overlock.kernels.triton.contmix_prepared import (
     PROGRAMS,
     Prepared,
     by_token,
+    fit,
     padded,
     settle,
     strides_of,
@@ -58,10 +59,11 @@ class Bands(Prepared):
     def _tile(self, kernel: str) -> tuple[Tile, int]:
         """The tile of a kernel, with fewer rows where the map would leave a large GPU without programs, and these."""
         tile = tile_of(f"bands {kernel}", self.exact)
-        rows, warps = min(tile.size, padded(self.height)), tile.warps
+        rows = fit(min(tile.size, padded(self.height)), 1, self.band["positions"] * self.widest)
         while rows > 1 and self.pairs * triton.cdiv(self.height, rows) * self.across < PROGRAMS:
-            rows, warps = rows // 2, max(warps // 2, 1)
-        return tile._replace(size=rows, warps=warps), self.pairs * triton.cdiv(self.height, rows) * self.across
+            rows //= 2
+        tile = tile._replace(size=rows, warps=max(tile.warps * rows // tile.size, 1))
+        return tile, self.pairs * triton.cdiv(self.height, rows) * self.across
 
     def forward(self, out: Tensor) -> None:
         """Write the result into ``out`` (B, G, HW, C)."""
@@ -102,7 +104,7 @@ class Bands(Prepared):
     def tap_gradients(self) -> tuple[Tensor, Tensor]:
         """Gradients of the folded keys (BG, taps_p, D) and of the table (G, Kh, Kw, Kh, Kw)."""
         tile = tile_of("bands taps", self.exact)
-        images = min(tile.size, padded(self.batch))
+        images = fit(min(tile.size, padded(self.batch)), 1, self.band["positions"] * self.widest)
         owners = self.kernel_height * self.groups
         splits = _even(triton.cdiv(self.batch, images), triton.cdiv(2 * PROGRAMS, owners))
         pieces = _even(self.height, triton.cdiv(2 * PROGRAMS, owners * splits))
@@ -146,9 +148,10 @@ class Windows(Prepared):
     def _tile(self, kernel: str) -> tuple[Tile, int, int]:
         """The tile of a kernel, how many each window takes, and all of them."""
         tile = tile_of(f"windows {kernel}", self.exact)
-        tokens = min(tile.size, padded(self.rows * self.columns, 16))
+        together = tile.warps if kernel == "taps" else 1
+        tokens = fit(min(tile.size, padded(self.rows * self.columns, 16)), 16, self.widest * together)
         parts = triton.cdiv(self.rows * self.columns, tokens)
-        chunk = min(tile.chunk, self.block)
+        chunk = fit(min(tile.chunk, self.block), 16, 2 * self.widest)
         return tile._replace(size=tokens, chunk=chunk), parts, self.count[0] * self.count[1] * parts
 
     def forward(self, out: Tensor) -> None:

@@ -14,12 +14,20 @@ from torch.nn import functional as F
 from overlock.kernels.triton.contmix_kernels import prepare_kernel
 
 PROGRAMS = 1056  # fewer leave a large GPU idle: eight for each of 132 multiprocessors
+HELD = 4096  # numbers of one tensor that a program keeps in registers, or twice in shared memory
 BLOCK = 64  # taps, and columns of keys, of a program of the preparation
 
 
 def padded(size: int, least: int = 1) -> int:
     """Next power of two, as tensors of a kernel must be, and at least what a matrix product takes."""
     return max(least, triton.next_power_of_2(size))
+
+
+def fit(size: int, least: int, numbers: int) -> int:
+    """Halve a size of which each takes so many numbers until a program can keep all of them, or to the least."""
+    while size > least and size * numbers > HELD:
+        size //= 2
+    return size
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -77,6 +85,7 @@ class Prepared:
             "kernel_width": self.kernel_width, "depth_p": padded(self.depth, 16),
             "channels_p": padded(self.channels, 16 if gradients else 8), "taps_p": taps_p, "exact": self.exact,
         }  # fmt: skip
+        self.widest = max(self.sizes["depth_p"], self.sizes["channels_p"])
         with self.device():
             self._prepare(bias, rpb)
 
