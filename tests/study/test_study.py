@@ -66,7 +66,8 @@ def test_table(finished, capsys, data, monkeypatch):
         assert 0.5 < row["params"] < 1.0
     assert ablate(*words, *QUICK) == 0
     out = capsys.readouterr().out
-    assert "w/ Gate (OverLoCK-XT)" in out
+    assert "PlainNet" in out
+    assert "…" not in out
     assert "80.8" in out
 
 

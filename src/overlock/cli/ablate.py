@@ -102,6 +102,7 @@ def run(options: Namespace, console: Console) -> int | None:
         elif not options.report:
             run_study(study, told)
     except RunStoppedError as stopped:
+        told.print("the same overlock ablate command, as it was, goes on with the study")
         return 128 + stopped.signum
     with told.status("counting, and measuring the speed"):
         table = make_table(study)
@@ -122,10 +123,10 @@ def _numbers(words: str) -> tuple[int, ...]:
 
 
 def _shown(table: Sequence[Line]) -> Table:
-    shown = Table(Column("row", no_wrap=True), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(Column("row", overflow="fold", min_width=12), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     published, counted = ("paper: #F", "#P", "top-1", "mIoU"), ("n", "#F, G", "#P, M")
-    for title in (*published, "here: top-1, %", *counted, "images/s"):
-        shown.add_column(title, justify="right")
+    for title in (*published, "here, %", *counted, "images/s"):
+        shown.add_column(title, justify="right", no_wrap=True)
     for line in table:
         paper = line.paper
         figures = () if paper is None else (paper.macs, paper.params, paper.top1, paper.miou)
