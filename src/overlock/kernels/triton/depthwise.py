@@ -194,10 +194,11 @@ BLOCK = 8  # channels of a program: one load of 16-bit numbers
 def tile_for(size: int, dtype: torch.dtype) -> Tile:
     exact = dtype == torch.float32
     columns = 8 if size <= 9 else 16
+    window = triton.next_power_of_2(size + columns - 1)
     return Tile(
-        blocks=32,
+        blocks=32 if window <= 32 else 16,
         rows=2 if exact else 4,
-        window=triton.next_power_of_2(size + columns - 1),
+        window=window,
         columns=columns,
         warps=4 if columns == 8 else 8,
         stages=1 if exact else 2,
@@ -248,6 +249,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, reverse: 
     together = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(together)
     tile = tile_for(size, x.dtype)
+    if batch * triton.cdiv(height, tile.rows) <= 16:  # one image of a detector, say
+        tile = tile._replace(blocks=16)
     blocks = triton.cdiv(batch * triton.cdiv(height, tile.rows), tile.blocks)
     programs = blocks * triton.cdiv(width, tile.columns) * triton.cdiv(channels, BLOCK)
     bands = torch.empty(channels, tile.window, size + 2 * tile.rows - 2, tile.columns, dtype=x.dtype, device=x.device)
