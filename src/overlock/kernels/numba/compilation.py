@@ -23,12 +23,19 @@ PROGRAM = (
 )
 
 
-def compile_kernels(modules: Iterable[str] = cache.INFERENCE) -> None:
-    """Compile the kernels of some modules that are not compiled yet, and keep them."""
-    from overlock.kernels.numba.runtime import prepare_threads  # noqa: PLC0415
+def compile_kernels(modules: Iterable[str] = cache.INFERENCE, *, also_bfloat16: bool = False) -> None:
+    """Compile the kernels of some modules that are not compiled yet, and keep them.
+
+    Args:
+        modules: their names.
+        also_bfloat16: compile them for maps in bfloat16 too, which training under autocast has.
+    """
+    from overlock.kernels.numba.runtime import Kernel, prepare_threads  # noqa: PLC0415
 
     for module in modules:
-        importlib.import_module(f"overlock.kernels.numba.{module}")
+        for kernel in vars(importlib.import_module(f"overlock.kernels.numba.{module}")).values():
+            if also_bfloat16 and isinstance(kernel, Kernel):
+                kernel.compile_for_bfloat16()
     prepare_threads()
 
 
@@ -52,7 +59,7 @@ def compile_all(output: Path | None = None) -> list[Path]:
     folder = next(filter(cache.is_writable, cache.folders()[: None if output is None else 1]), None)
     if folder is None:
         raise ValueError(f"{output}: cannot write here; name a folder that can be written" if output else NOWHERE)
-    compile_kernels((*cache.INFERENCE, *cache.TRAINING))
+    compile_kernels((*cache.INFERENCE, *cache.TRAINING), also_bfloat16=True)
     for path in cache.kept_files():  # some may have been compiled before, and lie in another folder
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)

@@ -57,6 +57,11 @@ class Kernel:
         """Of that function."""
         return self.address_for(torch.float32)
 
+    def compile_for_bfloat16(self) -> None:
+        """Do so now, where the kernel has maps."""
+        if self.arguments.maps:
+            self.address_for(torch.bfloat16)
+
     def address_for(self, dtype: torch.dtype) -> int:
         """Of the function for maps of a type, compiled now if need be."""
         if dtype not in self._compiled:
