@@ -77,7 +77,7 @@ def test_windows_are_shifted_in_every_second_block():
 def test_learns(row):
     """A few steps lower the loss, and all parameters take part."""
     torch.manual_seed(0)
-    model = small(row, stem_stride=2)
+    model = small(row)
     losses = train(model)
     assert losses[-1] < 0.9 * losses[0]
     assert [name for name, p in model.named_parameters() if p.grad is None] == []

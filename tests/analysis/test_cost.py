@@ -100,7 +100,7 @@ def test_refuses_what_is_unknown_or_too_small():
         count_cost("overlock_atto", image_size=(16, 64))
 
 
-@pytest.mark.parametrize("name", ["overlock_t", "overlock_s", "overlock_b"])
+@pytest.mark.parametrize("name", ["overlock_t", pytest.param("overlock_s", marks=pytest.mark.slow), "overlock_b"])
 @pytest.mark.parametrize("task", DENSE_TASKS)
 def test_agrees_with_tables_3_to_5(name, task):
     total = count_dense_cost(name, task)[-1]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops import deform_conv2d
 
 from overlock.layers import BatchNorm2d, ContMix, ConvNorm, DilatedRepConv
@@ -143,13 +140,6 @@ class DCNv3(nn.Module):
         sums = value.new_ones(value.shape[1], 1, self.kernel_size, self.kernel_size)
         mixed = deform_conv2d(value, self.offset(local), sums, padding=self.kernel_size // 2, mask=shares)
         return self.proj(mixed.to(x.dtype))
-
-
-@register_flop_formula(torch.ops.torchvision.deform_conv2d)
-def _count_deformable(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    """One multiply-add for each sample of a channel."""
-    taps = shapes[1][-1] * shapes[1][-2]
-    return 2 * int(torch.Size(out_shape).numel()) * taps
 
 
 class ContextMixing(nn.Module):
