@@ -27,6 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import overlock  # noqa: F401 - registers the models
+from overlock.fused import cuda_layers
+from overlock.fused import fuse as fuse_module
+from overlock.fused.forms import ON_CUDA
 from overlock.ops import backend
 
 
@@ -114,7 +117,7 @@ def _channels_last(x: Any) -> Any:
 
 
 def calls_of(model: str, image: Image) -> list[Call]:
-    """Calls of our operators in a training step of a model of timm's registry, forward first."""
+    """Calls of our operators in a training step of a model of timm's registry, forward first, and of the fused copy."""
     with torch.device("meta"):
         network = timm.create_model(model).to(torch.bfloat16, memory_format=torch.channels_last)
         x = torch.empty(image.batch, 3, image.height, image.width, dtype=torch.bfloat16)
@@ -123,6 +126,17 @@ def calls_of(model: str, image: Image) -> list[Call]:
         result = network(x.contiguous(memory_format=torch.channels_last))
         logits = [result] if isinstance(result, Tensor) else list(result)
         sum(x.sum() for x in logits).backward()  # type: ignore[union-attr]
+    table = ON_CUDA._replace(kinds=frozenset({("meta", torch.bfloat16)}))
+    with patch.object(fuse_module, "ON_CUDA", table):
+        fused = fuse_module.fuse(network)
+    with (
+        _AsOnCuda(),
+        calls,
+        backend("triton"),
+        torch.no_grad(),
+        patch.object(cuda_layers, "triton_applies", lambda *_: True),  # it would see the mode that notes the calls
+    ):
+        fused(x.contiguous(memory_format=torch.channels_last))
     return list(calls.found)
 
 
