@@ -97,8 +97,8 @@ class Inputs:
 def _compile_fits(shapes: Mapping[str, tuple[str, ...]]) -> Callable[..., bool]:
     """A function of tensors and sizes: True where all shapes, types and devices agree, False where they may not.
 
-    It stands before every call of an operator. Written out for the shapes, as a dataclass's methods are, it takes a
-    third of the time of a loop over the letters, which was 3 % of a small convolution.
+    It stands before every call of an operator. Written out for the shapes, as a dataclass's methods are, it takes half
+    the time of a loop over the letters: 1.7 in place of 3.7 microseconds for a filter.
     """
     known: dict[str, str] = {}
     lines = ["dtype, device = tensors[0].dtype, tensors[0].device", "if not dtype.is_floating_point: return False"]
