@@ -7,14 +7,16 @@ from pathlib import Path
 
 # Seconds of each step where all have eight minutes; what one leaves is for those after it.
 SHARES = {
-    "versions": 25,
-    "correctness": 100,
+    "versions": 10,
+    "correctness": 75,
     "gradients": 25,
     "finite": 35,
     "operators": 75,
-    "inference": 100,
-    "training": 50,
-    "memory": 25,
+    "kernels": 20,
+    "inference": 90,
+    "training": 40,
+    "memory": 20,
+    "tiles": 40,
     "cifar10": 45,
 }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import gpu_correctness
 import gpu_networks
 import gpu_operators
+import gpu_profile
+import gpu_tiles
 import gpu_training
 import numpy
 import timm
@@ -58,9 +60,11 @@ STEPS: dict[str, Callable[[Run], Iterable[Row]]] = {
     "gradients": gpu_training.gradients,
     "finite": gpu_training.finite,
     "operators": gpu_operators.operators,
+    "kernels": gpu_profile.kernels,
     "inference": gpu_networks.inference,
     "training": gpu_networks.training,
     "memory": gpu_networks.memory,
+    "tiles": gpu_tiles.tiles,
     "cifar10": gpu_training.cifar10,
 }
 
