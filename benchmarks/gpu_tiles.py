@@ -172,6 +172,8 @@ def tiles(run: Run) -> Iterator[Row]:
             call()
             group[str(candidate.tile or "in use")] = call
     for (kernel, shape), calls in by_kernel.items():
+        if not calls:
+            continue  # each was told when it failed
         with run.attempt(f"{kernel}, {shape}"), torch.no_grad():
             seconds = interleave_queued(calls, repeats=2 if run.dry else 5, calls=3)
             used = next(iter(calls))
