@@ -9,13 +9,13 @@ from functools import partial
 from typing import NamedTuple
 
 import depthwise
+import gpu_fused
 import ops
 import torch
 from gpu_run import Row, Run
 from torch import Tensor
 from torch.nn import functional as F
 
-from overlock.kernels.triton.local_response import filter_and_scale
 from overlock.ops import backend, contmix, depthwise_conv2d, local_conv, response_norm
 from overlock.ops.dispatch import TABLE, why_not
 
@@ -69,7 +69,8 @@ def cases(dry: bool) -> Iterator[Case]:
         for shape in norms:
             for operator in ("response_norm", "local_conv"):
                 yield Case(operator, "auto", shape, dtype, dtype, dry)
-            yield Case("filter_and_scale", "triton", shape, dtype, dtype, dry)
+            for operator in gpu_fused.OPERATORS:
+                yield Case(operator, "triton", shape, dtype, dtype, dry)
     shape = next(iter(mixes))
     yield Case("contmix", "triton", shape, "bfloat16", "float32", dry)
     for dtype in DTYPES:
@@ -99,12 +100,6 @@ def _call_of(case: Case, device: str) -> tuple[Callable[..., Tensor], list[Tenso
         return depthwise_conv2d, [images(shape, 0), weight, _draw((shape[1],), 1.0, 2, device).to(dtype)]
     shape = (DRY_NORMS if case.dry else NORMS)[case.shape]
     x, bias = images(shape, 0), _draw((shape[1],), 1.0, 2, device).to(dtype)
-    if case.operator == "filter_and_scale":
-        weight, scales = (
-            _draw((shape[1], 1, 3, 3), 0.3, 1, device).to(dtype),
-            _draw((shape[1],), 1.0, 3, device).to(dtype),
-        )
-        return partial(filter_and_scale, eps=1e-6), [x, weight, bias, scales]
     if case.operator == "response_norm":
         return partial(response_norm, eps=1e-6), [x, _draw((shape[1],), 1.0, 1, device).to(dtype), bias]
     return partial(local_conv, gelu=True), [x, _draw((shape[1], 1, 3, 3), 0.3, 1, device).to(dtype), bias]
@@ -137,14 +132,14 @@ def check_part(case: Case, device: str) -> list[tuple[list[Tensor], list[Tensor]
     return [([TABLE[part][case.by].forward(*call, 1)], [expected]) for _ in range(2)]
 
 
-def check_filter_and_scale(case: Case, device: str) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The fused network's kernel, twice, beside the plain form in float64."""
-    run, inputs = _call_of(case, device)
-    x, weight, bias, scales = (t.double() for t in inputs)
-    filtered = F.conv2d(F.gelu(x), weight, bias, padding=1, groups=x.shape[1])
-    norms = filtered.square().sum((2, 3)).sqrt()
-    expected = [filtered, 1 + scales * norms / (norms.mean(1, keepdim=True) + 1e-6)]
-    return [(list(run(*inputs)), expected) for _ in range(2)]
+def check_fused(case: Case, device: str) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """A kernel of the fused network, twice, beside the plain form in float64."""
+    shape, dtype = (DRY_NORMS if case.dry else NORMS)[case.shape], getattr(torch, case.dtype)
+    run, exact, shapes = gpu_fused.OPERATORS[case.operator]
+    inputs = [_draw(size, 0.3 if i else 1.0, i, device).to(dtype) for i, size in enumerate(shapes(*shape))]
+    inputs = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs]
+    expected = gpu_fused.as_list(exact(*(x.double() for x in inputs)))
+    return [(gpu_fused.as_list(run(*inputs)), expected) for _ in range(2)]
 
 
 def check_operator(case: Case, device: str) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -166,7 +161,7 @@ def check(case: Case, device: str) -> Row:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if device == "cpu":
         torch.set_num_threads(1)
-    kinds = {"depthwise": check_part, "filter_and_scale": check_filter_and_scale}
+    kinds = {"depthwise": check_part} | dict.fromkeys(gpu_fused.OPERATORS, check_fused)
     (found, expected), (again, _) = kinds.get(case.operator.partition(" ")[0], check_operator)(case, device)
     errors = [error(a, b) for a, b in zip(found, expected, strict=True)]
     same = all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

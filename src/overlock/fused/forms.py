@@ -17,10 +17,10 @@ from torch import nn
 
 from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.blocks.dynamic_block import ContextUpdate
+from overlock.fused import cuda_layers as cuda
 from overlock.fused import descriptions
 from overlock.fused.blocks import FusedBasicBlocks, FusedContMixBlock, FusedDynamicBlocks
 from overlock.fused.conditions import TRITON_TYPES
-from overlock.fused.cuda_layers import FusedAggregator, FusedBasicBlock, FusedConvFFN
 from overlock.fused.layers import ConvStack, Depthwise, Pointwise
 from overlock.fused.structure import Check
 from overlock.layers import Aggregator, ConvFFN, ConvNorm, DilatedRepConv, LocalConv, NormConv
@@ -88,9 +88,12 @@ ON_CPU = Table(
 
 ON_CUDA = Table(
     (
-        Form(BasicBlock, FusedBasicBlock, descriptions.BASIC_BLOCK),
-        Form(ConvFFN, FusedConvFFN, descriptions.CONV_FFN),
-        Form(Aggregator, FusedAggregator, descriptions.AGGREGATOR),
+        Form(BasicBlock, cuda.FusedBasicBlock, descriptions.BASIC_BLOCK),
+        Form(DynamicBlock, cuda.FusedDynamicBlock, descriptions.DYNAMIC_BLOCK),
+        Form(ContMixBlock, cuda.FusedContMixBlock, descriptions.CONTMIX_BLOCK),
+        Form(ConvFFN, cuda.FusedConvFFN, descriptions.CONV_FFN),
+        Form(Aggregator, cuda.FusedAggregator, descriptions.AGGREGATOR),
+        Form(nn.Conv2d, cuda.PointwiseConv, descriptions.POINTWISE),
     ),
     frozenset(("cuda", dtype) for dtype in TRITON_TYPES),
 )

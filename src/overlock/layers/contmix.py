@@ -106,8 +106,10 @@ class ContMix(nn.Module):
         Returns:
             (B, C, H, W).
         """
-        query = x if query is None else query
-        context = x if context is None else context
+        return self.out(self.mix(x, x if query is None else query, x if context is None else context))
+
+    def mix(self, x: Tensor, query: Tensor, context: Tensor) -> Tensor:
+        """The mixed values before the last projection, of arguments as :meth:`forward` has them."""
         value = self.value(x)
         query = self._split(self.query(query))
         key = self.key(region_centres(context, self.region_grid, self.kernel_size))
@@ -115,12 +117,12 @@ class ContMix(nn.Module):
         weight, bias, taps, large = self.kernels.weight, self.kernels.bias, self.small_taps, self.kernel_size
         if self.small_kernel is None:
             mixed = contmix(query, key, self._split(value), weight, bias, self.rpb_large, large, large)
-            return self.out(mixed.flatten(1, 2))
+            return mixed.flatten(1, 2)
         half = value.shape[1] // 2
         first, second = self._split(value[:, :half]), self._split(value[:, half:])
         first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)
         second = contmix(query, key, second, weight[taps:], bias[taps:], self.rpb_large, large, large)
-        return self.out(join_halves(first, second))
+        return join_halves(first, second)
 
     def _split(self, value: Tensor) -> Tensor:
         """(B, C', H, W) -> (B, G, C' / G, H, W)."""

@@ -33,10 +33,10 @@ TILES: dict[str, Tile] = {
     "bands query": Tile(2, 0, 2, 2),
     "bands value": Tile(4, 32, 2, 1),
     "bands taps": Tile(2, 0, 1, 1),
-    "windows forward": Tile(64, 64, 4, 2),
+    "windows forward": Tile(64, 32, 2, 2),
     "windows query": Tile(64, 32, 4, 2),
     "windows value": Tile(64, 32, 4, 1),
-    "windows taps": Tile(64, 16, 4, 1),
+    "windows taps": Tile(64, 32, 2, 1),
     "windows taps float32": Tile(32, 16, 4, 1),
 }
 """A row for each kernel. Where one is best cut otherwise in float32, its name has `` float32`` after it."""

@@ -196,7 +196,7 @@ def tile_for(size: int, dtype: torch.dtype) -> Tile:
     columns = 8 if size <= 9 else 16
     window = triton.next_power_of_2(size + columns - 1)
     return Tile(
-        blocks=32 if window <= 32 else 16,
+        blocks=32 if exact and window <= 32 else 16,
         rows=2 if exact else 4,
         window=window,
         columns=columns,

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.channel_scales import response_kernel
+
 BLOCK = 128  # channels of a program: four a lane
 COLUMNS = 4  # as written out below
 ROWS = 16  # of a program: two more are read
@@ -133,21 +135,6 @@ def filter_kernel(
     tl.store(target, squares, mask=known)
 
 
-@triton.jit
-def scale_kernel(sums, weight, out, parts, channels, eps, channels_p: tl.constexpr):
-    """One program: the response norm's scales of one image, 1 + weight * n / (mean of n over the channels + eps)."""
-    batch = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, channels_p)
-    known = channel < channels
-    total = tl.zeros([channels_p], tl.float32)
-    for part in range(parts):
-        total += tl.load(sums + (batch * parts + part) * channels + channel, mask=known, other=0.0)
-    norms = tl.sqrt(total)
-    mean = tl.sum(norms, 0) / channels + eps
-    scale = 1 + tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) * (norms / mean)
-    tl.store(out + batch * channels + channel, scale.to(out.dtype.element_ty), mask=known)
-
-
 # Triton interprets instead of compiling if TRITON_INTERPRET was set before this module was imported.
 INTERPRETED = not isinstance(filter_kernel, triton.JITFunction)
 
@@ -181,8 +168,8 @@ def filter_and_scale(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tenso
             x, taps, bias, out, sums, *_strides(x), *_strides(out), channels, height, width, ROWS,
             block=BLOCK, exact=x.dtype == torch.float32, num_warps=1,
         )  # fmt: skip
-        scale_kernel[(batch,)](
-            sums, norm_weight, scale, tiles * pieces, channels, eps, channels_p=triton.next_power_of_2(channels),
+        response_kernel[(batch,)](
+            sums, norm_weight, scale, tiles * pieces, eps, channels=channels, block=triton.next_power_of_2(channels),
             num_warps=8,
         )  # fmt: skip
     return out, scale

@@ -1,0 +1,166 @@
+"""What scales the channels of each image, for CUDA: squeeze-excite and the response norm, from sums over the map.
+
+Letters: B batch, C channels, R hidden channels of squeeze-excite, HW positions. Maps are channels last.
+
+A first kernel sums a piece of an image's positions, so that one image fills a large GPU too; a second adds the pieces
+up in a fixed order and makes the scales. No sum has two owners.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from overlock.kernels.triton.pointwise import MULTIPROCESSORS, by_position
+
+NUMBERS = 4096  # of a step of a program's loop
+SMALLEST = 32  # positions of a piece
+
+
+@triton.jit
+def sum_kernel(
+    x, sums, positions, pieces, x_m,
+    channels: tl.constexpr, unit: tl.constexpr, squares: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program: a piece of an image. ``sums`` is (B, pieces, C), of numbers or of their squares."""
+    image = (tl.program_id(0) // pieces).to(tl.int64)
+    piece = tl.program_id(0) % pieces
+    length = tl.cdiv(positions, pieces)
+    last = tl.minimum((piece + 1) * length, positions)
+    channel = tl.arange(0, block)[None, :]
+    known = (channel < channels) | (channels == block)
+    total = tl.zeros([tile, block], tl.float32)
+    for first in range(piece * length, last, tile):
+        position = first + tl.arange(0, tile)
+        source = x + (image * positions + position)[:, None] * (x_m * unit) + channel
+        values = tl.load(source, mask=(position < last)[:, None] & known, other=0.0).to(tl.float32)
+        total += values * values if squares else values
+    target = sums + (image * pieces + piece) * channels + tl.arange(0, block)
+    tl.store(target, tl.sum(total, 0), mask=tl.arange(0, block) < channels)
+
+
+@triton.jit
+def excite_kernel(
+    sums, first_weight, first_bias, second_weight, second_bias, out, pieces, positions,
+    channels: tl.constexpr, hidden: tl.constexpr, block: tl.constexpr, chunk: tl.constexpr,
+):  # fmt: skip
+    """One program: sigmoid(W_2 GELU(W_1 mean + b_1) + b_2) of an image."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, block)
+    known = channel < channels
+    mean = tl.zeros([block], tl.float32)
+    for piece in range(pieces):
+        mean += tl.load(sums + (image * pieces + piece) * channels + channel, mask=known, other=0.0)
+    mean /= positions
+    total = tl.load(second_bias + channel, mask=known, other=0.0).to(tl.float32)
+    for first in range(0, hidden, chunk):
+        unit = first + tl.arange(0, chunk)
+        there = (unit < hidden)[:, None] & known[None, :]
+        weight = tl.load(first_weight + unit[:, None] * channels + channel[None, :], mask=there, other=0.0)
+        inner = tl.sum(weight.to(tl.float32) * mean[None, :], 1)
+        inner += tl.load(first_bias + unit, mask=unit < hidden, other=0.0).to(tl.float32)
+        inner = 0.5 * inner * (1 + tl.erf(inner * 0.7071067811865476))
+        weight = tl.load(second_weight + channel[None, :] * hidden + unit[:, None], mask=there, other=0.0)
+        total += tl.sum(weight.to(tl.float32) * inner[:, None], 0)
+    tl.store(out + image * channels + channel, tl.sigmoid(total).to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def response_kernel(sums, weight, out, pieces, eps, channels: tl.constexpr, block: tl.constexpr):
+    """One program: the response norm's scales of an image, 1 + weight * n / (mean of n over the channels + eps)."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, block)
+    known = channel < channels
+    total = tl.zeros([block], tl.float32)
+    for piece in range(pieces):
+        total += tl.load(sums + (image * pieces + piece) * channels + channel, mask=known, other=0.0)
+    norms = tl.sqrt(total)
+    mean = tl.sum(norms, 0) / channels + eps
+    scale = 1 + tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) * (norms / mean)
+    tl.store(out + image * channels + channel, scale.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def rescale_kernel(
+    x, scale, bias, out, rows, positions, x_m,
+    channels: tl.constexpr, unit: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program: x * scale + bias of some positions, the scale by image."""
+    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
+    channel = tl.arange(0, block)[None, :]
+    known = (channel < channels) | (channels == block)
+    inside = (row < rows)[:, None] & known
+    values = tl.load(x + row[:, None] * (x_m * unit) + channel, mask=inside, other=0.0).to(tl.float32)
+    scales = tl.load(scale + (row // positions)[:, None] * channels + channel, mask=inside, other=0.0)
+    values = values * scales.to(tl.float32) + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * channels + channel, values.to(out.dtype.element_ty), mask=inside)
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _step(rows: Tensor) -> dict[str, int]:
+    """Sizes of a step over positions with all their channels."""
+    channels = rows.shape[1]
+    block = triton.next_power_of_2(channels)
+    unit = 8 if rows.stride(0) % 8 == 0 else 1
+    return {"channels": channels, "unit": unit, "tile": max(1, NUMBERS // block), "block": block}
+
+
+def _sums(x: Tensor, squares: bool) -> Tensor:
+    """(B, C, H, W) -> (B, pieces, C) in float32."""
+    batch, channels, height, width = x.shape
+    rows, positions = by_position(x), height * width
+    pieces = max(1, min(triton.cdiv(2 * MULTIPROCESSORS, batch), positions // SMALLEST))
+    sums = torch.empty(batch, pieces, channels, dtype=torch.float32, device=x.device)
+    step = _step(rows)
+    sum_kernel[(batch * pieces,)](
+        rows, sums, positions, pieces, rows.stride(0) // step["unit"], **step, squares=squares, num_warps=4
+    )
+    return sums
+
+
+def excitation(
+    x: Tensor, first_weight: Tensor, first_bias: Tensor, second_weight: Tensor, second_bias: Tensor
+) -> Tensor:
+    """What squeeze-excite multiplies the channels of images by, (B, C, H, W) -> (B, C).
+
+    Args:
+        x: (B, C, H, W), best channels last.
+        first_weight, first_bias: (R, C, 1, 1) and (R,), of the layer before GELU.
+        second_weight, second_bias: (C, R, 1, 1) and (C,), of the layer before the sigmoid.
+    """
+    out = x.new_empty(x.shape[:2])
+    block = triton.next_power_of_2(x.shape[1])
+    with _on_device(x):
+        sums = _sums(x, squares=False)
+        excite_kernel[(len(x),)](
+            sums, first_weight.contiguous(), first_bias, second_weight.contiguous(), second_bias, out,
+            sums.shape[1], x.shape[2] * x.shape[3], channels=x.shape[1], hidden=len(first_weight), block=block,
+            chunk=max(1, min(16, 2 * NUMBERS // block)), num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The response norm of a map, channels last. See :func:`overlock.ops.response_norm`."""
+    batch, channels, height, width = x.shape
+    out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
+    scale = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
+    rows = by_position(x)
+    step = _step(rows)
+    with _on_device(x):
+        sums = _sums(x, squares=True)
+        response_kernel[(batch,)](
+            sums, weight, scale, sums.shape[1], eps, channels=channels, block=step["block"], num_warps=4
+        )
+        rescale_kernel[(triton.cdiv(len(rows), step["tile"]),)](
+            rows, scale, bias, out, len(rows), height * width, rows.stride(0) // step["unit"], **step, num_warps=4
+        )
+    return out.permute(0, 3, 1, 2)
