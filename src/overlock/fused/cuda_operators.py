@@ -53,7 +53,7 @@ def _pointwise(
 
 
 def _pointwise_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
-    shape = (len(x), len(weight), *x.shape[2:])
+    shape = (x.shape[0], weight.shape[0], *x.shape[2:])  # len() would fix the batch of a graph
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -143,7 +143,7 @@ response_norm = _register(
 
 
 def _join_fake(x: Tensor, context: Tensor, *_: object) -> Tensor:
-    shape = (len(x), x.shape[1] + context.shape[1], *x.shape[2:])
+    shape = (x.shape[0], x.shape[1] + context.shape[1], *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
