@@ -70,6 +70,10 @@ def _exact_join(x: Tensor, context: Tensor, prior: Tensor, *scales: Tensor) -> T
 
 OPERATORS: dict[str, tuple[Callable[..., object], Callable[..., object], Shapes]] = {
     "scaled_pointwise": (_pointwise, _exact_pointwise, _of_pointwise),
+    "add_bias": (
+        lambda *x: cuda.add_bias(*x, True), lambda x, bias: F.gelu(x + bias[:, None, None]),
+        lambda b, c, h, w: [(b, c, h, w), (c,)],
+    ),
     "local_norm": (
         lambda *x: cuda.local_norm(*x, EPS), _exact_local_norm,
         lambda b, c, h, w: [(b, c, h, w), (c, 1, 3, 3), (c,), (c,), (c,)],

@@ -5,6 +5,7 @@ Whole networks run on fake tensors, which know a device and refuse to be read: w
 
 from __future__ import annotations
 
+import functools
 import os
 from unittest.mock import Mock, patch
 
@@ -19,6 +20,7 @@ from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.fused import conditions, cuda_layers
 from overlock.fused import fuse as fuse_module
 from overlock.fused.cuda_operators import (
+    add_bias,
     excitation,
     filter_and_scale,
     local_gelu,
@@ -28,6 +30,7 @@ from overlock.fused.cuda_operators import (
 )
 from overlock.fused.forms import ON_CUDA
 from overlock.layers import Aggregator, ContMix, ConvFFN
+from overlock.network.base_net import Stem
 from overlock.ops import backend
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -182,6 +185,7 @@ def make_modules():
         "basic block": (block, [images(2, 8, 6, 7)]),
         "dynamic block": (dynamic, [images(2, 8, 7, 7), *(images(2, 4, 7, 7, seed=i) for i in (1, 2))]),
         "ContMix block": (plugin, [images(1, 8, 8, 7)]),
+        "stem": (fuse(randomise(Stem(3, 12)), kernels=False), [images(2, 3, 17, 16)]),
         "ffn": (fuse(randomise(ConvFFN(6, 20)), kernels=False), [images(1, 6, 9, 8)]),
         "aggregator": (aggregator, [images(1, 8, 7, 7), images(1, 8, 7, 7, seed=1), images(1, 4, 7, 7, seed=2)]),
     }
@@ -195,6 +199,7 @@ FORMS = {
     "basic block": cuda_layers.FusedBasicBlock,
     "dynamic block": cuda_layers.FusedDynamicBlock,
     "ContMix block": cuda_layers.FusedContMixBlock,
+    "stem": cuda_layers.FusedStem,
     "ffn": cuda_layers.FusedConvFFN,
     "aggregator": cuda_layers.FusedAggregator,
 }
@@ -210,9 +215,9 @@ def test_forms_give_what_the_modules_give(name, device, monkeypatch):
     with backend("torch"):
         expected = as_list(module(*inputs))
     calls = []
-    monkeypatch.setattr(
-        cuda_layers, "scaled_pointwise", lambda *call, **more: calls.append(more) or scaled_pointwise(*call, **more)
-    )
+    for operator in (scaled_pointwise, add_bias):
+        called = functools.partial(lambda run, *call, **more: calls.append(run) or run(*call, **more), operator)
+        monkeypatch.setattr(cuda_layers, operator.__name__.removesuffix(".default"), called)
     form = FORMS[name](module).eval()
     for found, wanted in zip(as_list(form(*inputs)), expected, strict=True):
         assert (found - wanted).abs().max() <= 5e-6 * wanted.abs().max()
@@ -260,7 +265,7 @@ def test_a_network_takes_the_forms(fused):
     assert kinds.count("FusedBasicBlock") == 4
     assert kinds.count("FusedDynamicBlock") == kinds.count("FusedGDSA") == kinds.count("FusedAggregator") == 3
     assert kinds.count("FusedConvFFN") == 4 + 3
-    assert not {"BasicBlock", "DynamicBlock", "ConvFFN", "Aggregator"} & set(kinds)
+    assert not {"Stem", "BasicBlock", "DynamicBlock", "ConvFFN", "Aggregator"} & set(kinds)
     weights = [p for p in fused.parameters() if p.dim() == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 

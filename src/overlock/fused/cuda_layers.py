@@ -15,6 +15,7 @@ from overlock.blocks import BasicBlock, ContMixBlock, DynamicBlock
 from overlock.blocks.dynamic_block import MixerBlock, SelfMixer
 from overlock.fused.conditions import triton_applies
 from overlock.fused.cuda_operators import (
+    add_bias,
     excitation,
     filter_and_scale,
     join_context,
@@ -25,6 +26,7 @@ from overlock.fused.cuda_operators import (
 )
 from overlock.layers import GDSA, Aggregator, ConvFFN
 from overlock.layers.conv_ffn import FoldedResidual
+from overlock.network.base_net import Stem
 
 
 def _take_parts(form: nn.Module, module: nn.Module) -> None:
@@ -64,6 +66,38 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class BiasedConv(nn.Conv2d):
+    """A convolution of all channels, and its bias in a pass that takes GELU too; PyTorch's takes one for each.
+
+    (B, Cin, H, W) -> (B, Cout, H', W').
+    """
+
+    def __init__(self, conv: nn.Conv2d):
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        if self.bias is None or not triton_applies(x, self.weight):
+            y = super().forward(x)
+            return F.gelu(y) if gelu else y
+        return add_bias(self._conv_forward(x, self.weight, None), self.bias, gelu)
+
+
+class FusedStem(Stem):
+    """(B, Cin, H, W) -> (B, C, H / stride, W / stride)."""
+
+    def __init__(self, stem: Stem):
+        nn.Module.__init__(self)
+        for name, part in stem.named_children():
+            self.add_module(name, BiasedConv(part) if isinstance(part, nn.Conv2d) else part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self)
+        for layer, after in zip(layers[::2], [*layers[1::2], None], strict=True):
+            x = layer(x, gelu=after is not None)
+        return x
 
 
 class FusedConvFFN(ConvFFN):

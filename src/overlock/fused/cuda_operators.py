@@ -89,7 +89,13 @@ def scaled_pointwise(
     return _scaled_pointwise(x, conv.weight, conv.bias, scale, gate, residual, residual_scale, silu)
 
 
-# ---- local convolutions --------------------------------------------------------------------------------------------
+# ---- other convolutions --------------------------------------------------------------------------------------------
+
+add_bias = _register(
+    "(Tensor x, Tensor bias, bool gelu) -> Tensor",
+    Inputs("add_bias", x="B C H W", bias="C", same_dtype=("bias",)), _kernel("activations", "add_bias"), _like,
+)  # fmt: skip
+"""x + bias, or GELU of it."""
 
 local_norm = _register(
     "(Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps) -> (Tensor, Tensor)",

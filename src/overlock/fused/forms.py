@@ -93,7 +93,9 @@ ON_CUDA = Table(
         Form(ContMixBlock, cuda.FusedContMixBlock, descriptions.CONTMIX_BLOCK),
         Form(ConvFFN, cuda.FusedConvFFN, descriptions.CONV_FFN),
         Form(Aggregator, cuda.FusedAggregator, descriptions.AGGREGATOR),
+        Form(Stem, cuda.FusedStem, descriptions.STEM),
         Form(nn.Conv2d, cuda.PointwiseConv, descriptions.POINTWISE),
+        Form(nn.Conv2d, cuda.BiasedConv, descriptions.CONVOLUTION),
     ),
     frozenset(("cuda", dtype) for dtype in TRITON_TYPES),
 )

@@ -90,12 +90,14 @@ def rescale_kernel(
     channels: tl.constexpr, unit: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program: x * scale + bias of some positions, the scale by image."""
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    image = row // positions  # of 32 bits: dividing 64 would take longer than all else
+    row = row.to(tl.int64)
     channel = tl.arange(0, block)[None, :]
     known = (channel < channels) | (channels == block)
     inside = (row < rows)[:, None] & known
     values = tl.load(x + row[:, None] * (x_m * unit) + channel, mask=inside, other=0.0).to(tl.float32)
-    scales = tl.load(scale + (row // positions)[:, None] * channels + channel, mask=inside, other=0.0)
+    scales = tl.load(scale + image[:, None] * channels + channel, mask=inside, other=0.0)
     values = values * scales.to(tl.float32) + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     tl.store(out + row[:, None] * channels + channel, values.to(out.dtype.element_ty), mask=inside)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.activations import gelu
 from overlock.kernels.triton.pointwise import by_position
 
 NUMBERS = 2048  # of a program: 16 a thread, nine loads of which are under way at once
@@ -23,25 +24,30 @@ NUMBERS = 2048  # of a program: 16 a thread, nine loads of which are under way a
 @triton.jit
 def local_kernel(
     x, weight, bias, norm_weight, norm_bias, out, after, rows, height, width, eps, x_m,
-    channels: tl.constexpr, unit: tl.constexpr, has_norm: tl.constexpr, gelu: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr,
+    channels: tl.constexpr, unit: tl.constexpr, has_norm: tl.constexpr, with_gelu: tl.constexpr,
+    exact: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program: ``tile`` positions. ``weight`` is (9, C); ``out`` the convolution, ``after`` its norm."""
-    row = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
+    first = tl.program_id(0) * tile
+    place = tl.arange(0, tile)
+    row = first + place  # 32 bits: dividing 64 would take longer than all else
     channel = tl.arange(0, block)[None, :]
     known = (channel < channels) | (channels == block)
     exists = row < rows
     y, z = row // width % height, row % width
+    x += first.to(tl.int64) * (x_m * unit)
+    out += first.to(tl.int64) * channels
+    after += first.to(tl.int64) * channels
     total = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32).broadcast_to(tile, block)
     for tap in tl.static_range(9):
         dy, dz = tap // 3 - 1, tap % 3 - 1
         inside = exists & (y + dy >= 0) & (y + dy < height) & (z + dz >= 0) & (z + dz < width)
-        source = x + (row + dy * width + dz)[:, None] * (x_m * unit) + channel
+        source = x + (place + dy * width + dz)[:, None] * (x_m * unit) + channel
         values = tl.load(source, mask=inside[:, None] & known, other=0.0).to(tl.float32)
         total += values * tl.load(weight + tap * channels + channel, mask=known, other=0.0).to(tl.float32)
-    target = row[:, None] * channels + channel
-    if gelu:
-        total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
+    target = place[:, None] * channels + channel
+    if with_gelu:
+        total = gelu(total, exact)
     tl.store(out + target, total.to(out.dtype.element_ty), mask=exists[:, None] & known)
     if has_norm:
         total = tl.where(known, total, 0.0)
@@ -54,7 +60,7 @@ def local_kernel(
 
 
 def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor, float] | None, gelu: bool
+    x: Tensor, weight: Tensor, bias: Tensor, norm: tuple[Tensor, Tensor, float] | None, with_gelu: bool
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = x.shape
     rows = by_position(x)
@@ -68,7 +74,8 @@ def _launch(
         local_kernel[(triton.cdiv(len(rows), tile),)](
             rows, weight.flatten(1).t().contiguous(), bias, norm_weight, norm_bias, out, after,
             len(rows), height, width, eps, rows.stride(0) // unit,
-            channels=channels, unit=unit, has_norm=norm is not None, gelu=gelu, tile=tile, block=block, num_warps=4,
+            channels=channels, unit=unit, has_norm=norm is not None, with_gelu=with_gelu,
+            exact=x.dtype == torch.float32, tile=tile, block=block, num_warps=4,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2), after.permute(0, 3, 1, 2)
 
@@ -84,9 +91,9 @@ def local_norm(
         bias, norm_weight, norm_bias: (C,).
         eps: of the norm.
     """
-    return _launch(x, weight, bias, (norm_weight, norm_bias, eps), gelu=False)
+    return _launch(x, weight, bias, (norm_weight, norm_bias, eps), with_gelu=False)
 
 
 def local_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(conv(x)), of arguments as :func:`local_norm` has them."""
-    return _launch(x, weight, bias, None, gelu=True)[0]
+    return _launch(x, weight, bias, None, with_gelu=True)[0]

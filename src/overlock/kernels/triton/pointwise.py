@@ -9,7 +9,8 @@ and terms would read and write a map once more, and so would the bias, which cuD
 kernel: at a batch of 128 that is most of what a fused network's time went into (docs/performance.md).
 
 A program makes a tile of M x O. Those of the same rows run side by side, so that x comes from memory once and from L2
-for the others. float32 is multiplied as three products of its halves in TF32.
+for the others. With scales a tile lies in one image, so that a program reads one row of them: gathered row by row, they
+made the product four times as long. float32 is multiplied as three products of its halves in TF32.
 """
 
 from __future__ import annotations
@@ -37,35 +38,44 @@ INTERPRETED = tl.constexpr(not isinstance(_multiply, triton.JITFunction))
 
 
 @triton.jit
+def _times(x, factor):
+    """x * factor in the type of both, each product rounded once."""
+    if INTERPRETED:
+        return (x.to(tl.float32) * factor.to(tl.float32)).to(x.dtype)  # it would multiply the bits of bfloat16
+    return x * factor
+
+
+@triton.jit
 def pointwise_kernel(
-    x, gate, scale, weight, bias, residual, residual_scale, out, rows, positions, x_m, gate_m, residual_m,
+    x, gate, scale, weight, bias, residual, residual_scale, out, positions, x_m, gate_m, residual_m,
     channels: tl.constexpr, outputs: tl.constexpr, unit: tl.constexpr, silu: tl.constexpr,
     has_scale: tl.constexpr, has_gate: tl.constexpr, has_residual: tl.constexpr, has_residual_scale: tl.constexpr,
     block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
-    """One program: ``block_m`` positions and ``block_n`` outputs. Strides of positions are in ``unit`` numbers."""
+    """One program: ``block_m`` positions of an image and ``block_n`` outputs.
+
+    Without scales all ``positions`` of the batch are those of one image. Strides of positions are in ``unit`` numbers.
+    """
     output_blocks: tl.constexpr = (outputs + block_n - 1) // block_n
-    row = (tl.program_id(0) // output_blocks).to(tl.int64) * block_m + tl.arange(0, block_m)
+    tile = tl.program_id(0) // output_blocks
+    image = (tile // tl.cdiv(positions, block_m)).to(tl.int64)
+    position = tile % tl.cdiv(positions, block_m) * block_m + tl.arange(0, block_m)
     output = tl.program_id(0) % output_blocks * block_n + tl.arange(0, block_n)
-    exists = row < rows
-    row = tl.minimum(row, rows - 1)  # reads what is there, and is not written
-    image = row // positions
+    exists = position < positions
+    row = image * positions + tl.minimum(position, positions - 1)  # reads what is there, and is not written
     k = tl.arange(0, block_k)
     x += row[:, None] * (x_m * unit) + k[None, :]
     gate += row[:, None] * (gate_m * unit) + k[None, :]
-    scale += image[:, None] * channels + k[None, :]
+    scale += image * channels + k
     weight += tl.minimum(output, outputs - 1)[None, :] * channels + k[:, None]
     total = tl.zeros([block_m, block_n], tl.float32)
     for first in range(0, channels, block_k):
         known = (k < channels - first) | (channels % block_k == 0)
         values = tl.load(x, mask=known[None, :], other=0.0)
-        if has_scale or has_gate:
-            factored = values.to(tl.float32)
-            if has_scale:
-                factored *= tl.load(scale, mask=known[None, :], other=0.0).to(tl.float32)
-            if has_gate:
-                factored *= tl.load(gate, mask=known[None, :], other=0.0).to(tl.float32)
-            values = factored.to(values.dtype)
+        if has_scale:
+            values = _times(values, tl.load(scale, mask=known, other=0.0)[None, :])
+        if has_gate:
+            values = _times(values, tl.load(gate, mask=known[None, :], other=0.0))
         total = _multiply(values, tl.load(weight, mask=known[:, None], other=0.0), total)
         x += block_k
         gate += block_k
@@ -96,17 +106,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(rows: int, channels: int, outputs: int, *, exact: bool, factored: bool) -> Tile:
-    """Tiles of 128 x 128, and smaller ones where these would be too few for a large GPU.
-
-    Factors of ``x`` are loaded ahead as ``x`` is: with them, two stages fill the shared memory that three fill without.
-    """
+def tile_for(images: int, positions: int, channels: int, outputs: int, exact: bool) -> Tile:
+    """Tiles of 64 x 128 (as fast on an H200 as any, or nearly so), and smaller ones where these would be too few."""
     block_k = min(32 if exact else 64, max(16, triton.next_power_of_2(channels)))
-    block_m, block_n = 128, min(64 if exact else 128, max(16, triton.next_power_of_2(outputs)))
-    while block_m > 16 and triton.cdiv(rows, block_m) * triton.cdiv(outputs, block_n) < 2 * MULTIPROCESSORS:
+    block_m, block_n = 64, min(64 if exact else 128, max(16, triton.next_power_of_2(outputs)))
+    while block_m > 16 and images * triton.cdiv(positions, block_m) * triton.cdiv(outputs, block_n) < MULTIPROCESSORS:
         block_m, block_n = (block_m // 2, block_n) if block_m >= block_n else (block_m, block_n // 2)
-    warps = 8 if block_m * block_n > 64 * 128 else 4
-    return Tile(block_m, block_n, block_k, warps, min(2 if factored else 3, triton.cdiv(channels, block_k)))
+    return Tile(block_m, block_n, block_k, 4, min(3, triton.cdiv(channels, block_k)))
 
 
 def by_position(x: Tensor) -> Tensor:
@@ -140,17 +146,18 @@ def pointwise(
     maps = [by_position(m) for m in (x, gate, residual) if m is not None]
     unit = 8 if all(m.stride(0) % 8 == 0 for m in maps) else 1
     strides = [m.stride(0) // unit for m in maps]
-    given, rows = iter(zip(maps, strides, strict=True)), batch * height * width
+    given = iter(zip(maps, strides, strict=True))
     (x_rows, x_m), (gate_rows, gate_m), (residual_rows, residual_m) = (
         next(given) if m is not None else (out, 0) for m in (x, gate, residual)
     )
-    factored = scale is not None or gate is not None
-    tile = tile_for(rows, channels, outputs, exact=x.dtype == torch.float32, factored=factored)
+    images, positions = (1, batch * height * width) if scale is None else (batch, height * width)
+    tile = tile_for(images, positions, channels, outputs, x.dtype == torch.float32)
+    tiles = images * triton.cdiv(positions, tile.block_m) * triton.cdiv(outputs, tile.block_n)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        pointwise_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(outputs, tile.block_n),)](
+        pointwise_kernel[(tiles,)](
             x_rows, gate_rows, out if scale is None else scale.contiguous(), weight.contiguous(), bias,
             residual_rows, bias if residual_scale is None else residual_scale, out,
-            rows, height * width, x_m, gate_m, residual_m,
+            positions, x_m, gate_m, residual_m,
             channels=channels, outputs=outputs, unit=unit, silu=silu, has_scale=scale is not None,
             has_gate=gate is not None, has_residual=residual is not None,
             has_residual_scale=residual_scale is not None, block_m=tile.block_m, block_n=tile.block_n,
