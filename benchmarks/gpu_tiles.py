@@ -42,7 +42,7 @@ MIX_CHOICES = {
 }
 # Of the depthwise kernels, what is tried of some of a tile's sizes.
 FILTER_CHOICES = {
-    "forward": dict(blocks=(16, 32, 64), channels=(8, 16), warps=(4, 8), stages=(1, 2, 3)),
+    "forward": dict(blocks=(16, 32, 64), channels=(8, 16), warps=(4, 8)),
     "weight": dict(blocks=(16, 32), rows=(2, 4), columns=(8, 16), warps=(4, 8)),
 }
 

@@ -39,6 +39,7 @@ class Case(NamedTuple):
     size: int
     layout: str = "contiguous"
     bias: bool = True
+    dilation: int = 1
 
 
 SMALL = {
@@ -50,6 +51,7 @@ SMALL = {
     "images in a tile": Case((5, 8, 7, 7), 7, "channels last"),
     "wide loads and bands": Case((2, 8, 20, 19), 17, "channels last"),
     "largest kernel": Case((1, 2, 2, 3), 31),
+    "with gaps": Case((2, 8, 9, 10), 3, "channels last", dilation=5),
 }
 LARGE = {
     "stage 3 at 224": Case((16, 640, 14, 14), 13, "channels last"),
@@ -120,9 +122,11 @@ def test_triton_values_and_gradients(name, dtype, triton_only, request):
     device, dtype = "cuda" if request.node.get_closest_marker("gpu") else "cpu", getattr(torch, dtype)
     inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | LARGE)[name], dtype, device)]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
-    actual = with_gradients(operator, inputs)
+    dilation = (SMALL | LARGE)[name].dilation
+    actual = with_gradients(lambda *x: operator(*x, dilation), inputs)
     assert actual[0].stride() == torch.empty_like(inputs[0]).stride()
-    for found, expected in zip(actual, with_gradients(convolve, exact, dtype), strict=True):
+    expectations = with_gradients(lambda *x: convolve(*x, dilation), exact, dtype)
+    for found, expected in zip(actual, expectations, strict=True):
         assert (found - expected).abs().max() <= TOLERANCE[str(dtype).removeprefix("torch.")] * expected.abs().max()
     if name in HALF:
         assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(operator, inputs), strict=True))
@@ -164,13 +168,14 @@ def test_triton_why_not(triton_only):
     weight = torch.zeros(4, 1, 7, 7)
     for words, x, w in (
         ("not float64", torch.zeros(1, 4, 9, 9, dtype=torch.float64), weight),
-        ("K odd and 7 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
+        ("K odd and dilated 7 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
         ("one dtype", torch.zeros(1, 4, 9, 9), weight.bfloat16()),
         ("nothing to compute", torch.zeros(0, 4, 9, 9), weight),
     ):
         assert words in dispatch.why_not("depthwise_conv2d", "triton", x, w, None, 1)
     x = torch.zeros(1, 4, 9, 9)
-    assert "dilation" in dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 2)
+    assert "dilated 7 to 31" in dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 6)
+    assert dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 5) is None
     for part, call in zip(PARTS, ((x, weight, None, 1), (x, x, weight, 1), (x, x, weight, 1)), strict=True):
         assert dispatch.why_not(part, "triton", *call) is None
 
@@ -201,17 +206,16 @@ def test_the_choice_on_cuda_is_by_a_table(part, monkeypatch):
 
 TRAINING = {
     "three": Case((2, 20, 9, 8), 3, "channels last"),
-    "three, dilated": Case((1, 16, 12, 7), 3, bias=False),
-    "dilated beyond the map": Case((2, 5, 3, 2), 3, "channels last"),
-    "five": Case((2, 33, 6, 11), 5, "channels last"),
-    "nine": Case((3, 17, 5, 10), 9, "channels last"),
+    "three, dilated": Case((1, 16, 12, 7), 3, bias=False, dilation=4),
+    "dilated beyond the map": Case((2, 5, 3, 2), 3, "channels last", dilation=5),
+    "five": Case((2, 33, 6, 11), 5, "channels last", dilation=2),
+    "nine": Case((3, 17, 5, 10), 9, "channels last", dilation=2),
     "eleven": Case((1, 8, 20, 13), 11, "half of channels last"),
     "thirteen": Case((2, 4, 14, 14), 13),
     "fifteen": Case((1, 3, 16, 1), 15, "channels last"),
     "seventeen": Case((1, 40, 18, 19), 17, "channels last", bias=False),
     "nineteen": Case((1, 2, 8, 21), 19),
 }
-DILATED = {"three, dilated": 4, "dilated beyond the map": 5, "five": 2, "nine": 2}
 
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels are taken")
@@ -219,14 +223,14 @@ DILATED = {"three, dilated": 4, "dilated beyond the map": 5, "five": 2, "nine": 
 def test_training_on_cpu(name):
     """Values and gradients in float32, of every kernel size and layout, with the same bits again."""
     pytest.importorskip("numba")
-    dilation = DILATED.get(name, 1)
-    inputs = [x if x is None else x.requires_grad_() for x in make_inputs((SMALL | TRAINING)[name])]
+    case = (SMALL | TRAINING)[name]
+    inputs = [x if x is None else x.requires_grad_() for x in make_inputs(case)]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
     ours = {part: {"cpu": dispatch.TABLE[part]["cpu"]} for part in PARTS}
     with patch.dict(dispatch.TABLE, ours):
-        actual = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
-        again = with_gradients(lambda *x: depthwise_conv2d(*x, dilation), inputs)
-    expected = with_gradients(lambda *x: convolve(*x, dilation), exact, torch.float32)
+        actual = with_gradients(lambda *x: depthwise_conv2d(*x, case.dilation), inputs)
+        again = with_gradients(lambda *x: depthwise_conv2d(*x, case.dilation), inputs)
+    expected = with_gradients(lambda *x: convolve(*x, case.dilation), exact, torch.float32)
     for found, wanted in zip(actual, expected, strict=True):
         assert found.dtype == torch.float32
         assert (found - wanted).abs().max() <= TOLERANCE["float32"] * wanted.abs().max()

@@ -31,9 +31,9 @@ _INPUTS = FilterInputs(FORWARD)
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """``F.conv2d`` with groups = C and as much padding as keeps the size, by the fastest kernels at hand.
 
-    It is one operator to ``torch.compile`` on CUDA for K from 7 on without dilation (Triton's kernels, or PyTorch's
-    where they were measured to be faster), and on CPU where gradients are wanted (numba's). Elsewhere it is PyTorch's
-    convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
+    It is one operator to ``torch.compile`` on CUDA where the filter, dilated, is 7 wide or wider (Triton's kernels, or
+    PyTorch's where they were measured to be faster), and on CPU where gradients are wanted (numba's). Elsewhere it is
+    PyTorch's convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
 
     Args:
         x: (B, C, H, W), any strides; channels last is the fast layout.
@@ -47,7 +47,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     Raises:
         ValueError: where shapes, types or devices do not fit, K is even or ``dilation`` < 1.
     """
-    takes_operator = x.is_cuda and weight.shape[3] >= 7 and dilation == 1
+    takes_operator = x.is_cuda and dilation * (weight.shape[3] - 1) >= 6
     if not torch.jit.is_scripting():  # what follows does not script
         takes_operator = not exports_to_onnx() and (takes_operator or trains_on_cpu(x, weight, bias))
     if takes_operator:
@@ -66,30 +66,33 @@ def measured_choices() -> dict[str, str]:
     return json.loads(CHOICES.read_text())
 
 
-def choice_key(operation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> str:
-    """What measurements are kept by: GPU, dtype, part, K, and the counts of maps and of positions to a power of two."""
+def choice_key(
+    operation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], size: int, dilation: int = 1
+) -> str:  # fmt: skip
+    """What measurements are kept by: GPU, dtype, part, K, dilation, counts of maps and positions by powers of two."""
     major, minor = torch.cuda.get_device_capability(device)
     maps, positions = (round(math.log2(count)) for count in (shape[0] * shape[1], shape[2] * shape[3]))
     name = str(dtype).removeprefix("torch.")
-    return f"sm_{major}{minor} {name} {operation} K {size}, maps 2^{maps}, positions 2^{positions}"
+    wide = f"K {size}" if dilation == 1 else f"K {size} dilated by {dilation}"
+    return f"sm_{major}{minor} {name} {operation} {wide}, maps 2^{maps}, positions 2^{positions}"
 
 
 @functools.lru_cache(maxsize=4096)
-def _fastest(operation: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], size: int) -> str:
+def _fastest(*call: Any) -> str:
     """On CUDA by the stored table; Triton's where it has nothing.
 
-    The reason for that: it multiplies on tensor cores, PyTorch's convolutions for groups = C take K^2 multiply-adds a
-    number on the ordinary units (an estimate: nobody has measured it). The answer is never timed when a network runs,
-    so it is the same in every run.
+    The reason for that: it multiplies on tensor cores, PyTorch's convolutions for groups = C do not, and took 2 to 20
+    times as long wherever both were measured (docs/performance.md). The answer is never timed when a network runs, so
+    it is the same in every run.
     """
-    return measured_choices().get(choice_key(operation, device, dtype, shape, size), "triton")
+    return measured_choices().get(choice_key(*call), "triton")
 
 
 def choose_fastest(operation: str, asked: str, x: Tensor, weight: Tensor, *call: Any) -> str:
     """As :func:`overlock.ops.dispatch.choose`, but on CUDA, unless asked for, not what was measured to be slower."""
     chosen = choose(operation, asked, *call)
     if asked == AUTO and chosen == "triton" and x.is_cuda:
-        return _fastest(operation, x.device, x.dtype, tuple(x.shape), weight.shape[3])
+        return _fastest(operation, x.device, x.dtype, tuple(x.shape), weight.shape[3], call[-1])
     return chosen
 
 

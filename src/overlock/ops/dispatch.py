@@ -96,14 +96,14 @@ def _numba(forward: str, backward: str | None = None, why_not: Callable[..., str
 
 
 def _triton_filter(name: str) -> Backend:
-    """Triton's depthwise kernels, which know no dilation."""
-    call, reason = on_use("triton.depthwise", name), _triton_why_not("triton.depthwise")
+    """Triton's depthwise kernels."""
+    reason = _triton_why_not("triton.depthwise")
     first = 0 if name == "convolve" else 1  # of x and weight among the arguments, after the gradient
 
     def why_not(*arguments: Any) -> str | None:
-        return reason(*arguments[first : first + 2]) if arguments[-1] == 1 else "it knows no dilation"
+        return reason(*arguments[first : first + 2], arguments[-1])
 
-    return Backend(forward=lambda *arguments: call(*arguments[:-1]), why_not=why_not)
+    return Backend(forward=on_use("triton.depthwise", name), why_not=why_not)
 
 
 def _repconv_why_not(*call: Any) -> str | None:
