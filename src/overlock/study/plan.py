@@ -11,8 +11,6 @@ from typing import Any
 
 from overlock.ablation import MIXERS, ROADMAP, Row
 from overlock.ablation.models import model_name
-from overlock.checkpoints import MODEL_FILE
-from overlock.checkpoints.record import read_record
 from overlock.files import write_atomically
 from overlock.network import VARIANTS
 from overlock.training import RECIPES, TrainConfig
@@ -127,11 +125,18 @@ class Job:
             )
         return result
 
-    def write_result(self, *, top1: float, seconds: float) -> None:
-        """Note that the run is finished."""
-        record = read_record(Path(self.config.output) / MODEL_FILE)
-        assert record is not None
-        content = dict(top1=top1, seconds=seconds, classes=len(record.classes), settings=_plain(self.config))
+    def write_result(self, *, top1: float, seconds: float, classes: int) -> None:
+        """Note that the run is finished.
+
+        Args:
+            top1: its accuracy, of 0 to 1.
+            seconds: what it took.
+            classes: how many the data have.
+
+        Raises:
+            ValueError: where it cannot be written.
+        """
+        content = dict(top1=top1, seconds=seconds, classes=classes, settings=_plain(self.config))
         write_atomically(Path(self.config.output) / RESULT, json.dumps(content, indent=2) + "\n")
 
 

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from overlock.checkpoints import MODEL_FILE, read_record
 from overlock.study.plan import Job, Study
 from overlock.training.run import train
 from overlock.training.stop import RunStoppedError
@@ -42,7 +43,9 @@ def run_study(study: Study, console: Console) -> None:
                 continue
             console.print(f"{job.title} ({number} of {len(jobs)})", markup=False)
             result = train(job.config, resume=True, console=console)
-            job.write_result(top1=result.score, seconds=result.seconds)
+            record = read_record(result.folder / MODEL_FILE)
+            assert record is not None
+            job.write_result(top1=result.score, seconds=result.seconds, classes=len(record.classes))
 
 
 @contextmanager
