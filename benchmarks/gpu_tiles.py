@@ -40,10 +40,10 @@ MIX_CHOICES = {
     "windows value": [(32, 64), (16, 32, 64), (2, 4), (1,)],
     "windows taps": [(32, 64), (16, 32), (2, 4), (1,)],
 }
-# Of the depthwise kernels, what is tried of some of a tile's sizes.
+# Of the depthwise kernels: blocks, rows, columns, warps, stages.
 FILTER_CHOICES = {
-    "forward": dict(blocks=(16, 32, 64), channels=(8, 16), warps=(4, 8)),
-    "weight": dict(blocks=(16, 32), rows=(2, 4), columns=(8, 16), warps=(4, 8)),
+    "forward": [(16, 32, 64), (2, 4, 8), (4, 8, 16), (4, 8), (1, 2, 3)],
+    "weight": [(16, 32), (2, 4), (8, 16), (4, 8), (1,)],
 }
 
 
@@ -108,25 +108,24 @@ def mix_calls(shape: ops.Shape, name: str, device: str, dtype: str) -> Iterator[
 # ---- depthwise convolution ------------------------------------------------------------------------------------------
 
 
-TILE_OF = {"forward": "tile_for", "weight": "weight_tile_for"}
-
-
 def filter_tiles(part: str, size: int, dtype: torch.dtype) -> list[tuple[int, ...]]:
-    """Tiles to try; only those that differ from the one in use in at most two sizes."""
-    used, choices, found = getattr(filtering, TILE_OF[part])(size, dtype), FILTER_CHOICES[part], []
-    for sizes in itertools.product(*choices.values()):
-        tile = used._replace(**dict(zip(choices, sizes, strict=True)))
-        tile = tile._replace(window=max(16, filtering.triton.next_power_of_2(size + tile.columns - 1)))
-        if 1 <= sum(tile[used._fields.index(name)] != getattr(used, name) for name in choices) <= 2:
+    """Tiles to try: (blocks, rows, window, columns, warps, stages), of at most 64 sums a thread."""
+    found, used = [], filtering.tile_for(size, dtype)
+    for blocks, rows, columns, warps, stages in itertools.product(*FILTER_CHOICES[part]):
+        window = max(16, filtering.triton.next_power_of_2(size + columns - 1))
+        sums = 8 * (blocks if part == "forward" else window) * rows * columns // (32 * warps)
+        tile = filtering.Tile(blocks, rows, window, columns, warps, stages)
+        changes = sum(a != b for a, b in zip(tile, used, strict=True)) - (window != used.window)
+        if 16 <= rows * columns <= 128 and window <= 32 and 16 <= sums <= 64 and 1 <= changes <= 2:
             found.append(tuple(tile))
     return found
 
 
-def _with_filter_tile(part: str, tile: tuple[int, ...], call: Callable[[], object]) -> Callable[[], object]:
-    chosen = type(getattr(filtering, TILE_OF[part])(7, torch.bfloat16))(*tile)
+def _with_filter_tile(tile: tuple[int, ...], call: Callable[[], object]) -> Callable[[], object]:
+    chosen = filtering.Tile(*tile)
 
     def run() -> object:
-        with patch.object(filtering, TILE_OF[part], lambda *_: chosen):
+        with patch.object(filtering, "tile_for", lambda *_: chosen):
             return call()
 
     return run
@@ -148,7 +147,7 @@ def filter_calls(
     for part, call in calls.items():
         yield Candidate(f"depthwise {part}", name, None), call
         for tile in filter_tiles(part, size, dtype):
-            yield Candidate(f"depthwise {part}", name, tile), _with_filter_tile(part, tile, call)
+            yield Candidate(f"depthwise {part}", name, tile), _with_filter_tile(tile, call)
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------

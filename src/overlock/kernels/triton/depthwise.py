@@ -6,19 +6,17 @@ size), p = K // 2, ky and kx a tap. In a channel, a row of the output is a sum o
 
     out[r, j] = sum over ky of  x[r + ky - p, i - p] T_ky[i, j],    T_ky[i, j] = w[ky, i - j] where 0 <= i - j < K, or 0
 
-For a tile of J columns the band has I >= K + J - 1 rows: 32 x 16 numbers for K up to 17. So of I multiply-adds K count,
-about a half. In return tensor cores do them, at more than ten times the speed of the ordinary units, and a thread reads
-neither taps nor values one by one.
+For a tile of J columns the band has I >= K + J - 1 rows: 32 x 16 numbers for K up to 17, 16 x 8 for K up to 9. So of
+I multiply-adds K count, about a half. In return tensor cores do them, at more than ten times the speed of the ordinary
+units, and a thread reads neither taps nor values one by one.
 
-What is left to save are loads. A program has M blocks of four rows of the output. A row of the map is loaded once for
-each block, and meets the bands of four rows of taps, since it counts for four rows of the output; a band, once loaded,
-stays for the next three rows of the map:
+What is left to save are loads. A program has M blocks of S rows of the output. A row of the map, loaded once for each
+block, meets the bands of S taps side by side, I x (S J) numbers, since it counts for S rows of the output:
 
-    (M, I) x (I, J), four times    for each of K + 3 rows of the map, each of the program's channels, in float32
+    (M, I) x (I, S J)    for each of K + S - 1 rows of the map, each of the program's channels, summed in float32
 
 The blocks of all images are numbered through, so that maps of 14 x 14 or 7 x 7 fill a program too. The input's gradient
-is the convolution with the taps reversed. The weight's gradient is a product over rows, those of all images, for S rows
-of taps side by side:
+is the convolution with the taps reversed. The weight's gradient is a product over rows, those of all images:
 
     P[i, (s, j)] = sum over r of  x[r, i - p] g[r - ky_s + p, j],    grad_w[ky, kx] = sum over j of  P[kx + j, (ky, j)]
 
@@ -54,86 +52,67 @@ INTERPRETED = tl.constexpr(not isinstance(_multiply, triton.JITFunction))
 
 @triton.jit
 def band_kernel(
-    weight, bands, size: tl.constexpr, reverse: tl.constexpr, window: tl.constexpr, columns: tl.constexpr,
+    weight, bands, size: tl.constexpr, reverse: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, padded: tl.constexpr,
 ):  # fmt: skip
-    """One program: the band of a channel and a row of taps, (C, K, I, J)."""
-    channel, tap_row = (tl.program_id(0) // size).to(tl.int64), tl.program_id(0) % size
-    i, j = tl.arange(0, window)[:, None], tl.arange(0, columns)[None, :]
-    used = (i >= j) & (i - j < size)
-    tap = tap_row * size + i - j
+    """One program: 8 rows of a channel's bands, (C, I, K + 2 S - 2, J), by descending ky, S - 1 zeros on both sides."""
+    taps: tl.constexpr = size + 2 * rows - 2
+    program = tl.program_id(0)
+    channel = (program // (window // 8)).to(tl.int64)
+    i, n = (program % (window // 8) * 8 + tl.arange(0, 8))[:, None], tl.arange(0, padded)[None, :]
+    tap_row = size + rows - 2 - n // columns
+    tap_column = i - n % columns
+    used = (tap_row >= 0) & (tap_row < size) & (tap_column >= 0) & (tap_column < size)
+    tap = tap_row * size + tap_column
     if reverse:
         tap = size * size - 1 - tap
     values = tl.load(weight + channel * (size * size) + tap, mask=used, other=0.0)
-    tl.store(bands + ((channel * size + tap_row) * window + i) * columns + j, values)
-
-
-@triton.jit
-def _store_row(
-    out, total, bias, channel, known, batch, row, column, batches, height, width, channels, has_bias: tl.constexpr
-):  # fmt: skip
-    """Write a row of the output of each block: ``total`` is (channels of a program, M, J)."""
-    if has_bias:
-        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[:, None, None]
-    target = out + ((batch * height + row) * width + column) * channels + channel[None, None, :]
-    inside = (batch < batches) & (row < height) & (column < width) & known[None, None, :]
-    tl.store(target, tl.permute(total, (1, 2, 0)).to(out.dtype.element_ty), mask=inside)
+    tl.store(bands + (channel * window + i) * (taps * columns) + n, values, mask=n < taps * columns)
 
 
 @triton.jit
 def conv_kernel(
     x, bands, bias, out, batches, eighths, height, width,
     size: tl.constexpr, has_bias: tl.constexpr, unit: tl.constexpr, blocks: tl.constexpr,
-    window: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program: M ``blocks`` of four rows, J ``columns`` and a ``block`` of channels.
-
-    A row of the map meets four bands, those of the last four rows of taps, which stay in registers: each is loaded
-    once. (All bands of a step side by side, loaded anew for each row, were most of what passed the L2 cache.)
-    """
+    """One program: M ``blocks`` of S ``rows``, J ``columns`` and a ``block`` of channels."""
+    taps: tl.constexpr = size + 2 * rows - 2
     reach: tl.constexpr = size // 2
     channels = eighths * unit
     program = tl.program_id(0)
-    channel_blocks, column_blocks, row_blocks = tl.cdiv(channels, block), tl.cdiv(width, columns), tl.cdiv(height, 4)
+    channel_blocks, column_blocks, row_blocks = tl.cdiv(channels, block), tl.cdiv(width, columns), tl.cdiv(height, rows)
     channel = program % channel_blocks * block + tl.arange(0, block)
     known = (channel < channels) | (unit == block)  # which the compiler sees then: one load for the block
     first_column = program // channel_blocks % column_blocks * columns
     index = program // (channel_blocks * column_blocks) * blocks + tl.arange(0, blocks)
     batch = (index // row_blocks).to(tl.int64)[:, None, None]
-    first_row = (index % row_blocks * 4)[:, None, None]
+    first_row = (index % row_blocks * rows)[:, None, None]
 
-    i, j = tl.arange(0, window), tl.arange(0, columns)
+    i = tl.arange(0, window)
     row = first_row - reach
     column = (first_column - reach + i)[None, :, None]
     inside = (batch < batches) & (column >= 0) & (column < width) & known[None, None, :]
     source = x + ((batch * height + row) * width + column) * channels + channel[None, None, :]
-    band = channel.to(tl.int64)[:, None, None] * (size * window * columns) + i[None, :, None] * columns
-    band = bands + band + j[None, None, :]
-    total0 = tl.zeros([block, blocks, columns], tl.float32)
-    total1, total2, total3 = total0, total0, total0
-    band1 = tl.zeros([block, window, columns], x.dtype.element_ty)
-    band2, band3 = band1, band1
-    band0 = tl.load(band, mask=known[:, None, None], other=0.0)
+    n = tl.arange(0, rows * columns)
+    band = channel.to(tl.int64)[:, None, None] * window + i[None, :, None]
+    band = bands + band * (taps * columns) + (size + rows - 2) * columns + n[None, None, :]
+    total = tl.zeros([block, blocks, rows * columns], tl.float32)
     values = tl.load(source, mask=inside & (row >= 0) & (row < height), other=0.0)
-    for tap_row in range(1, size + 4):
-        row += 1  # the next row and band are read during the products of these
+    for _ in range(size + rows - 1):
+        row += 1
         source += width * channels
-        band += window * columns
-        next_values = tl.load(source, mask=inside & (row >= 0) & (row < height), other=0.0)
-        next_band = tl.load(band, mask=known[:, None, None] & (tap_row < size), other=0.0)
-        of_channels = tl.permute(values, (2, 0, 1))
-        total0 = _multiply(of_channels, band0, total0)
-        total1 = _multiply(of_channels, band1, total1)
-        total2 = _multiply(of_channels, band2, total2)
-        total3 = _multiply(of_channels, band3, total3)
-        band3, band2, band1, band0 = band2, band1, band0, next_band
-        values = next_values
+        following = tl.load(source, mask=inside & (row >= 0) & (row < height), other=0.0)
+        total = _multiply(tl.permute(values, (2, 0, 1)), tl.load(band, mask=known[:, None, None], other=0.0), total)
+        values = following
+        band -= columns
 
-    column = (first_column + j)[None, :, None]
-    sizes = (batches, height, width, channels, has_bias)
-    _store_row(out, total0, bias, channel, known, batch, first_row, column, *sizes)
-    _store_row(out, total1, bias, channel, known, batch, first_row + 1, column, *sizes)
-    _store_row(out, total2, bias, channel, known, batch, first_row + 2, column, *sizes)
-    _store_row(out, total3, bias, channel, known, batch, first_row + 3, column, *sizes)
+    if has_bias:
+        total += tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)[:, None, None]
+    row, column = first_row + (n // columns)[None, :, None], (first_column + n % columns)[None, :, None]
+    target = out + ((batch * height + row) * width + column) * channels + channel[None, None, :]
+    inside = (batch < batches) & (row < height) & (column < width) & known[None, None, :]
+    tl.store(target, tl.permute(total, (1, 2, 0)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -191,50 +170,39 @@ def weight_kernel(
 
 
 class Tile(NamedTuple):
-    """Sizes of a program: M blocks, I rows and J columns of a band, channels, and its warps.
+    """Sizes of a program, such that a thread has 64 sums, or 32 in float32, whose operands are split in two.
 
-    Loads are not pipelined by Triton: through shared memory, for products whose operands are turned on their way, that
-    took 1.7 to 2.1 times as long on an H200.
+    A map's next row is read during a product of the one before. In 16 bits so are the bands, by ``stages``; in float32
+    that would take 130 KB of shared memory.
     """
-
-    blocks: int
-    window: int
-    columns: int
-    channels: int
-    warps: int
-
-
-ROWS = 4  # of the output in a block, as written out in the kernel
-
-
-def tile_for(size: int, dtype: torch.dtype) -> Tile:
-    """Of the convolution. In float32 operands are split in two, so that a program has room for half as many."""
-    exact = dtype == torch.float32
-    window = triton.next_power_of_2(size + 15)
-    return Tile(
-        blocks=16 if exact or window > 32 else 32, window=window, columns=16, channels=4 if exact else 8, warps=8,
-    )  # fmt: skip
-
-
-class WeightTile(NamedTuple):
-    """Of the weight's gradient: M, S rows of taps, I, J, and warps. A thread has 64 sums, in float32 32."""
 
     blocks: int
     rows: int
     window: int
     columns: int
     warps: int
+    stages: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"blocks": self.blocks, "rows": self.rows, "window": self.window, "columns": self.columns}
 
 
-BLOCK = 8  # channels of a program of the weight's gradient: one load of 16-bit numbers
+BLOCK = 8  # channels of a program: one load of 16-bit numbers
 
 
-def weight_tile_for(size: int, dtype: torch.dtype) -> WeightTile:
+def tile_for(size: int, dtype: torch.dtype) -> Tile:
+    exact = dtype == torch.float32
     columns = 8 if size <= 9 else 16
-    return WeightTile(
-        blocks=16, rows=2 if dtype == torch.float32 else 4, window=triton.next_power_of_2(size + columns - 1),
-        columns=columns, warps=4 if columns == 8 else 8,
-    )  # fmt: skip
+    window = triton.next_power_of_2(size + columns - 1)
+    return Tile(
+        blocks=32 if exact and window <= 32 else 16,
+        rows=2 if exact else 4,
+        window=window,
+        columns=columns,
+        warps=4 if columns == 8 else 8,
+        stages=1 if exact else 2,
+    )
 
 
 def why_not(x: Tensor, weight: Tensor, dilation: int) -> str | None:
@@ -268,10 +236,10 @@ def _on_device(x: Tensor, launch: Callable[[], object]) -> None:
         launch()
 
 
-def _map_sizes(x: Tensor, block: int) -> dict[str, int]:
-    """Sizes of a map with its channels last. A count of ``block`` channels each shows that loads may be so wide."""
+def _map_sizes(x: Tensor) -> dict[str, int]:
+    """Sizes of a map with its channels last. A count of 8 channels each shows that loads may be so wide."""
     batch, channels, height, width = x.shape
-    unit = block if channels % block == 0 else 1
+    unit = BLOCK if channels % BLOCK == 0 else 1
     return {"batches": batch, "eighths": channels // unit, "height": height, "width": width, "unit": unit}
 
 
@@ -294,21 +262,19 @@ def convolve(
     size = weight.shape[-1]
     together = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(together)
-    tile, blocks = tile_for(size, x.dtype), batch * triton.cdiv(height, ROWS)
-    if blocks <= 16:  # one image of a detector, say
-        tile = tile._replace(blocks=16)
-    across = triton.cdiv(width, tile.columns) * triton.cdiv(channels, tile.channels)
-    bands = torch.empty(channels, size, tile.window, tile.columns, dtype=x.dtype, device=x.device)
+    tile = tile_for(size, x.dtype)
+    blocks = triton.cdiv(batch * triton.cdiv(height, tile.rows), tile.blocks)
+    programs = blocks * triton.cdiv(width, tile.columns) * triton.cdiv(channels, BLOCK)
+    bands = torch.empty(channels, tile.window, size + 2 * tile.rows - 2, tile.columns, dtype=x.dtype, device=x.device)
 
     def launch() -> None:
-        band_kernel[(channels * size,)](
+        band_kernel[(channels * tile.window // 8,)](
             weight.contiguous(), bands, size=size, reverse=reverse, window=tile.window, columns=tile.columns,
-            num_warps=1,
+            rows=tile.rows, padded=triton.next_power_of_2(bands[0, 0].numel()), num_warps=4,
         )  # fmt: skip
-        conv_kernel[(triton.cdiv(blocks, tile.blocks) * across,)](
-            together, bands, bands if bias is None else bias, out, **_map_sizes(x, tile.channels), size=size,
-            has_bias=bias is not None, blocks=tile.blocks, window=tile.window, columns=tile.columns,
-            block=tile.channels, num_warps=tile.warps, num_stages=1,
+        conv_kernel[(programs,)](
+            together, bands, bands if bias is None else bias, out, **_map_sizes(x), size=size,
+            has_bias=bias is not None, **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     _on_device(x, launch)
@@ -325,7 +291,7 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1) 
     batch, channels, height, width = x.shape
     size = dilation * (weight.shape[-1] - 1) + 1
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    tile = weight_tile_for(size, x.dtype)
+    tile = tile_for(size, x.dtype)._replace(blocks=16)  # 32 would take all registers
     groups = triton.cdiv(size, tile.rows)
     programs = groups * triton.cdiv(channels, BLOCK)
     height_p = min(tile.blocks, triton.next_power_of_2(height))
@@ -338,9 +304,8 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1) 
 
     def launch() -> None:
         weight_kernel[(programs * parts,)](
-            grad, x, sums, **_map_sizes(x, BLOCK), places=places, image_parts=image_parts, size=size, height_p=height_p,
-            blocks=tile.blocks, window=tile.window, columns=tile.columns, rows=tile.rows, block=BLOCK,
-            num_warps=tile.warps, num_stages=1,
+            grad, x, sums, **_map_sizes(x), places=places, image_parts=image_parts, size=size, height_p=height_p,
+            **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
 
     _on_device(x, launch)
