@@ -81,7 +81,7 @@ def choice_key(
 def _fastest(*call: Any) -> str:
     """On CUDA by the stored table; Triton's where it has nothing.
 
-    The reason for that: it multiplies on tensor cores, PyTorch's convolutions for groups = C do not, and took 2 to 20
+    The reason for that: it multiplies on tensor cores, PyTorch's convolutions for groups = C do not, and took 2 to 45
     times as long wherever both were measured (docs/performance.md). The answer is never timed when a network runs, so
     it is the same in every run.
     """
