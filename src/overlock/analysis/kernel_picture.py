@@ -30,30 +30,41 @@ def window_box(position: tuple[int, int], kernels: Kernels, size: tuple[int, int
     return round(left * across), round(top * down), round((left + wide) * across), round((top + tall) * down)
 
 
-class _Canvas:
-    """The image, small, and the point in it."""
+class Canvas:
+    """An image made small, and a point in it, to draw what ContMix makes at this point.
 
-    def __init__(self, image: Image.Image, point: Point):
-        self.image = fit(image, SIDE)
+    Args:
+        image: as RGB.
+        point: x, y in its pixels.
+        side: of the drawings, the longer one in pixels.
+    """
+
+    def __init__(self, image: Image.Image, point: Point, *, side: int = SIDE):
+        self.image = fit(image, side)
         scale = self.image.width / image.width
         self.place = (point[0] * scale, point[1] * scale)
 
     def alone(self) -> Image.Image:
-        return caption(mark(self.image, self.place), ["image"])
+        """The image with the point."""
+        return mark(self.image, self.place)
 
-    def affinity(self, mixing: Mixing, lines: Sequence[str]) -> Image.Image:
+    def affinity(self, mixing: Mixing) -> Image.Image:
         """To the regions, mean of the groups, from its least on."""
         i, j = position_of(self.place, self.image.size, mixing.affinity.shape[2:4])
         affinity = mixing.affinity[0, :, i, j].mean(dim=0).cpu()
-        return caption(mark(overlay(self.image, affinity - affinity.min(), smooth=False), self.place), lines)
+        return mark(overlay(self.image, affinity - affinity.min(), smooth=False), self.place)
 
-    def kernels(self, kernels: Kernels) -> list[tuple[Image.Image, str]]:
-        """Of each group, and their size in words."""
+    def kernels(self, kernels: Kernels) -> list[Image.Image]:
+        """Of each group."""
         i, j = position_of(self.place, self.image.size, kernels.taps.shape[2:4])
         box = window_box((i, j), kernels, self.image.size)
-        size = " x ".join(map(str, kernels.taps.shape[4:]))
         groups = kernels.taps[0, :, i, j].cpu()
-        return [(mark(overlay(self.image, taps, box=box, smooth=False), self.place), size) for taps in groups]
+        return [mark(overlay(self.image, taps, box=box, smooth=False), self.place) for taps in groups]
+
+
+def size_of(kernels: Kernels) -> str:
+    """Height and width in words."""
+    return " x ".join(map(str, kernels.taps.shape[4:]))
 
 
 def draw_kernels(image: Image.Image, point: Point, mixings: Mapping[str, Sequence[Mixing]]) -> Image.Image:
@@ -67,19 +78,19 @@ def draw_kernels(image: Image.Image, point: Point, mixings: Mapping[str, Sequenc
         point: x, y in its pixels.
         mixings: of the image alone (B = 1), by the names of the priors, the network's own first.
     """
-    canvas = _Canvas(image, point)
+    canvas = Canvas(image, point)
     own = next(iter(mixings.values()))
-    rows = [[canvas.alone()]]
+    rows = [[caption(canvas.alone(), ["image"])]]
     for mixing in own:
-        row = [canvas.affinity(mixing, [mixing.name, "affinity"])]
+        row = [caption(canvas.affinity(mixing), [mixing.name, "affinity"])]
         for kernels in reversed(mixing.kernels):
-            drawn = canvas.kernels(kernels)
-            row += [caption(one, [f"group {i}", size]) for i, (one, size) in enumerate(drawn, start=1)]
+            drawn = enumerate(canvas.kernels(kernels), start=1)
+            row += [caption(one, [f"group {i}", size_of(kernels)]) for i, one in drawn]
         rows.append(row)
     for block in zip(*mixings.values(), strict=True):
         row = []
         for name, mixing in zip(mixings, block, strict=True):
-            row.append(canvas.affinity(mixing, [f"prior: {name}", mixing.name]))
-            row.append(caption(canvas.kernels(mixing.kernels[-1])[0][0], ["", "group 1"]))
+            row.append(caption(canvas.affinity(mixing), [f"prior: {name}", mixing.name]))
+            row.append(caption(canvas.kernels(mixing.kernels[-1])[0], ["", "group 1"]))
         rows.append(row)
     return join_pictures(rows)

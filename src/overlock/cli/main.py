@@ -15,7 +15,21 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rich.console import Console
 from rich.logging import RichHandler
 
-from overlock.cli import ablate, average, cam, convert, erf, evaluate, kernels, pack, predict, push, summary, train
+from overlock.cli import (
+    ablate,
+    average,
+    cam,
+    convert,
+    demo,
+    erf,
+    evaluate,
+    kernels,
+    pack,
+    predict,
+    push,
+    summary,
+    train,
+)
 from overlock.cli import compile as compile_
 from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
@@ -34,6 +48,7 @@ COMMANDS = {
     "kernels": kernels.COMMAND,
     "erf": erf.COMMAND,
     "cam": cam.COMMAND,
+    "demo": demo.COMMAND,
     "average": average.COMMAND,
     "convert": convert.COMMAND,
     "compile": compile_.COMMAND,

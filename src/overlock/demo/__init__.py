@@ -1,0 +1,1 @@
+"""A page in the browser to look at photos through a network: ``overlock demo``."""
