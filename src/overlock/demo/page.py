@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 from starlette.middleware import Middleware
 
+from overlock.demo.compare_tab import lay_out_comparison
+from overlock.demo.dense_tab import lay_out_detection, lay_out_segmentation
 from overlock.demo.guard import Guard
 from overlock.demo.look_tab import LookTab
 from overlock.demo.stock import Stock
@@ -29,8 +31,15 @@ def make_page(stock: Stock) -> gr.Blocks:
             f"# {TITLE}\nWhat [OverLoCK](https://arxiv.org/abs/2502.20087) sees in a photo. All is computed by the "
             "machine that serves this page; nothing goes anywhere else."
         )
-        with gr.Tabs(), gr.Tab("Look inside", id="look"):
-            look = LookTab(stock)
+        with gr.Tabs():
+            with gr.Tab("Look inside", id="look"):
+                look = LookTab(stock)
+            with gr.Tab("Detection", id="detect"):
+                lay_out_detection(stock)
+            with gr.Tab("Segmentation", id="segment"):
+                lay_out_segmentation(stock)
+            with gr.Tab("Compare", id="compare"):
+                lay_out_comparison(stock)
         look.connect(page)
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
