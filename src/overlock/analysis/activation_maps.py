@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from overlock.analysis.backbones import find_backbone, stage_indices
+from overlock.analysis.backbones import stage_indices
 from overlock.network import OverLoCK
+from overlock.tasks.features import find_backbone
 
 METHODS = dict(
     gradcam="GradCAM", gradcam_plus="GradCAMPlusPlus", hirescam="HiResCAM", layercam="LayerCAM", xgradcam="XGradCAM",

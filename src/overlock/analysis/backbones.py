@@ -12,17 +12,10 @@ from torch import Tensor, nn
 from overlock.checkpoints import Record
 from overlock.data import make_eval_transform
 from overlock.network import OverLoCK
+from overlock.tasks.features import find_backbone
 
 NORMAL = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, interpolation="bicubic")
 """What is taken for granted of images, as heads do."""
-
-
-def find_backbone(network: nn.Module) -> nn.Module:
-    """What gives the features: a classifier itself, or what a detector or segmenter stands on."""
-    backbone = getattr(network, "backbone", None)
-    if backbone is None or isinstance(network, OverLoCK):
-        return network
-    return getattr(backbone, "body", backbone)
 
 
 def find_overlock(network: nn.Module, name: str) -> OverLoCK:

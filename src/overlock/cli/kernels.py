@@ -48,12 +48,13 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.analysis.backbones import Preparation, find_backbone, find_overlock  # noqa: PLC0415
+    from overlock.analysis.backbones import Preparation, find_overlock  # noqa: PLC0415
     from overlock.analysis.dynamic_kernels import record_mixing, replaced_prior  # noqa: PLC0415
     from overlock.analysis.kernel_picture import draw_kernels  # noqa: PLC0415
     from overlock.analysis.prior_study import PriorStudy  # noqa: PLC0415
     from overlock.data.files import read_image  # noqa: PLC0415
     from overlock.deploy.picture import encode  # noqa: PLC0415
+    from overlock.tasks.features import find_backbone  # noqa: PLC0415
 
     outputs = Outputs([options.checkpoint] if options.checkpoint else [], overwrite=options.overwrite)
     files = find_files(options.images, outputs)

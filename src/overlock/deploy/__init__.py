@@ -7,6 +7,8 @@ from overlock import lazy
 if TYPE_CHECKING:
     from overlock.deploy.classify import Predictor
     from overlock.deploy.detect import Detector
+    from overlock.deploy.embed_stage import EmbedStage
+    from overlock.deploy.embedder import Embedder, Embedding
     from overlock.deploy.inputs import Failure, Item
     from overlock.deploy.results import LabelMap, Objects, Prediction
     from overlock.deploy.segment import Segmenter
@@ -15,6 +17,8 @@ else:
         __name__,
         {
             "detect": ["Detector"],
+            "embed_stage": ["EmbedStage"],
+            "embedder": ["Embedder", "Embedding"],
             "inputs": ["Failure", "Item"],
             "classify": ["Predictor"],
             "results": ["LabelMap", "Objects", "Prediction"],
@@ -22,4 +26,16 @@ else:
         },
     )
 
-__all__ = ["Detector", "Failure", "Item", "LabelMap", "Objects", "Prediction", "Predictor", "Segmenter"]
+__all__ = [
+    "Detector",
+    "EmbedStage",
+    "Embedder",
+    "Embedding",
+    "Failure",
+    "Item",
+    "LabelMap",
+    "Objects",
+    "Prediction",
+    "Predictor",
+    "Segmenter",
+]

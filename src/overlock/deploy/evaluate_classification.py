@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
+from torch import Tensor
 
 from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
@@ -175,7 +175,7 @@ class _Counting:
         return self.within / int(self.confusion.sum())
 
 
-def measure_speed(network: nn.Module, images: Tensor, *, seconds: float = 1.0) -> float:
+def measure_speed(network: Callable[[Tensor], Tensor], images: Tensor, *, seconds: float = 1.0) -> float:
     """Images a second through a network, over passes of a batch (B, C, H, W) for at least a given time."""
 
     def wait() -> None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import timm
 from torch import nn
 
-from overlock.network import VARIANTS
+from overlock.network import VARIANTS, OverLoCK
 from overlock.tasks.pyramid import Pyramid
 
 STRIDES = (4, 8, 16, 32)
@@ -22,6 +22,14 @@ class Features(NamedTuple):
     """C of each."""
     strides: tuple[int, ...] = STRIDES
     """Of each; others than STRIDES only where a stem_stride or an output_stride asks for them."""
+
+
+def find_backbone(network: nn.Module) -> nn.Module:
+    """What gives the features: a classifier itself, or what a detector or segmenter stands on."""
+    backbone = getattr(network, "backbone", None)
+    if backbone is None or isinstance(network, OverLoCK):
+        return network
+    return getattr(backbone, "body", backbone)
 
 
 def make_features(
