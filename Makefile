@@ -1,5 +1,6 @@
 # make quickstart   install, and name what is on some photographs; no GPU needed
 # make test         linters, types, import contracts and tests
+# make docs         the documentation as a site, in the folder site
 # make test-oldest  the tests with the oldest versions that pyproject.toml promises, in an environment of its own
 # PYTHON=python3.12 make ...   another Python (3.10 or newer)
 
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 RUN := runs/quickstart
 ORDINARY := -n 2 -m "not slow and not gpu"
 
-.PHONY: quickstart test test-oldest lint clean
+.PHONY: quickstart test test-oldest lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png --overwrite
@@ -24,6 +25,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the first page: site/index.html"
 
 test-oldest: $(OLDEST)/.installed-dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(ORDINARY)
@@ -45,4 +50,4 @@ $(OLDEST)/.installed-dev: pyproject.toml | $(VENV)/.installed-dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(RUN) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(RUN) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -239,7 +239,7 @@ def test_maps_that_are_not_there(scenes):
 
 
 def test_every_layout_is_documented():
-    text = (Path(__file__).parents[2] / "docs" / "detection_segmentation.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     known = [*FORMATS, *(file for file, _ in (*coco.LAYOUTS, *coco.WHOLE)), createml.FILE]
     known += [folder for layout in label_folders.LAYOUTS for folder in layout]
     known += [folder for layout in label_folders.WHOLE for folder in layout if folder != "."]

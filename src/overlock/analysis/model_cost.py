@@ -52,6 +52,7 @@ DENSE_TASKS = {
         paper={"overlock_t": (969, 63), "overlock_s": (1051, 85), "overlock_b": (1202, 124)},
     ),
 }  # fmt: skip
+"""Detectors and segmenters of Tables 3 to 5 by name, each with the figures that the paper prints."""
 
 
 def count_dense_cost(model: str, task: str, *, image_size: tuple[int, int] | None = None) -> list[Cost]:

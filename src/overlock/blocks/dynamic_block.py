@@ -88,7 +88,8 @@ class DynamicBlock(MixerBlock):
     Args:
         channels: C of the features.
         context_channels: Cc of the context.
-        groups, kernel_size: of ContMix.
+        groups: of ContMix, per kernel size.
+        kernel_size: K of ContMix's large kernel.
         ffn_ratio: hidden width of the ConvFFN over C (not over C + Cc).
         first: the first block of Focus-Net, whose context is the prior itself.
         drop_path: stochastic depth rate.
@@ -162,7 +163,9 @@ class ContMixBlock(MixerBlock):
     Args:
         channels: C.
         groups: per kernel size (the authors' ``num_heads`` times two).
-        kernel_size, small_kernel, region_grid: of :class:`overlock.ContMix`.
+        kernel_size: K of the large kernel of :class:`overlock.ContMix`.
+        small_kernel: K of the small kernel, or None for the large one alone.
+        region_grid: S: the context is pooled to S x S regions.
         ffn_ratio: hidden width of the ConvFFN over C.
         scaled: scale the identities ("residual scale").
         drop_path: stochastic depth rate.

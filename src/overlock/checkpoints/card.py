@@ -13,6 +13,7 @@ from overlock.checkpoints.record import Record
 from overlock.files import write_atomically
 
 CARD_FILE = "README.md"
+"""The model card, in the folder of a run."""
 
 
 def write_card(

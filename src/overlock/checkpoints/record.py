@@ -32,7 +32,9 @@ HEADS: dict[str, Callable[..., nn.Module]] = dict(
 )
 """What makes a dense model of a backbone, by name."""
 MODEL_FILE = "model.safetensors"
+"""The final weights of a run, in its folder."""
 CONFIG_FILE = "config.json"
+"""timm's configuration, beside them."""
 TIMM_FILES = (MODEL_FILE, "pytorch_model.bin")
 """Names of the files that timm's configuration lies beside."""
 _METADATA_KEY = "overlock"

@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jfif", ".jpe",
     ".jp2", ".j2k", ".avif", ".tga",
 )  # fmt: skip
+"""Endings of the files that are taken for images, in lower case."""
 # What systems and programs leave in folders, beside all that begins with a dot (.DS_Store, .ipynb_checkpoints, and
 # macOS' ._NAME of each file NAME).
 RUBBISH = frozenset({

@@ -36,7 +36,8 @@ class ContMix(nn.Module):
         kernel_size: K of the large kernel.
         small_kernel: K of the small kernel, or None for the large one alone on all channels.
         region_grid: S.
-        query_channels, context_channels: channels of the query and context features, C by default.
+        query_channels: channels of the query features, C by default.
+        context_channels: channels of the context features, C by default.
         value_proj: project the values by a 1x1 convolution and batch norm first, as in the plug-in block.
 
     Raises:

@@ -105,3 +105,4 @@ VARIANTS: dict[str, Variant] = {
         crop_pct=0.975, drop_path=0.5, paper=PaperFigures(macs=16.7, params=95, top1=85.1),
     ),
 }  # fmt: skip
+"""The sizes of the network by name, those of the paper and two smaller ones."""

@@ -20,7 +20,8 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
     Args:
         x: (B, C, H, W).
-        weight, bias: (C,).
+        weight: (C,).
+        bias: (C,).
         eps: added to the mean.
 
     Returns:

@@ -182,3 +182,4 @@ RECIPES: dict[str, Recipe] = {
         *SEGMENTATION_RECIPES,
     )
 }
+"""Recipes by name: what ``overlock train NAME`` begins with, as functions that give the settings."""

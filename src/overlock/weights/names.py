@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 RELEASE = "https://github.com/LMMMEng/OverLoCK/releases/download/v1/"
+"""Where the authors' files of weights are downloaded from."""
 LEAVES = r"(\.(?:weight|bias|running_mean|running_var|num_batches_tracked|gamma|beta))?"
 
 
