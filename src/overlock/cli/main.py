@@ -32,6 +32,7 @@ from overlock.cli import (
     push,
     search,
     summary,
+    tradeoff,
     train,
 )
 from overlock.cli import compile as compile_
@@ -53,6 +54,7 @@ COMMANDS = {
     "pack": pack.COMMAND,
     "summary": summary.COMMAND,
     "ablate": ablate.COMMAND,
+    "tradeoff": tradeoff.COMMAND,
     "kernels": kernels.COMMAND,
     "erf": erf.COMMAND,
     "cam": cam.COMMAND,

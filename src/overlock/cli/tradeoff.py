@@ -1,0 +1,154 @@
+"""``overlock tradeoff [MODEL...]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from overlock.cli.command import Command
+from overlock.cli.subjects import as_csv, print_rows
+from overlock.files import Outputs, write_atomically
+
+if TYPE_CHECKING:
+    from overlock.analysis.runtime_study import Subject, Trial
+    from overlock.analysis.tradeoff import Axis, Point
+
+MODELS = (
+    "overlock_xt", "overlock_t", "overlock_s", "overlock_b", "convnext_nano", "convnext_tiny", "convnext_small",
+    "convnext_base", "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "pvt_v2_b2",
+    "focalnet_tiny_lrf", "inception_next_tiny", "mambaout_tiny", "caformer_s18", "repvit_m2_3",
+)  # fmt: skip
+"""Measured unless others are named: the paper's networks that timm has too, and later ones."""
+RuntimeName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
+ALL: tuple[RuntimeName, ...] = ("eager", "fused", "compile", "onnxruntime", "openvino")
+TABLE, PICTURE = "tradeoff.csv", "tradeoff.png"
+CLASSIFY = "classify"
+
+
+def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
+    parser.add_argument(
+        "models", nargs="*", type=str, metavar="MODEL", default=list(MODELS),
+        help="Models of timm's or ours to measure, with random weights; sixteen of the paper's and later ones unless "
+        "given.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--published", action="store_true", help="Measure nothing: published accuracy, multiply-adds and parameters."
+    )
+    parser.add_argument(
+        "--task", type=Literal["classify", "mask_rcnn", "cascade_mask_rcnn", "upernet"], default=CLASSIFY,
+        help="With --published: the tables of another task.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--runtimes", type=RuntimeName, nargs="+", default=list(ALL),
+        help="Of which each model takes the fastest; what is not installed is left out. fused is overlock.fuse.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="Images of a call; several are measured each."
+    )
+    parser.add_argument(
+        "--image_size", type=int | None, default=None,
+        help="Side in pixels; that of a model's published accuracy unless given, mostly 224.",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="Turns of each model in the last, interleaved run.")
+    parser.add_argument("--device", type=str | None, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument(
+        "--output", type=str, default="runs/tradeoff",
+        help="Folder for runtimes.csv, latency.csv, tradeoff.csv and tradeoff.png. The same command again measures "
+        "what is not there yet.",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
+
+
+def run(options: Namespace, console: Console) -> None:
+    from overlock.analysis.published import SCORES  # noqa: PLC0415
+    from overlock.analysis.tradeoff import make_axes, make_points, make_rows  # noqa: PLC0415
+    from overlock.analysis.tradeoff_picture import draw_tradeoff  # noqa: PLC0415
+
+    if options.task != CLASSIFY and not options.published:
+        raise ValueError(f"--task {options.task} has no networks to measure; add --published")
+    for name in ("batch", "rounds", "image_size"):
+        values = options[name] if isinstance(options[name], list) else [options[name] or 1]
+        if min(values) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {min(values)}")
+    output = Outputs(overwrite=True).check_folder(options.output)
+    told = Console(stderr=True, soft_wrap=True, highlight=False, markup=False) if options.json else console
+    measured: dict[Subject, Trial] = {} if options.published else _measure(options, output, told)
+    points = make_points(options.task, measured)
+    axes = make_axes(points)
+    rows = make_rows(points, axes)
+    title = "published figures"
+    if measured:
+        title += f", and latency on {next(iter(measured.values())).machine}"
+    write_atomically(output / TABLE, as_csv(rows))
+    write_atomically(output / PICTURE, draw_tradeoff(axes, score=SCORES[options.task][1], title=title))
+    if options.json:
+        fronts = {axis.name: {"all": _names(axis.front()), "paper": _names(axis.paper_front())} for axis in axes}
+        console.print_json(json.dumps(dict(rows=rows, fronts=fronts)))
+        return
+    if measured:
+        shown = ("model", "score", "macs", "params", "batch", "runtime", "milliseconds", "spread", "images_per_second")
+        print_rows(
+            console,
+            [{name: "" if row[name] is None else row[name] for name in shown} for row in rows if row["batch"]],
+            title="each model in its fastest runtime",
+        )
+    _tell_fronts(axes, console)
+    console.print(f"in {output}: {', '.join(sorted(path.name for path in output.iterdir() if path.is_file()))}")
+
+
+def _names(points: Sequence[Point]) -> list[str]:
+    return [point.method for point in points]
+
+
+def _tell_fronts(axes: Sequence[Axis], console: Console) -> None:
+    for axis in axes:
+        for front, of in ((axis.paper_front(), "the paper's methods"), (axis.front(), "all")):
+            named = ", ".join(f"{point.method} ({axis.cost(point):.4g}: {point.score})" for point in front)
+            console.print(f"Pareto front of {of} by {axis.title}: {named}")
+
+
+def _measure(options: Namespace, output: Path, told: Console) -> dict[Subject, Trial]:
+    from overlock.analysis.runtime_study import Study, measure_latency, try_runtimes  # noqa: PLC0415
+    from overlock.analysis.runtimes import RUNTIMES  # noqa: PLC0415
+    from overlock.checkpoints.record import check_model_name  # noqa: PLC0415
+    from overlock.deploy.runtime import choose_device  # noqa: PLC0415
+
+    for model in options.models:
+        check_model_name(model)
+    device = choose_device(options.device)
+    study = Study(
+        models=tuple(dict.fromkeys(options.models)), batches=tuple(dict.fromkeys(options.batch)),
+        image_size=options.image_size, runtimes=tuple(options.runtimes), device=device, rounds=options.rounds,
+        folder=output,
+    )  # fmt: skip
+    for name in study.runtimes:
+        why = RUNTIMES[name].why_not("overlock_", device)
+        if why:
+            told.print(f"{name} is left out: {why}")
+    with _bar(len(study.subjects())) as tick:
+        fastest = try_runtimes(study, told.print, tick)
+    with _bar(len(study.subjects()) * (1 + study.rounds)) as tick:
+        return measure_latency(study, fastest, tick)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar of progress at a terminal, moved on by a call with the name of the step."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text: progress.update(task, description=text, advance=1)
+
+
+COMMAND = Command(
+    "Draw accuracy against multiply-adds, parameters and measured latency, with the Pareto fronts.", add_options, run
+)
