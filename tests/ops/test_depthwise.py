@@ -326,6 +326,35 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def trained():
+    """Inputs that want gradients, and the operator's result."""
+    x, weight = torch.randn(2, 4, 9, 9).requires_grad_(), torch.randn(4, 1, 7, 7).requires_grad_()
+    return (x, weight), depthwise_conv2d(x, weight)
+
+
+def test_gradients_of_what_was_checked_are_not_checked_again(monkeypatch):
+    """Backward runs the kernels at once; a mode that watches operations meets the operators."""
+    checked = []
+    fits = depthwise._INPUTS._fits
+    monkeypatch.setattr(depthwise._INPUTS, "_fits", lambda *inputs: checked.append(1) or fits(*inputs))
+    inputs, y = trained()
+    assert len(checked) == 1
+    alone = torch.autograd.grad(y, inputs, y.detach(), retain_graph=True)
+    assert len(checked) == 1
+    with Calls() as calls:
+        watched = torch.autograd.grad(y, inputs, y.detach())
+    assert {f"overlock.depthwise_conv2d_{part}_gradient.default" for part in ("input", "weight")} <= {*calls.names}
+    torch.testing.assert_close(alone, watched, rtol=0, atol=0)
+
+
+def test_gradients_of_a_batch_of_gradients():
+    """Backward under vmap."""
+    inputs, y = trained()
+    each = [torch.autograd.grad(y, inputs, scale * y.detach(), retain_graph=True) for scale in (1, 2)]
+    batch = torch.autograd.grad(y, inputs, torch.stack([y.detach(), 2 * y.detach()]), is_grads_batched=True)
+    torch.testing.assert_close(batch, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
 @pytest.mark.parametrize(("device", "size", "operator"), [("cuda", 7, True), ("cuda", 5, False), ("cpu", 7, False)])
 def test_operator_on_cuda_for_large_kernels(device, size, operator, monkeypatch):
     """Elsewhere PyTorch's convolution, which exporters and counters of operations know. It shows without a GPU."""

@@ -7,6 +7,7 @@ mode too. It runs for gradients of gradients, where an input carries a tangent o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from overlock.ops.checks import check_gradient
-from overlock.ops.registration import LIBRARY, operator_of, register, without_autocast
+from overlock.ops.registration import LIBRARY, UNCHECKED, operator_of, register, without_autocast
 
 
 def register_autograd(
@@ -127,11 +128,35 @@ def register_backward(
 
 
 def call_in_backward(operator: Callable[..., Any], *inputs: Any) -> Any:
-    """Call an operator in a backward pass: past autograd, unless the gradients are to be differentiated again."""
+    """Call an operator in a backward pass: past autograd, unless the gradients are to be differentiated again.
+
+    Plain tensors go to its implementation at once. Forward has checked them and autograd the gradient, and the way
+    through PyTorch's dispatcher takes as long as a small kernel. Whoever watches or replaces operations (modes,
+    subclasses, transforms, and with them all tracing) meets the operator.
+    """
     if torch.is_grad_enabled():
         return operator(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*inputs)
+        return (UNCHECKED[operator] if _are_plain(inputs) else operator)(*inputs)
+
+
+def _are_plain(inputs: Sequence[Any]) -> bool:
+    """Whether a call has ordinary tensors, and no mode, transform or profiler is on."""
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch.autograd._profiler_enabled() and all(map(_is_plain, inputs))
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether an argument is no tensor, or one that its device's kernels take as it is: no subclass, no batch."""
+    if isinstance(x, list | tuple):
+        return all(map(_is_plain, x))
+    return not isinstance(x, Tensor) or torch._C._dispatch_keys(x).raw_repr() == _plain_keys(x.device.type)
+
+
+@functools.cache
+def _plain_keys(device: str) -> int:
+    return torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr()
 
 
 def pull_back(

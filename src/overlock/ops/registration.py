@@ -14,6 +14,8 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("overlock", "FRAGMENT")
 DEVICES = ("cpu", "cuda")
+UNCHECKED: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""What operators run, for inputs that were checked before."""
 CAST = (torch.float32, torch.bfloat16, torch.float16)  # float64 is left alone by PyTorch's autocast too
 
 
@@ -35,6 +37,7 @@ def register(
         cast: how many arguments autocast brings to its dtype.
     """
     torch.library.define(f"overlock::{name}", schema)
+    UNCHECKED[operator_of(name)] = run
     torch.library.impl(f"overlock::{name}", DEVICES, _checked(run, check))
     torch.library.register_fake(f"overlock::{name}", _checked(fake, check))
     _register_vmap(name, batched)
@@ -98,11 +101,10 @@ def _register_autocast(name: str, cast: int, device: str) -> None:
 
 def to_layout_of(like: Tensor, result: Tensor) -> Tensor:
     """The result in the type and the layout that ``torch.empty_like`` gives, as an operator's fake promises."""
-    result = result.to(like.dtype)
     if result.stride() == like.stride():  # ``result`` has no gaps, so that empty_like keeps these strides
-        return result
-    wanted = torch.empty_like(like, device="meta").stride()
-    return result if result.stride() == wanted else torch.empty_like(like).copy_(result)
+        return result.to(like.dtype)
+    laid_out = torch.empty_like(like)
+    return result.to(like.dtype) if result.stride() == laid_out.stride() else laid_out.copy_(result)
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[object]:

@@ -56,11 +56,11 @@ def _pointer_to(*dtypes: torch.dtype) -> Callable[[Any], Any]:
     wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
     def convert(value: Any) -> Any:
-        if value is None:  # what the flags of this call leave unread
-            return 0
         if isinstance(value, Tensor):
             if value.dtype not in dtypes:
                 raise TypeError(f"a {wanted} tensor is wanted, got {value.dtype}")
+        elif value is None:  # what the flags of this call leave unread
+            return 0
         elif not isinstance(value, BufferRef):
             raise TypeError(f"a tensor or a buffer of the plan is wanted, got {type(value).__name__}")
         return value
@@ -116,11 +116,15 @@ class Arguments:
         Raises:
             TypeError: where they have several.
         """
-        dtypes = {x.dtype for x in map(given.get, self.maps) if isinstance(x, Tensor)}
-        if len(dtypes) > 1:
-            found = " and ".join(sorted(map(str, dtypes)))
-            raise TypeError(f"{', '.join(self.maps)} of {self.kernel} are to be of one type, got {found}")
-        return dtypes.pop() if dtypes else torch.float32
+        dtype = None
+        for name in self.maps:
+            x = given.get(name)
+            if isinstance(x, Tensor) and x.dtype != dtype:
+                if dtype is not None:
+                    found = " and ".join(sorted((str(dtype), str(x.dtype))))
+                    raise TypeError(f"{', '.join(self.maps)} of {self.kernel} are to be of one type, got {found}")
+                dtype = x.dtype
+        return dtype or torch.float32
 
     def flatten(self, given: Mapping[str, Any]) -> list[Any]:
         """The values in the order of the record; tensors and buffers as they are.
@@ -133,13 +137,13 @@ class Arguments:
             wrong = ", ".join(f"{what} {', '.join(sorted(which))}" for what, which in names if which)
             raise TypeError(f"a call of {self.kernel} {wrong}; its arguments are {', '.join(self.kinds)}")
         values: list[Any] = []
-        for name, convert, is_several in self._rows:
-            try:
-                value = convert(given[name])
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"{name} of {self.kernel}: {error}") from None
-            if is_several:
-                values += value
-            else:
-                values.append(value)
+        name = ""
+        try:
+            for name, convert, is_several in self._rows:
+                if is_several:
+                    values += convert(given[name])
+                else:
+                    values.append(convert(given[name]))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name} of {self.kernel}: {error}") from None
         return values
