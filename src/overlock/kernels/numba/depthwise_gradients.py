@@ -132,10 +132,11 @@ def correlate(call, thread, threads):
         masked_store(out, to + size * size * channels, load(sums, biases), lanes)
 
 
-def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, **settings: Any) -> Tensor:
-    """Images (B, C, H, W) filtered with weights (C, K, K), channels last."""
+def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, *, reverse: bool = False, **settings: Any) -> Tensor:
+    """Images (B, C, H, W) filtered with weights (C, K, K), or those turned by half a circle, channels last."""
     bias = torch.zeros(x.shape[1]) if bias is None else bias
-    return to_images(filter_tokens(to_tokens(x), weight.permute(1, 2, 0), bias, **settings))
+    taps = weight.permute(1, 2, 0).contiguous()  # flipped after it, where whole rows of channels move
+    return to_images(filter_tokens(to_tokens(x), taps.flip(0, 1) if reverse else taps, bias, **settings))
 
 
 def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, prologue: int = 0) -> tuple[Tensor, Tensor]:
@@ -149,8 +150,8 @@ def _correlate(grad: Tensor, x: Tensor, size: int, dilation: int, prologue: int 
         correlate, splits * blocks, x=images, grads=grads, out=out, batch=batch, height=height, width=width,
         channels=channels, kernel_size=size, dilation=dilation, prologue=prologue, splits=splits,
     )  # fmt: skip
-    both = out.sum(dim=0)
-    return both[:-1].view(size, size, channels).permute(2, 0, 1)[:, None], both[-1]
+    both = out.sum(dim=0) if splits > 1 else out[0]
+    return both[:-1].t().reshape(channels, 1, size, size), both[-1]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
@@ -160,7 +161,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> T
 
 def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:  # noqa: ARG001
     """Gradient of the convolution with respect to its input, channels last."""
-    return _filter(grad, weight[:, 0].flip(1, 2), None, dilation=dilation)
+    return _filter(grad, weight[:, 0], None, reverse=True, dilation=dilation)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
@@ -182,5 +183,5 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Te
 
 def gradients_in_turn(grad: Tensor, x: Tensor, weight: Tensor, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of local_conv with respect to x, channels last, and to weight and bias, in a pass each."""
-    of_x = _filter(grad, with_residual(weight).flip(1, 2), None, before_gelu=to_tokens(x) if gelu else None)
+    of_x = _filter(grad, with_residual(weight), None, reverse=True, before_gelu=to_tokens(x) if gelu else None)
     return of_x, *_correlate(grad, x, weight.shape[3], 1, GELU if gelu else 0)
