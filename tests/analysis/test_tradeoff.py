@@ -118,11 +118,11 @@ def test_trials(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", pytest.param("compile", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["convnext_atto", pytest.param("overlock_atto", marks=pytest.mark.slow)])
-def test_runtimes(model, name):
+def test_runtimes(model, name, tmp_path):
     for package in RUNTIMES[name].packages:
         pytest.importorskip(package)
     forms, images = runtimes.make_forms(model, CPU), torch.randn(2, 3, 64, 64)
-    call = runtime_study.prepare(forms, images, name)
+    call = runtime_study.prepare(forms, images, name, tmp_path)
     assert deviation_of(call(), forms.plain(images)) < 1e-4
 
 
@@ -162,6 +162,9 @@ def test_measured(tmp_path, capsys):
     total = count_cost("overlock_atto", image_size=(64, 64))[-1]
     assert rows[0]["macs"] == pytest.approx(total.macs / 1e9)
     assert rows[0]["params"] == pytest.approx(total.params / 1e6)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "runtimes.csv", "latency.csv", "tradeoff.csv", "tradeoff.png",
+    }  # fmt: skip
     kept = (tmp_path / "latency.csv").read_bytes()
     assert main(words) == 0  # nothing is measured again
     assert (tmp_path / "latency.csv").read_bytes() == kept

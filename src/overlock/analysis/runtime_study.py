@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from overlock.analysis.runtimes import PREFIX, RUNTIMES, Call, Forms, make_forms
 from overlock.checkpoints.record import build
 from overlock.files import write_atomically
 
+TRIALS, LATENCY, EXPORTS = "runtimes.csv", "latency.csv", "exports"
 USUAL_SIZE = 224
 TRIAL_ROUNDS = 5
 
@@ -87,6 +88,10 @@ class Study:
         published = find_published(model)
         return self.image_size or (published and published.image_size) or USUAL_SIZE
 
+    def exports(self, subject: Subject) -> Path:
+        """Folder for the files of a network, so that going on need not export again; removed in the end."""
+        return self.folder / EXPORTS / f"{subject.model}_{subject.image_size}_batch{subject.batch}"
+
     def read(self, name: str) -> list[Trial]:
         """The trials in a file of the folder.
 
@@ -125,7 +130,6 @@ def _parse(row: dict[str, str]) -> Trial:
 
 
 Tell = Callable[[str], None]
-TRIALS, LATENCY = "runtimes.csv", "latency.csv"
 
 
 def try_runtimes(study: Study, tell: Tell, tick: Tell) -> dict[Subject, tuple[Trial, Call | None]]:
@@ -175,7 +179,7 @@ def _try(study: Study, subject: Subject, runtimes: Sequence[str]) -> tuple[list[
     trials, calls = [], {}
     for name in runtimes:
         try:
-            call = prepare(forms, images, name)
+            call = prepare(forms, images, name, study.exports(subject))
             deviation = deviation_of(call(), reference)
         except Exception as error:  # noqa: BLE001 - the libraries raise what they like; it is told
             trials.append(Trial(runtime=name, fault=_first_line(error), **known))
@@ -205,10 +209,11 @@ def _images(study: Study, subject: Subject) -> torch.Tensor:
     return torch.randn(size, generator=generator).to(study.device)
 
 
-def prepare(forms: Forms, images: torch.Tensor, runtime: str) -> Call:
-    """A call of a network in a runtime, which has run once."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, quiet():
-        call = RUNTIMES[runtime].prepare(forms, images, Path(folder))
+def prepare(forms: Forms, images: torch.Tensor, runtime: str, folder: Path) -> Call:
+    """A call of a network in a runtime, which has run once; files go into the folder, and are taken from there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        call = RUNTIMES[runtime].prepare(forms, images, folder)
         call()
     return call
 
@@ -230,11 +235,12 @@ def measure_latency(
         for subject, (trial, call) in fastest.items():
             tick(f"{subject.model}, {trial.runtime}: made ready")
             calls[subject, trial.runtime] = call or prepare(
-                make_forms(subject.model, study.device), _images(study, subject), trial.runtime
+                make_forms(subject.model, study.device), _images(study, subject), trial.runtime, study.exports(subject)
             )
         timings = take_turns(calls, study.device, rounds=study.rounds, tick=lambda: tick("measuring, in turns"))
         kept = {key: Trial(**(asdict(wanted[key]) | asdict(timing))) for key, timing in timings.items()}
         study.write(LATENCY, list(kept.values()))
+    shutil.rmtree(study.folder / EXPORTS, ignore_errors=True)
     return {subject: trial for (subject, _), trial in kept.items()}
 
 
@@ -248,9 +254,3 @@ def count(subject: Subject) -> tuple[float, float]:
         network: nn.Module = build(subject.model).eval()
         cost = count_call("total", [network], network, torch.zeros(1, 3, *size))
     return cost.macs / 1e9, cost.params / 1e6
-
-
-def rows_of(trials: Sequence[Trial]) -> Iterator[dict[str, Any]]:
-    """For a table: a row for each trial."""
-    for trial in trials:
-        yield {name: value for name, value in asdict(trial).items() if name != "machine"}

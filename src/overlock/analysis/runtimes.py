@@ -128,11 +128,11 @@ def _openvino(forms: Forms, images: Tensor, folder: Path) -> Call:
 
 
 def _export(network: nn.Module, images: Tensor, folder: Path) -> Path:
-    """The network as an ONNX file, written once."""
-    file = folder / f"batch{len(images)}.onnx"
+    """The network as an ONNX file, written once, and whole or not at all."""
+    file, partial = folder / "network.onnx", folder / "partial.onnx"
     if not file.exists():
-        with quiet():
-            torch.onnx.export(copy.deepcopy(network), (images,), str(file), dynamo=True, external_data=False)
+        torch.onnx.export(copy.deepcopy(network), (images,), str(partial), dynamo=True, external_data=False)
+        partial.replace(file)
     return file
 
 

@@ -56,7 +56,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="Side in pixels; that of a model's published accuracy unless given, mostly 224.",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="Turns of each model in the last, interleaved run.")
-    parser.add_argument("--device", type=str | None, default="cpu", help="cpu, cuda, ...")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU if there is one.")
     parser.add_argument(
         "--output", type=str, default="runs/tradeoff",
         help="Folder for runtimes.csv, latency.csv, tradeoff.csv and tradeoff.png. The same command again measures "
