@@ -8,7 +8,7 @@ from typing import Any
 
 from overlock.analysis.tradeoff import Axis, Point
 
-COLOURS = {"OverLoCK": "#c0392b", "the paper's peers": "#1d2129", "later ones": "#2e86c1"}
+COLOURS = {"OverLoCK": "#c0392b", "the paper's peers": "#1d2129", "others": "#2e86c1"}
 TEXT = 7  # points
 PLACES = ((5, 4), (5, -9), (-5, 4), (-5, -9))  # of a name beside its point, in points
 
@@ -64,8 +64,8 @@ def _draw_panel(panel: Any, axis: Axis) -> None:
 
 
 def _group(point: Point) -> str:
-    ours, peers, later = COLOURS
-    return ours if point.is_ours else peers if point.is_of_paper else later
+    ours, peers, others = COLOURS
+    return ours if point.is_ours else peers if point.is_of_paper else others
 
 
 def _name_points(panel: Any, axis: Axis) -> None:

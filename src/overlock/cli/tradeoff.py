@@ -24,7 +24,7 @@ MODELS = (
     "convnext_base", "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "pvt_v2_b2",
     "focalnet_tiny_lrf", "inception_next_tiny", "mambaout_tiny", "caformer_s18", "repvit_m2_3",
 )  # fmt: skip
-"""Measured unless others are named: the paper's networks that timm has too, and later ones."""
+"""Measured unless others are named: networks of the paper that timm has too, and some others."""
 RuntimeName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 ALL: tuple[RuntimeName, ...] = ("eager", "fused", "compile", "onnxruntime", "openvino")
 TABLE, PICTURE = "tradeoff.csv", "tradeoff.png"
@@ -34,7 +34,7 @@ CLASSIFY = "classify"
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "models", nargs="*", type=str, metavar="MODEL", default=list(MODELS),
-        help="Models of timm's or ours to measure, with random weights; sixteen of the paper's and later ones unless "
+        help="Models of timm's or ours to measure, with random weights; sixteen of the paper's and others unless "
         "given.",
     )  # fmt: skip
     parser.add_argument(
