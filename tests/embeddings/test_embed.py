@@ -26,14 +26,19 @@ from overlock.embeddings.processes import this_process
 from overlock.embeddings.sources import ImageList
 
 pq = pytest.importorskip("pyarrow.parquet")
+ARGUMENTS = dict(
+    num_classes=3, dims=(8, 12, 16, 24), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(1, 1), groups=(2, 3),
+    kernel_sizes=(7, 5, 9, 7), head_width=16,
+)  # fmt: skip
+"""Of a tiny network."""
 PREPARED = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "atto.safetensors"
-    record = Record(model="overlock_atto", model_args=dict(num_classes=3), classes=tuple("abc"), preprocessing=PREPARED)
-    save_model(path, randomise(timm.create_model("overlock_atto", num_classes=3)).state_dict(), record)
+    record = Record(model="overlock_atto", model_args=ARGUMENTS, classes=tuple("abc"), preprocessing=PREPARED)
+    save_model(path, randomise(timm.create_model("overlock_atto", **ARGUMENTS)).state_dict(), record)
     return path
 
 
@@ -137,7 +142,7 @@ def test_an_unreadable_image(checkpoint, tmp_path, capsys):
     told = capsys.readouterr()
     assert "skipped green/1.png: not an image" in told.err
     report = json.loads(told.out)
-    assert (report["images"], len(report["failures"]), report["origin"]["dim"]) == (8, 1, 256)
+    assert (report["images"], len(report["failures"]), report["origin"]["dim"]) == (8, 1, 16)
     assert report["speed"] > 0
     assert report["bare_speed"] > 0
     bad = rows(tmp_path / "out")[4]
@@ -246,8 +251,8 @@ def test_killed_under_torchrun(checkpoint, tmp_path):
 def test_what_a_network_gives_and_keeps(checkpoint, tmp_path):
     """The vector is what the classifier takes."""
     make_image("red", 0).save(tmp_path / "a.png")
-    network = randomise(timm.create_model("overlock_atto", num_classes=3))
-    record = Record(model="overlock_atto", model_args=dict(num_classes=3), classes=tuple("abc"), preprocessing=PREPARED)
+    network = randomise(timm.create_model("overlock_atto", **ARGUMENTS))
+    record = Record(model="overlock_atto", model_args=ARGUMENTS, classes=tuple("abc"), preprocessing=PREPARED)
     embedder = Embedder(network, record, device="cpu")
     vector = embedder(tmp_path / "a.png").vector
     x = embedder.transform(make_image("red", 0))[None]
@@ -255,7 +260,7 @@ def test_what_a_network_gives_and_keeps(checkpoint, tmp_path):
         expected = network.forward_head(network.forward_features(x), pre_logits=True)[0]
         torch.testing.assert_close(network.head.fc(torch.from_numpy(vector)), network(x)[0], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.from_numpy(vector), expected, atol=1e-4, rtol=1e-4)
-    assert embedder.dim == len(vector) == 256
+    assert embedder.dim == len(vector) == 16
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext2", "test_efficientnet"])

@@ -43,7 +43,7 @@ def test_inverted_lists(tmp_path):
     index = Index(embeddings, IndexOptions(method="ivf", nlist=8, nprobe=8))
     np.testing.assert_array_equal(index.search(embeddings.vectors[:9], 7).places, exact)
     assert index.recall(7) == 1
-    (kept,) = tmp_path.glob("ivf-8-*.faiss")
+    (kept,) = tmp_path.glob("_ivf-8-*.faiss")
     stamp = kept.stat().st_mtime_ns
     few = Index(embeddings, IndexOptions(method="ivf", nlist=8, nprobe=1))
     assert 0.1 < few.recall(7) < 1

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -20,6 +21,7 @@ from overlock.deploy.inputs import ImageLike
 from overlock.deploy.results import Result
 from overlock.deploy.runtime import Precision, autocast_to, not_finite
 from overlock.deploy.stream import ImagePredictor, Loaded
+from overlock.fused.meanwhile import without_waiting
 from overlock.tasks.features import find_backbone
 
 
@@ -105,13 +107,17 @@ class Embedder(ImagePredictor[Embedding]):
         self.digest = digest_of(extractor)
         super().__init__(extractor, bare, device=device, precision=precision)
         self.transform = make_eval_transform(bare.preprocessing)
-        self.dim = self.embed(torch.zeros(1, *bare.preprocessing["input_size"])).shape[1]
-        """Length of a vector."""
 
     @classmethod
     def default(cls, *, device: str | None = None, precision: Precision = "fp32") -> Embedder:
         """The network that comes with the package, trained on CIFAR-10."""
         return cls.from_checkpoint(DEFAULT_FILE, device=device, precision=precision)
+
+    @cached_property
+    def dim(self) -> int:
+        """Length of a vector."""
+        with without_waiting(self.network):
+            return self.embed(torch.zeros(1, *self.record.preprocessing["input_size"])).shape[1]
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is a sequence of str
