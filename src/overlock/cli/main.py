@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from overlock.cli import (
     ablate,
     average,
+    benchmark,
     cam,
     convert,
     demo,
@@ -36,6 +37,7 @@ from overlock.cli import (
     train,
 )
 from overlock.cli import compile as compile_
+from overlock.cli import export as export_
 from overlock.cli.faults import command_of, explain, last_sentence
 from overlock.settings import renew_options
 from overlock.version import __version__
@@ -62,6 +64,8 @@ COMMANDS = {
     "average": average.COMMAND,
     "convert": convert.COMMAND,
     "compile": compile_.COMMAND,
+    "export": export_.COMMAND,
+    "benchmark": benchmark.COMMAND,
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

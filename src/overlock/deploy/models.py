@@ -10,6 +10,8 @@ from torch import nn
 
 from overlock.checkpoints import Record, build, default_classes, default_preprocessing, load_model, load_record
 from overlock.checkpoints.hub import PREFIX
+from overlock.export.runtimes import ExportedNetwork
+from overlock.export.spec import ENDINGS, format_of
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
 """Endings of files of weights."""
@@ -19,14 +21,17 @@ def load_network(source: str | os.PathLike[str], *, model: str | None = None) ->
     """A trained network, in evaluation mode, and its record.
 
     Args:
-        source: a run's folder, a file of weights, 'hf-hub:USER/NAME', or the name of a model of timm's, of which the
-            published weights are fetched.
+        source: a run's folder, a file of weights, 'hf-hub:USER/NAME', the name of a model of timm's, of which the
+            published weights are fetched, or a file of ``overlock export``.
         model: timm's name of the model, for a file that does not say and cannot be recognised.
 
     Raises:
         ValueError: for what is none of these, and a damaged or foreign file.
     """
-    if _is_file(source):
+    if format_of(Path(source)) is not None:
+        exported = ExportedNetwork(source)
+        return exported, exported.spec.record
+    if is_file(source):
         return load_model(source, model=model)
     name = str(source)
     try:
@@ -45,7 +50,7 @@ def load_untrained(source: str | os.PathLike[str], *, model: str | None = None) 
     Raises:
         ValueError: as there, but for weights that cannot be fetched.
     """
-    if _is_file(source):
+    if is_file(source):
         record = load_record(source, model=model)
         return record.make_network().eval(), record
     network = build(str(source))
@@ -65,11 +70,13 @@ def task_of(source: str | os.PathLike[str], *, model: str | None = None) -> str:
     Raises:
         ValueError: as :func:`load_network`, for files.
     """
-    return load_record(source, model=model).task if _is_file(source) else "classify"
+    if format_of(Path(source)) is not None:
+        return ExportedNetwork(source).spec.record.task
+    return load_record(source, model=model).task if is_file(source) else "classify"
 
 
-def _is_file(source: str | os.PathLike[str]) -> bool:
+def is_file(source: str | os.PathLike[str]) -> bool:
     """Whether a word stands for a file of weights, there or not, and not for a model of timm's."""
     name = str(source)
-    named_so = name.startswith(PREFIX) or name.endswith(SUFFIXES) or "/" in name or os.sep in name
+    named_so = name.startswith(PREFIX) or name.endswith((*SUFFIXES, *ENDINGS.values())) or "/" in name or os.sep in name
     return named_so or Path(name).exists()

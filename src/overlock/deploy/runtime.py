@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from overlock.checkpoints import Record
+from overlock.export.runtimes import ExportedNetwork
 from overlock.fused.fuse import fuse
 from overlock.network import VARIANTS
 
@@ -52,6 +53,8 @@ def not_finite(precision: Precision) -> ValueError:
 
 def inference_copy(network: nn.Module, record: Record, device: torch.device) -> nn.Module:
     """An inference copy of a network on a device: moved first and fused there, in the form that is fastest on it."""
+    if isinstance(network, ExportedNetwork):
+        return network
     if any(parameter.device != device for parameter in network.parameters()):
         network = copy.deepcopy(network).to(device)
     if record.head is None and record.model.partition(".")[0] not in VARIANTS:

@@ -1,0 +1,149 @@
+"""ContMix in few, large operations that every runtime has: the form of it that is exported.
+
+The logits of all tokens are one matrix product, with a key for each tap (kernels/torch/contmix.py says why). Where a
+map is hardly larger than the kernel, tokens share few windows: a product for each of them. Elsewhere all tokens of a
+row share the window's rows, and their kernels are laid as a band in a (columns x window) matrix: a product for each
+row. Positions are computed from the size of the map, so that one graph serves maps of any size.
+
+Letters as in kernels/torch/reference.py, and c the value channels of a group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from overlock.kernels.torch.reference import average_regions, window_rows, window_starts
+from overlock.layers import ContMix
+
+Size = tuple[int, int]
+
+
+class PlainContMix(nn.Module):
+    """A folded :class:`overlock.ContMix` by standard operations. Called as it, of the same shapes.
+
+    Args:
+        mix: whose projections are convolutions already (``overlock.fuse(..., kernels=False)``).
+    """
+
+    def __init__(self, mix: ContMix):
+        super().__init__()
+        self.groups, self.region_grid, self.kernel_size = mix.groups, mix.region_grid, mix.kernel_size
+        self.query, self.key, self.value, self.out = mix.query, mix.key, mix.value, mix.out
+        taps = mix.small_taps
+        weight, bias = mix.kernels.weight.detach() * mix.scale, mix.kernels.bias.detach()
+        self.parts = nn.ModuleList()
+        if mix.small_kernel is not None:
+            self.parts.append(_Kernel(mix.small_kernel, weight[:taps], bias[:taps], mix.rpb_small))
+        self.parts.append(_Kernel(mix.kernel_size, weight[taps:], bias[taps:], mix.rpb_large))
+
+    def forward(self, x: Tensor, query: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """Mix ``x`` as :meth:`overlock.ContMix.forward` does."""
+        context = x if context is None else context
+        query = self.query(x if query is None else query)
+        value = self.value(x)
+        height, width = value.shape[2:]
+        size = enlarged(height, width, self.kernel_size)
+        if size is not None:
+            query, value, context = (F.interpolate(y, size=size, mode="bilinear") for y in (query, value, context))
+        key = self.key(average(context, self.region_grid, self.region_grid))
+        key = key.flatten(2).unflatten(1, (self.groups, -1))  # B, G, D, S^2
+        query = query.unflatten(1, (self.groups, -1))
+        value = value.unflatten(1, (len(self.parts), self.groups, -1)).permute(1, 0, 2, 4, 5, 3)
+        mixed = torch.cat(
+            [part(query, key, own).flatten(1, 2) for part, own in zip(self.parts, value.unbind(), strict=True)], dim=1
+        )
+        return self.out(mixed if size is None else average_regions(mixed, height, width))
+
+
+class _Kernel(nn.Module):
+    """The dynamic convolution of one kernel size.
+
+    Args:
+        size: K.
+        weight: (K^2, S^2), with the scale of the affinities.
+        bias: (K^2,).
+        rpb: (G, 2K-1, 2K-1).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    rpb: Tensor
+
+    def __init__(self, size: int, weight: Tensor, bias: Tensor, rpb: Tensor):
+        super().__init__()
+        self.size = size
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("rpb", rpb.detach())
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Query (B, G, D, H, W), key (B, G, D, S^2), value (B, G, H, W, c) -> (B, G, c, H, W)."""
+        tap_keys = torch.matmul(self.weight, key.transpose(2, 3))  # B, G, N, D
+        height, width = value.shape[2:4]
+        windows = (height - self.size + 1, width - self.size + 1)
+        if all(isinstance(side, int) and side in (1, 2) for side in windows):
+            return self._by_windows(query, tap_keys, value, windows)
+        return self._by_rows(query, tap_keys, value)
+
+    def _by_windows(self, query: Tensor, tap_keys: Tensor, value: Tensor, windows: Size) -> Tensor:
+        """All tokens of a block of the map share one window."""
+        (a, b), (height, width) = windows, value.shape[2:4]
+        blocks = query.unflatten(4, (b, -1)).unflatten(3, (a, -1)).permute(0, 1, 3, 5, 4, 6, 2)  # B, G, a, b, h, w, D
+        table = self._biases(height, width)  # G, H, W, N
+        table = table.unflatten(2, (b, -1)).unflatten(1, (a, -1)).permute(0, 1, 3, 2, 4, 5)
+        kernels = self._kernels(blocks.flatten(2, 5), tap_keys, table.flatten(1, 4)).unflatten(2, (a * b, -1))
+        rows, columns = (torch.arange(count)[:, None] + torch.arange(self.size) for count in windows)
+        places = rows[:, None, :, None] * width + columns[None, :, None, :]  # a, b, K, K
+        inside = value.flatten(2, 3).index_select(2, places.flatten()).unflatten(2, (a * b, -1))
+        mixed = torch.matmul(kernels, inside).unflatten(3, (height // a, -1)).unflatten(2, (a, b))
+        return mixed.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+    def _by_rows(self, query: Tensor, tap_keys: Tensor, value: Tensor) -> Tensor:
+        """All tokens of a row share the rows of their windows."""
+        k, (height, width) = self.size, value.shape[2:4]
+        kernels = self._kernels(query.flatten(3).transpose(2, 3), tap_keys, self._biases(height, width).flatten(1, 2))
+        # Of the matrix (columns, K x width) of a row, where each entry is among the row's kernels, if anywhere.
+        column = torch.arange(width, device=value.device)
+        tap = column - window_starts(width, k, value.device)[:, None]  # W, W
+        place = (column[:, None, None] * k + torch.arange(k, device=value.device)[:, None]) * k
+        place = place + tap.clamp(0, k - 1)[:, None, :]  # W, K, W
+        inside = ((tap >= 0) & (tap < k)).to(value.dtype)
+        band = kernels.unflatten(2, (height, width)).flatten(3).index_select(3, place.flatten())
+        band = band.unflatten(3, (width, k, width)) * inside[:, None, :]
+        rows = value.index_select(2, window_rows(height, k, value.device).flatten()).unflatten(2, (height, k))
+        mixed = torch.matmul(band.flatten(4), rows.flatten(3, 4))  # B, G, H, W, c
+        return mixed.permute(0, 1, 4, 2, 3)
+
+    def _kernels(self, query: Tensor, tap_keys: Tensor, biases: Tensor) -> Tensor:
+        """Query (B, G, T, D), a key for each tap (B, G, N, D) and biases (G, T, N) -> kernels (B, G, T, N)."""
+        return (torch.matmul(query, tap_keys.transpose(2, 3)) + biases).softmax(dim=-1)
+
+    def _biases(self, height: int, width: int) -> Tensor:
+        """The biases of all logits, (G, H, W, N)."""
+        k, device = self.size, self.rpb.device
+        rows, columns = (
+            window_rows(side, k, device) - torch.arange(side, device=device)[:, None] + k - 1
+            for side in (height, width)
+        )
+        table = self.rpb.index_select(1, rows.flatten()).index_select(2, columns.flatten())
+        table = table.unflatten(2, (width, k)).unflatten(1, (height, k)).permute(0, 1, 3, 2, 4)
+        return table.flatten(3) + self.bias
+
+
+def average(x: Tensor, height: int, width: int) -> Tensor:
+    """Means over a grid of regions, by the pooling that runtimes have where the regions are alike."""
+    sides = x.shape[2:]
+    if all(isinstance(side, int) and side % parts == 0 for side, parts in zip(sides, (height, width), strict=True)):
+        return F.avg_pool2d(x, (sides[0] // height, sides[1] // width))
+    return average_regions(x, height, width)
+
+
+def enlarged(height: int, width: int, least: int) -> Size | None:
+    """Size of a small map for the mixing, as :func:`overlock.ops.contmix` has it; maps of a free size have room."""
+    if not (isinstance(height, int) and isinstance(width, int)) or min(height, width) >= least:
+        return None
+    if height < width:
+        return least, int(least / height * width)
+    return int(least / width * height), least
