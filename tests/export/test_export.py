@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import images, randomise, relative_error, tiny
@@ -9,8 +11,11 @@ from torch import nn
 
 import overlock
 from overlock.checkpoints import Record
+from overlock.cli import main
+from overlock.deploy.classify import DEFAULT_FILE
 from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.contmix import PlainContMix
+from overlock.export.parity import PHOTO
 from overlock.export.plain import plain_form
 
 PACKAGES = dict(onnx=("onnxscript", "onnxruntime"), openvino=("openvino",), executorch=("executorch",))
@@ -47,7 +52,8 @@ def test_contmix_in_every_form(size):
 
 def test_a_plain_network_has_standard_operators_alone():
     program = torch.export.export(plain_form(randomise(tiny())), (images(1, 3, 224, 224),), strict=False)
-    assert {str(node.target).split(".")[0] for node in program.graph.nodes if node.op == "call_function"} == {"aten"}
+    targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert {target.namespace for target in targets} == {"aten"}
 
 
 @pytest.mark.parametrize("form", ["onnx", "openvino", "torch-export"])
@@ -58,3 +64,72 @@ def test_one_file_for_batches_and_sizes(form, tmp_path):
     assert exported.spec.smallest_image == 193
     with pytest.raises(ValueError, match="from 193 pixels on, got 160"):
         exported(images(1, 3, 160, 200))
+
+
+@pytest.mark.parametrize("form", ["aoti", "executorch"])
+@pytest.mark.slow
+def test_one_size(form, tmp_path):
+    exported, report = export(tmp_path, format=form, task="features")
+    assert {one.output for one in report.agreements} == {0, 1, 2, 3}
+    assert len(exported(images(2, 3, 224, 224))) == 4
+
+
+def test_pixels_and_features_of_one_size(tmp_path):
+    """Images that are smaller than the kernels, in a batch that the file does not have."""
+    network = randomise(tiny())
+    exported, _ = export(tmp_path, network, task="features", image_size=(64, 96), with_preprocessing=True)
+    pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(RECORD.preprocessing[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    expected = network.forward_intermediates((pixels / 255 - mean) / std, intermediates_only=True)
+    for ours, wanted in zip(exported(pixels), expected, strict=True):
+        assert relative_error(ours, wanted.detach()) < 1e-4
+    with pytest.raises(ValueError, match="64 x 96 pixels, got 96 x 64; export it with --dynamic size"):
+        exported(pixels.transpose(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(task="detect"), "--task features exports its backbone"),
+        (dict(task="segment"), "with --task classify or features, not segment"),
+        (dict(format="onnx", precision="bf16"), "--format onnx takes --precision fp32 or int8, not bf16"),
+        (dict(format="executorch", dynamic=("size",)), "leave size out of --dynamic"),
+        (dict(dynamic=("size",), smallest_image=300), "images from 300 pixels on"),
+    ],
+)
+def test_refused_in_a_sentence(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_spec(**settings)
+
+
+def test_a_file_that_differs_is_not_left(tmp_path, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("overlock.export.parity.TOLERANCES", dict(fp32=0.0))
+    with pytest.raises(ValueError, match="differs from PyTorch by"):
+        export(tmp_path, image_size=(64, 64))
+    assert not list(tmp_path.iterdir())
+
+
+def test_foreign_files(tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "foreign.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"foreign.onnx: not a file of overlock export"):
+        ExportedNetwork(tmp_path / "foreign.onnx")
+    with pytest.raises(ValueError, match=r"missing.onnx: no such exported file"):
+        ExportedNetwork(tmp_path / "missing.onnx")
+
+
+def test_commands(tmp_path, capsys):
+    """A file is exported, predicts as its checkpoint does, and is timed beside it."""
+    pytest.importorskip("openvino")
+    file, photo = tmp_path / "model.xml", str(PHOTO)
+    assert main(["export", "default", "--format", "openvino", "--output", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreements"][0]["difference"] < 1e-4
+    shown = []
+    for checkpoint in (str(DEFAULT_FILE), str(file)):
+        assert main(["predict", photo, "--checkpoint", checkpoint, "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out)[0])
+    assert shown[0]["labels"] == shown[1]["labels"]
+    table = tmp_path / "speed.csv"
+    assert main(["benchmark", str(file), str(DEFAULT_FILE), "--rounds", "2", "--save", str(table)]) == 0
+    assert [line.split(",")[1] for line in table.read_text().splitlines()] == ["runtime", "openvino", "pytorch"]

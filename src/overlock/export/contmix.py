@@ -34,7 +34,7 @@ class PlainContMix(nn.Module):
         taps = mix.small_taps
         weight, bias = mix.kernels.weight.detach() * mix.scale, mix.kernels.bias.detach()
         self.parts = nn.ModuleList()
-        if mix.small_kernel is not None:
+        if mix.small_kernel is not None and mix.rpb_small is not None:
             self.parts.append(_Kernel(mix.small_kernel, weight[:taps], bias[:taps], mix.rpb_small))
         self.parts.append(_Kernel(mix.kernel_size, weight[taps:], bias[taps:], mix.rpb_large))
 
