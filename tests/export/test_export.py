@@ -56,6 +56,7 @@ def test_a_plain_network_has_standard_operators_alone():
     assert {target.namespace for target in targets} == {"aten"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "openvino", "torch-export"])
 def test_one_file_for_batches_and_sizes(form, tmp_path):
     exported, report = export(tmp_path, format=form, dynamic=("batch", "size"))
@@ -74,10 +75,13 @@ def test_one_size(form, tmp_path):
     assert len(exported(images(2, 3, 224, 224))) == 4
 
 
-def test_pixels_and_features_of_one_size(tmp_path):
+@pytest.mark.parametrize("form", ["onnx", "openvino", pytest.param("torch-export", marks=pytest.mark.slow)])
+def test_pixels_and_features_of_one_size(form, tmp_path):
     """Images that are smaller than the kernels, in a batch that the file does not have."""
     network = randomise(tiny())
-    exported, _ = export(tmp_path, network, task="features", image_size=(64, 96), with_preprocessing=True)
+    exported, _ = export(
+        tmp_path, network, format=form, task="features", image_size=(64, 96), with_preprocessing=True
+    )  # fmt: skip
     pixels = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     mean, std = (torch.tensor(RECORD.preprocessing[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     expected = network.forward_intermediates((pixels / 255 - mean) / std, intermediates_only=True)

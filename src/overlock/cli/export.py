@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -81,8 +81,9 @@ def run(options: Namespace, console: Console) -> None:
     dynamic = _axes(options.dynamic)
     network, record = load_network(source, model=options.model)
     size = options.image_size or record.preprocessing.get("input_size", (3, 512, 512))[1:]
+    task: Any = options.task or record.task
     spec = Spec(
-        record=record, format=options.format, task=options.task or record.task, image_size=(size[0], size[1]),
+        record=record, format=options.format, task=task, image_size=(size[0], size[1]),
         precision=options.precision, dynamic=dynamic, with_preprocessing=options.with_preprocessing,
     )  # fmt: skip
     _print(export_network(network, spec, path, photos=photos), path, console, as_json=options.json)

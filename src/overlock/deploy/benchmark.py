@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def resident_memory() -> float:
 
 
 def take_turns(
-    contenders: Sequence[Contender], rounds: int, track: Callable[[Iterator[int]], Iterator[int]] = iter
+    contenders: Sequence[Contender], rounds: int, track: Callable[[Iterable[int]], Iterable[int]] = iter
 ) -> list[Timing]:
     """Time all contenders, one batch of each a round.
 
@@ -120,7 +120,7 @@ def take_turns(
     """
     seconds = np.zeros((rounds, len(contenders)))
     with torch.inference_mode():
-        for i in track(iter(range(rounds))):
+        for i in track(range(rounds)):
             for j, one in enumerate(contenders):
                 started = time.perf_counter()
                 one.module(one.images)
