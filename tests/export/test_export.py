@@ -123,9 +123,10 @@ def test_foreign_files(tmp_path):
         ExportedNetwork(tmp_path / "missing.onnx")
 
 
-def test_commands(tmp_path, capsys):
+def test_commands(tmp_path, capsys, monkeypatch):
     """A file is exported, predicts as its checkpoint does, and is timed beside it."""
     pytest.importorskip("openvino")
+    monkeypatch.setenv("OVERLOCK_BACKEND", "torch")  # without compiling kernels
     file, photo = tmp_path / "model.xml", str(PHOTO)
     assert main(["export", "default", "--format", "openvino", "--output", str(file), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreements"][0]["difference"] < 1e-4
