@@ -1,0 +1,1 @@
+"""The parts and the backbones in networks that other packages build: docs/frameworks.md."""
