@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,8 +63,11 @@ class Hub:
     def repo_info(self, name: str):
         return SimpleNamespace(private=False)
 
-    def upload_file(self, *, path_or_fileobj, path_in_repo: str, repo_id: str) -> None:
-        target = self.root / repo_id / path_in_repo
+    def create_branch(self, name: str, *, branch: str, exist_ok: bool) -> None:
+        (self.root / f"{name}@{branch}").mkdir(exist_ok=exist_ok)
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo: str, repo_id: str, revision: str | None) -> None:
+        target = self.root / (repo_id if revision is None else f"{repo_id}@{revision}") / path_in_repo
         if isinstance(path_or_fileobj, bytes):
             target.write_bytes(path_or_fileobj)
         else:
@@ -81,6 +85,46 @@ def test_what_is_pushed_is_loaded_by_timm(folder, tmp_path, monkeypatch):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(x), ours(x))
+
+
+def test_a_revision_is_pushed_to_its_branch(folder, tmp_path, monkeypatch):
+    """Made where need be, a second time too; the card's lines ask for it."""
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub(tmp_path / "hub"))
+    push(folder, "me/colours", revision="v2")
+    there = tmp_path / "hub" / "me"
+    assert not any((there / "colours").iterdir())
+    assert sorted(path.name for path in (there / "colours@v2").iterdir()) == [CARD_FILE, CONFIG_FILE, MODEL_FILE]
+    assert (
+        'timm.create_model("hf-hub:me/colours@v2", pretrained=True)' in (there / "colours@v2" / CARD_FILE).read_text()
+    )
+
+
+MEASURES = {
+    None: {"accuracy": 0.5, "among the best five": 1.0},
+    "mask_rcnn": {"box AP": 0.25, "mask AP": math.nan},
+    "upernet": {"mean IoU": 0.4},
+}
+
+
+@pytest.mark.parametrize("head", MEASURES)
+def test_cards(head, tmp_path):
+    """The hub's own reader finds licence, task and measures; the text has them too, and how to use the weights."""
+    preprocessing = {} if head else PREPROCESSING
+    record = Record(model="overlock_atto", head=head, classes=("a", "b"), preprocessing=preprocessing)
+    write_card(tmp_path / CARD_FILE, record, settings=dict(epochs=3), measures=MEASURES[head], data="a/streets")
+    card = huggingface_hub.ModelCard.load(tmp_path / CARD_FILE)
+    known = {name: share for name, share in MEASURES[head].items() if not math.isnan(share)}
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == {None: "image-classification", "mask_rcnn": "object-detection"}.get(
+        head, "image-segmentation"
+    )
+    assert [(x.metric_name, x.metric_value) for x in card.data.eval_results] == [
+        (f"{name}, %", 100 * share) for name, share in known.items()
+    ]
+    for name, share in MEASURES[head].items():
+        assert f"| {name}, % | {'none' if math.isnan(share) else f'{100 * share:.2f}'} |" in card.text
+    for part in ("## Licence", "```python", "overlock predict IMAGE --checkpoint hf-hub:USER/NAME", "epochs: 3"):
+        assert part in card.text
 
 
 def test_nothing_private_goes_to_a_public_repository(folder, tmp_path, monkeypatch):

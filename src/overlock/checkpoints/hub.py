@@ -36,13 +36,14 @@ def fetch(address: str) -> Path:
         raise ValueError(f"{address}: not to be fetched ({_first_line(error)})") from None
 
 
-def push(folder: str | os.PathLike[str], repository: str, *, private: bool = False) -> str:
+def push(folder: str | os.PathLike[str], repository: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a run's weights and model card, and a classifier's configuration.
 
     Args:
         folder: of a finished run.
         repository: 'USER/NAME'.
         private: make a new repository private.
+        revision: branch to upload to, made where there is none; the main one unless given.
 
     Returns:
         The address.
@@ -61,16 +62,19 @@ def push(folder: str | os.PathLike[str], repository: str, *, private: bool = Fal
     from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError  # noqa: PLC0415
 
     api = HfApi()
-    card = (folder / CARD_FILE).read_text(encoding="utf-8").replace("hf-hub:USER/NAME", f"hf-hub:{repository}")
+    address = f"{PREFIX}{repository}" + (f"@{revision}" if revision else "")
+    card = (folder / CARD_FILE).read_text(encoding="utf-8").replace(f"{PREFIX}USER/NAME", address)
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.repo_info(repository).private:
             raise ValueError(
                 f"{repository}: it is there already, and public; choose another name, or leave --private out"
             )
-        for name in files[:-1]:
-            api.upload_file(path_or_fileobj=str(folder / name), path_in_repo=name, repo_id=repository)
-        api.upload_file(path_or_fileobj=card.encode(), path_in_repo=CARD_FILE, repo_id=repository)
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        for name in files:
+            content = card.encode() if name == CARD_FILE else str(folder / name)
+            api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id=repository, revision=revision)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise ValueError(
             f"{repository}: the hub did not take it ({_first_line(error)}); check the name and run: hf auth login"

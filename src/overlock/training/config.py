@@ -215,6 +215,8 @@ class RunConfig:
     """Of the split, the initial weights, the order and the augmentation."""
     validate_every: int = 1
     """Epochs from one test to the next; the last one is always tested."""
+    logger: Literal["mlflow", "trackio", "wandb"] | None = None
+    """Experiment tracker that gets settings and log too, beside TensorBoard: mlflow, trackio or wandb, if installed."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser and the learning rate."""
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -1,4 +1,5 @@
-"""What a run tells: lines and a bar on the console, log.csv, TensorBoard, curves, and the images it could not read."""
+"""What a run tells: lines and a bar on the console, log.csv, TensorBoard, a tracker, curves, and the images it could
+not read."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from overlock.files import write_atomically
+from overlock.training.config import RunConfig
+from overlock.training.trackers import open_tracker
 
 LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
 BOARD, NOTES = "tensorboard", "notes.txt"
@@ -55,6 +58,7 @@ class RunLog:
         self.epochs, self.main_metric, self.metric_name = epochs, main_metric, metric_name
         self.rows: list[Row] = []
         self.board: Any = None
+        self.tracker: Any = None
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
@@ -62,16 +66,19 @@ class RunLog:
         )  # fmt: skip
         self.bar_task = self.bar.add_task("training")
 
-    def open(self, *, begin: bool) -> None:
-        """Open TensorBoard's file.
+    def open(self, config: RunConfig, *, begin: bool) -> None:
+        """Open TensorBoard's file, and the run in a tracker.
 
         Args:
-            begin: take those of an earlier run away.
+            config: of the run, which the tracker is told.
+            begin: take TensorBoard's files of an earlier run away, and begin a new run in the tracker.
         """
         if self.first:
             if begin:
                 shutil.rmtree(self.folder / BOARD, ignore_errors=True)
             self.board = _make_board(self.folder / BOARD)
+            if config.logger is not None:
+                self.tracker = open_tracker(config.logger, self.folder, config.to_dict(), begin=begin)
 
     def on_step(self, step: int, *, total: int, lr: float, loss: Callable[[], float]) -> None:
         """Move the bar, and give TensorBoard a point now and then.
@@ -85,9 +92,8 @@ class RunLog:
         if not self.bar.disable:
             self.bar.start()
             self.bar.update(self.bar_task, completed=step, total=total)
-        if self.board is not None and step % LOG_EVERY == 0:
-            self.board.add_scalar("step/loss", loss(), step)
-            self.board.add_scalar("step/lr", lr, step)
+        if step % LOG_EVERY == 0 and (self.board is not None or self.tracker is not None):
+            self._add({"step/loss": loss(), "step/lr": lr}, step, board_step=step)
 
     def write(self, *, better: bool) -> None:
         """Write the log with the epoch that was added last, keep the weights if they are better, and print a line."""
@@ -97,15 +103,22 @@ class RunLog:
             return
         row = self.rows[-1]
         write_atomically(self.folder / LOG, to_csv(self.rows))
-        if self.board is not None:
-            for name in known(row).keys() - {"epoch", "step"}:
-                self.board.add_scalar(f"epoch/{name}", row[name], row["epoch"])
-            self.board.flush()
+        points = {f"epoch/{name}": value for name, value in known(row).items() if name not in ("epoch", "step")}
+        self._add(points, row["step"], board_step=row["epoch"])
         tested = f"  test {self.metric_name} {as_percentage(row[self.main_metric])}" if self.main_metric in row else ""
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         self.tell(
             f"epoch {row['epoch']:>3}/{self.epochs}  loss {row['loss']:.3f}{tested}  {row['seconds']:.0f} s{skipped}"
         )
+
+    def _add(self, points: Mapping[str, float], step: int, *, board_step: int) -> None:
+        """Points for TensorBoard, whose epochs count by themselves, and for the tracker, which knows steps alone."""
+        if self.board is not None:
+            for name, value in points.items():
+                self.board.add_scalar(name, value, board_step)
+            self.board.flush()
+        if self.tracker is not None:
+            self.tracker.log_metrics(dict(points), step=step)
 
     def tell(self, line: str) -> None:
         """Print a line, above the bar."""
@@ -113,10 +126,13 @@ class RunLog:
             self.console.print(line, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Take the bar away and close TensorBoard's file."""
+        """Take the bar away, and close TensorBoard's file and the run in the tracker."""
         self.bar.stop()
         if self.board is not None:
             self.board.close()
+        if self.tracker is not None:
+            is_done = bool(self.rows) and self.rows[-1]["epoch"] == self.epochs
+            self.tracker.finalize("success" if is_done else "failed")
 
 
 def _make_board(folder: Path) -> Any:

@@ -29,6 +29,7 @@ from overlock.training.runtime import full_state, gathered, keep_freed_memory, m
 from overlock.training.state import CheckpointStore, differing
 from overlock.training.stop import RunStoppedError, StopRequest
 from overlock.training.sync_bn import synchronise_norms
+from overlock.training.trackers import check_tracker
 from overlock.training.trainer import Trainer
 
 SETTINGS_FILE, CHECKPOINTS, BEST_FILE = "config.yaml", "checkpoints", "best.safetensors"
@@ -37,7 +38,7 @@ JOBS: dict[str, Callable[[Any], Job]] = dict(
 )
 # Settings that may change when a run is resumed: they do not change what is computed, but for rounding. The strategy
 # does not either, but it tells how checkpoints are written.
-CHANGEABLE = ("output", "runtime.", "safety.")
+CHANGEABLE = ("logger", "output", "runtime.", "safety.")
 FIXED = ("runtime.strategy",)
 
 
@@ -74,6 +75,7 @@ def train(
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; give one of them")
+    check_tracker(config.logger)
     folder = Path(config.output)
     with StopRequest() as stop, quiet():
         fabric = make_fabric(config.runtime)
@@ -205,7 +207,7 @@ def begin_run(trainer: Trainer, folder: Path, config: RunConfig, *, notes: tuple
         if notes:
             write_atomically(folder / reports.NOTES, "\n".join(notes) + "\n")
         write_atomically(folder / reports.ENVIRONMENT, reports.describe_environment())
-    trainer.log.open(begin=True)
+    trainer.log.open(config, begin=True)
     trainer.fabric.barrier()
 
 
@@ -238,7 +240,7 @@ def resume_run(trainer: Trainer) -> None:
                 "the data back as they were"
             )
     trainer.load(path)
-    trainer.log.open(begin=False)
+    trainer.log.open(trainer.config, begin=False)
     progress = trainer.progress
     trainer.log.tell(f"going on from epoch {progress.epoch + 1}, step {progress.step} of {trainer.batches.steps}")
 
