@@ -4,7 +4,11 @@ Importing this package registers the rows, as :func:`register` does: so a checkp
 imports it, can be trained further and exported by ``yolo`` as any other.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
+
+if find_spec("ultralytics") is None:
+    raise ImportError("rows of YOLO files need ultralytics: pip install 'overlock[yolo]'")
 
 from overlock.integrations.ultralytics.registration import register
 from overlock.integrations.ultralytics.rows import (
