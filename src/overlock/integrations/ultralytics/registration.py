@@ -78,7 +78,7 @@ def count_gflops(model: nn.Module, image_size: int | Sequence[int] = 640) -> flo
         image_size: side, or height and width.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    network = copy.deepcopy(model).eval().to("meta")
+    network: Any = copy.deepcopy(model).eval().to("meta")
     for module in network.modules():
         if isinstance(module, DilatedRepConv):
             module.reparameterize()

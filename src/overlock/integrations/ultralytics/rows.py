@@ -120,6 +120,9 @@ class OverLoCKBackbone(nn.Module):
         ValueError: for a scale without a backbone.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(
         self,
         c1: int,
