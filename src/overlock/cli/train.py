@@ -96,9 +96,11 @@ def _task_of_file(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of settings taken apart; the table of the model's further arguments is one setting."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        group = isinstance(value, dict) and name != "model_args"
+        flat |= _dotted(value, f"{prefix}{name}.") if group else {f"{prefix}{name}": value}
     return flat
 
 
