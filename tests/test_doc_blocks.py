@@ -55,19 +55,26 @@ def commands(name: str) -> list[str]:
 COMMANDS = sorted({line for name in TEXTS for line in commands(name)})
 
 
-@pytest.fixture
-def desk(tmp_path, monkeypatch) -> Path:
-    """A folder with what the texts name: trained networks and some images."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Networks as if trained, which the texts name."""
     classifier = dict(model_args={"num_classes": 2}, classes=("3", "7"), preprocessing=PREPROCESSING)
     few = dict(hidden_channels=16)
     detector = dict(
         head="faster_rcnn", classes=("a", "b"), model_args=few | dict(min_size=64, max_size=64, proposals=9)
     )
     segmenter = dict(head="upernet", classes=("a", "b"), model_args=few, preprocessing=dict(scale=(64, 64)))
-    runs: dict[str, dict[str, Any]] = dict(photos=classifier, cells=detector, streets=segmenter)
-    for name, settings in runs.items():
+    folder = tmp_path_factory.mktemp("trained")
+    kinds: dict[str, dict[str, Any]] = dict(photos=classifier, cells=detector, streets=segmenter)
+    for name, settings in kinds.items():
         record = Record(model="overlock_atto", **settings)
-        save_model(tmp_path / "runs" / name / MODEL_FILE, randomise(record.make_network()).state_dict(), record)
+        save_model(folder / name / MODEL_FILE, randomise(record.make_network()).state_dict(), record)
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Path:
+    """A folder with the package's examples and some images."""
     (tmp_path / "new_photos").mkdir()
     for name in ("new_photos/1.jpg", "cells.jpg", "street.jpg"):
         make_image("red", 0, 64).save(tmp_path / name)
@@ -86,7 +93,8 @@ def run_blocks(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PYTHON)
-def test_python_runs(name, desk):
+def test_python_runs(name, desk, runs):
+    (desk / "runs").symlink_to(runs)
     assert run_blocks(name)
 
 
