@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import randomise
 from object_files import write_yolo
 from pictures import make_classes, make_image
 from PIL import Image
 from scenes import make_scene, write_scenes
 
+from overlock.checkpoints import MODEL_FILE, Record, save_model
 from overlock.cli import main
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "tutorial.md").read_text()
@@ -47,6 +49,15 @@ def leaves(desk: Path) -> None:
     make_scene(11)[0].save(desk / "new_leaves" / "1.jpg")
 
 
+def a_trained_classifier(desk: Path) -> None:
+    photos(desk)
+    sizes = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
+    record = Record(
+        model="overlock_atto", model_args={"num_classes": 3}, classes=("cat", "dog", "green"), preprocessing=sizes
+    )
+    save_model(desk / "runs" / "photos" / MODEL_FILE, randomise(record.make_network()).state_dict(), record)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chapter", "lay_out", "left"),
@@ -54,15 +65,16 @@ def leaves(desk: Path) -> None:
         ("A classifier of your folders", photos, ["new_photos.csv", "new_photos.png", "report"]),
         ("A detector from YOLO data", cells, ["found/objects.json"]),
         ("A segmenter from binary masks", leaves, ["masks"]),
+        ("An int8 file", a_trained_classifier, ["photos_int8.onnx", "int8.csv"]),
     ],
 )
 def test_walk(chapter, lay_out, left, tmp_path, monkeypatch, capsys):
-    for module in ("lightning", "pycocotools", "transformers"):
+    for module in ("lightning", "pycocotools", "transformers", "onnxruntime"):
         pytest.importorskip(module)
     lay_out(tmp_path)
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^overlock .+$", CHAPTERS[chapter], flags=re.MULTILINE)
-    assert len(lines) >= 4
+    assert len(lines) >= 3
     for line in lines:
         words = shlex.split(line)[1:]
         if "--pretrained" in words:  # downloads weights
