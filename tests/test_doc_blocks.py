@@ -23,6 +23,15 @@ PREPROCESSING = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, in
 PYTHON = ("README.md", "ablations.md", "classify.md", "detect.md", "segment.md", "start.md")
 """Texts whose blocks of Python run here, each text in one program; python.md and predict.md are looked at closer."""
 
+ELSEWHERE = {
+    "architecture.md": "a CUDA graph needs a GPU: benchmarks/captured.py captures one",
+    "detection_segmentation.md": "tests/network/test_output_stride.py trains that network",
+    "embeddings.md": "tests/embeddings/test_docs_embeddings.py",
+    "export.md": "tests/export makes the same calls",
+    "frameworks.md": "tests/integrations",
+}
+"""What runs the blocks of Python of other texts, or why nothing does."""
+
 CHEAP = (
     "overlock predict examples/photos/cat.jpg",
     "overlock summary overlock_t --image_size 512 512",
@@ -113,6 +122,11 @@ def test_python_gives_what_it_says(desk, default_file):
     assert names["result"].labels[0] in load_classifier(default_file)[1].classes
     assert [len(result.labels) for result in names["results"]] == [3, 3]
     assert len(names["names"]) == len(list((ROOT / "examples" / "photos").glob("*.jpg")))
+
+
+def test_no_python_is_forgotten():
+    with_python = {name for name in TEXTS if blocks(name, "python")}
+    assert with_python == {*PYTHON, "python.md", "predict.md", *ELSEWHERE}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
