@@ -19,8 +19,14 @@ from overlock.demo.uploads import Photo
 from overlock.demo.visit import MIDDLE, OWN, UNIFORM, ZEROS, Point, Seen, Swapped, View
 
 SHOWN, SMALL = 640, 168  # long sides of pictures in pixels
-LAYERS = dict(overview="Overview-Net", stage3="Focus-Net, stage 3", stage4="Focus-Net, stage 4")
-KEEP_LINK = "(query) => { if (query) history.replaceState(null, '', query); return query; }"
+MAPS = dict(
+    overview=("Overview first", "What a glance finds of the first class.", "Overview-Net"),
+    stage3=("Look closely next", "The same, guided by that glance.", "Focus-Net, stage 3"),
+    stage4=("And closer still", "The same, before the answer is given.", "Focus-Net, stage 4"),
+)
+"""Heading, sentence and name of each layer's map."""
+KEEP_LINK = "(query) => { history.replaceState(null, '', query || location.pathname); return query; }"
+"""The address of the page becomes a link to the view; a visitor's own photo has none."""
 NO_BESIDE = (
     "Another network's map can stand here: start the page with `--beside convnext_tiny.fb_in1k`, whose weights timm "
     "fetches once, or with a file of weights."
@@ -57,9 +63,8 @@ class LookTab:
                 self.upload = make_upload("Or drop a photo of your own")
             with gr.Column():
                 self.photo = _picture("Photo: click anywhere", "the photo, with a cross at the chosen point", "photo")
-                with gr.Row():
-                    self.across = gr.Slider(0, 100, 50, step=1, label="Point: % from the left", elem_id="across")
-                    self.down = gr.Slider(0, 100, 50, step=1, label="Point: % from the top", elem_id="down")
+                self.across = gr.Slider(0, 100, 50, step=1, label="Point, % from the left", elem_id="across")
+                self.down = gr.Slider(0, 100, 50, step=1, label="Point, % from the top", elem_id="down")
             with gr.Column():
                 self.classes = gr.Label(label=f"Classes by {self.network.name}", elem_id="classes")
                 self.note = gr.Markdown(elem_id="note")
@@ -67,23 +72,20 @@ class LookTab:
     def _lay_out_maps(self) -> None:
         self.maps = {}
         with gr.Row():
-            with gr.Column():
-                gr.Markdown("## Overview first\nWhat Overview-Net takes in at a glance, for the first class.")
-                self.maps["overview"] = _picture(LAYERS["overview"], "map of Overview-Net over the photo", "overview")
-            with gr.Column(scale=2):
-                gr.Markdown("## Look closely next\nWhere Focus-Net, guided by that, finds the same class.")
-                with gr.Row():
-                    for layer in ("stage3", "stage4"):
-                        if layer in self.network.layers:
-                            self.maps[layer] = _picture(LAYERS[layer], f"map of {LAYERS[layer]}, over the photo", layer)
-            with gr.Column():
+            for layer, (heading, told, label) in MAPS.items():
+                if layer in self.network.layers:
+                    with gr.Column(min_width=200):
+                        gr.Markdown(f"## {heading}\n{told}")
+                        self.maps[layer] = _picture(label, f"map of {label} over the photo", layer)
+            with gr.Column(min_width=200):
+                gr.Markdown("## Another network")
                 beside = self.stock.beside
-                gr.Markdown("## Another network\n" + ("Its last stage, for its own first class." if beside else ""))
                 if beside is None:
                     gr.Markdown(NO_BESIDE)
-                else:
-                    self.beside = _picture(beside.name, f"map of {beside.name} over the photo", "beside")
-                    self.beside_classes = gr.Label(label=f"Classes by {beside.name}", elem_id="beside_classes")
+                    return
+                gr.Markdown("What it finds of its own first class.")
+                self.beside = _picture(beside.name, f"map of {beside.name} over the photo", "beside")
+                self.beside_classes = gr.Label(label=f"Classes by {beside.name}", elem_id="beside_classes")
 
     def _lay_out_kernels(self) -> None:
         gr.Markdown(
@@ -117,59 +119,69 @@ class LookTab:
         """Answer the events of the page."""
         compute: dict[str, Any] = dict(concurrency_id=QUEUE, concurrency_limit=1, api_visibility="private")
         at_once: dict[str, Any] = dict(concurrency_limit=4, api_visibility="private", show_progress="hidden")
+        link: dict[str, Any] = dict(fn=None, inputs=self.query, outputs=self.query, js=KEEP_LINK)
+        place = [self.point, self.block]
         drawn = [self.photo, self.affinities, self.kernels, self.across, self.down, self.query]
         drawing: dict[str, Any] = dict(
-            fn=self.draw, inputs=[self.seen, self.swapped, self.point, self.block], outputs=drawn, **at_once
-        )
-        link: dict[str, Any] = dict(fn=None, inputs=self.query, outputs=self.query, js=KEEP_LINK)
+            fn=self.draw, inputs=[self.seen, self.swapped, *place], outputs=drawn, **at_once
+        )  # fmt: skip
         swapping: dict[str, Any] = dict(
             fn=self.swap, inputs=[self.seen, self.prior, self.other],
             outputs=[self.swapped, self.new_classes, self.changes], **compute,
         )  # fmt: skip
-        looked = [self.seen, self.classes, self.note]
+        looked = [self.seen, self.classes, self.note, *drawn]
         beside = [] if self.stock.beside is None else [self.beside, self.beside_classes]
-        firsts = [self.gallery.select(self.look_at_chosen, None, looked, **compute)]
-        firsts.append(self.upload.upload(self.look_at_upload, self.upload, looked, **(compute | dict(api_name="look"))))
+        sent = self.upload.upload(
+            self.look_at_upload, [self.upload, *place], looked, **(compute | dict(api_name="look", api_visibility="public"))
+        )  # fmt: skip
+        firsts = [sent, self.gallery.select(self.look_at_chosen, place, looked, **compute)]
         if self.stock.photos:
-            firsts.append(page.load(self.restore, None, [*looked, self.point, self.block, self.prior], **compute))
+            firsts.append(page.load(self.restore, None, [*looked, *place, self.prior], **compute))
         for first in firsts:
-            first.success(**drawing).success(**link)
+            first.success(**link)
             first.success(self.draw_maps, self.seen, [*self.maps.values(), *beside], **compute)
-            first.success(**swapping).success(**drawing)
+            first.success(**swapping).success(**drawing).success(**link)
         for picture in (self.photo, *self.maps.values()):
-            picture.select(self.point_at, self.seen, self.point, **at_once).success(**drawing).success(**link)
+            picture.select(
+                self.point_at, [self.seen, self.swapped, self.block], [self.point, *drawn], **at_once
+            ).success(**link)  # fmt: skip
         for slider in (self.across, self.down):
-            moved = slider.input(
-                _as_point, [self.across, self.down], self.point, trigger_mode="always_last", **at_once
-            )  # fmt: skip
-            moved.success(**drawing).success(**link)
+            slider.input(
+                self.move_to, [self.seen, self.swapped, self.across, self.down, self.block], [self.point, *drawn],
+                trigger_mode="always_last", **at_once,
+            ).success(**link)  # fmt: skip
         self.block.input(**drawing).success(**link)
         self.prior.input(**swapping).success(**drawing).success(**link)
-        self.prior_upload.upload(
+        sent_prior = self.prior_upload.upload(
             self.add_prior, self.prior_upload, [self.other, self.prior], **compute
-        ).success(**swapping).success(**drawing)  # fmt: skip
+        )  # fmt: skip
+        sent_prior.success(**swapping).success(**drawing)
+        for event, upload in ((sent, self.upload), (sent_prior, self.prior_upload)):
+            event.then(_empty, None, upload, **at_once)  # for the next file, whatever came of this one
 
-    def look_at_chosen(self, event: gr.SelectData) -> tuple[Seen, dict[str, float], str]:
+    def look_at_chosen(self, point: Point, block: int, event: gr.SelectData) -> tuple[Any, ...]:
         """One of the page's photos."""
         with told():
             name = list(self.stock.photos)[event.index]
-            return self._look(self.stock.read_chosen(name), name)
+            return self._look(self.stock.read_chosen(name), name, point, block)
 
-    def look_at_upload(self, path: str) -> tuple[Seen, dict[str, float], str]:
+    def look_at_upload(self, path: str, point: Point, block: int) -> tuple[Any, ...]:
         """A photo that a visitor sent."""
         with told():
-            return self._look(self.stock.read(path), None)
+            return self._look(self.stock.read(path), None, point, block)
 
-    def restore(self, request: gr.Request) -> tuple[Seen, dict[str, float], str, Point, str, str]:
+    def restore(self, request: gr.Request) -> tuple[Any, ...]:
         """The view of the page's address."""
         with told():
             view = View.of_query(request.query_params, self.stock.photos)
-            looked = self._look(self.stock.read_chosen(view.photo), view.photo)
-            return *looked, view.point, self.blocks[min(view.block, len(self.blocks) - 1)], view.prior
+            block = min(view.block, len(self.blocks) - 1)
+            looked = self._look(self.stock.read_chosen(view.photo), view.photo, view.point, block)
+            return *looked, view.point, self.blocks[block], view.prior
 
-    def _look(self, photo: Photo, chosen: str | None) -> tuple[Seen, dict[str, float], str]:
+    def _look(self, photo: Photo, chosen: str | None, point: Point, block: int) -> tuple[Any, ...]:
         look = self.network.look(photo.image)
-        return Seen(photo=photo, look=look, chosen=chosen), dict(look.classes), photo.note
+        seen = Seen(photo=photo, look=look, chosen=chosen)
+        return seen, dict(look.classes), photo.note, *self.draw(seen, None, point, block)
 
     def draw_maps(self, seen: Seen) -> Iterator[dict[Any, Any]]:
         """The activation maps, one after the other as they come."""
@@ -185,20 +197,25 @@ class LookTab:
                 cam = next(beside.maps(seen.photo.image, [_last_layer(beside)], look.label))
                 yield {self.beside: overlay(image, cam, strength=0.55)}
 
-    def point_at(self, seen: Seen | None, event: gr.SelectData) -> Point:
-        """Where a picture was clicked."""
-        if seen is None:
-            raise gr.Error("choose a photo, or send one, before you click into it", print_exception=False)
+    def point_at(self, seen: Seen | None, swapped: Swapped | None, block: int, event: gr.SelectData) -> tuple[Any, ...]:
+        """The point where a picture was clicked."""
+        seen = _there(seen)
         size = fit(seen.photo.image, SHOWN).size
         x, y = (min(max(place / side, 0.0), 1.0) for place, side in zip(event.index, size, strict=True))
-        return x, y
+        return (x, y), *self.draw(seen, swapped, (x, y), block)
+
+    def move_to(
+        self, seen: Seen | None, swapped: Swapped | None, across: float, down: float, block: int
+    ) -> tuple[Any, ...]:
+        """A point in percent of the photo's width and height."""
+        point = across / 100, down / 100
+        return point, *self.draw(_there(seen), swapped, point, block)
 
     def draw(
         self, seen: Seen | None, swapped: Swapped | None, point: Point, block: int
     ) -> tuple[Image.Image, str, str, int, int, str]:
         """What the point's kernels are; from what is known already, so that a click is answered at once."""
-        if seen is None:
-            raise gr.Error("choose a photo, or send one", print_exception=False)
+        seen = _there(seen)
         image = seen.photo.image
         place = (point[0] * image.width, point[1] * image.height)
         canvas = Canvas(image, place, side=SMALL)
@@ -255,8 +272,14 @@ class LookTab:
         return photo, gr.Dropdown(choices=self._priors(photo.name), value=photo.name)
 
 
-def _as_point(across: float, down: float) -> Point:
-    return across / 100, down / 100
+def _there(seen: Seen | None) -> Seen:
+    if seen is None:
+        raise gr.Error("choose a photo first, or send one", print_exception=False)
+    return seen
+
+
+def _empty() -> None:
+    """The value of a place for files without one."""
 
 
 def _last_layer(network: Network) -> str:

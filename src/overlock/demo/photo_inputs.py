@@ -20,4 +20,4 @@ def make_gallery(photos: Mapping[str, Path], *, name: str = "photos") -> gr.Gall
 
 def make_upload(label: str, *, name: str = "upload") -> gr.File:
     """A place to drop a file; the file itself is kept as it was sent, so that its bounds are checked first."""
-    return gr.File(label=label, file_types=list(IMAGE_SUFFIXES), type="filepath", height=120, elem_id=name)
+    return gr.File(label=label, file_types=list(IMAGE_SUFFIXES), type="filepath", height=150, elem_id=name)

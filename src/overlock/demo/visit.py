@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode
@@ -63,7 +64,9 @@ class View:
 
 
 def _share(percent: str) -> float:
+    """A number of percent, 50 for what is none."""
     try:
-        return min(max(float(percent) / 100, 0.0), 1.0)
+        share = float(percent) / 100
     except ValueError:
         return 0.5
+    return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.5

@@ -1,0 +1,221 @@
+"""The page of ``overlock demo``, in the distribution's Chromium and by its interface for programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from pictures import make_image
+from PIL import Image
+
+gradio = pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("pytorch_grad_cam")
+
+from helpers import randomise  # noqa: E402
+
+from overlock.checkpoints import Record, save_model  # noqa: E402
+from overlock.demo.network import Network  # noqa: E402
+from overlock.demo.page import make_page, serve  # noqa: E402
+from overlock.demo.stock import Stock  # noqa: E402
+from overlock.demo.uploads import find_photos  # noqa: E402
+from overlock.deploy.classify import DEFAULT_FILE  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
+SLOW = 60_000  # milliseconds that a busy machine may take
+
+
+@pytest.fixture(scope="module")
+def other_network(tmp_path_factory):
+    """The file of a small model of timm's with weights drawn at random."""
+    record = Record(
+        model="test_resnet", model_args=dict(num_classes=3), classes=("blue", "green", "red"),
+        preprocessing=dict(input_size=(3, 64, 64), crop_pct=1.0),
+    )  # fmt: skip
+    file = tmp_path_factory.mktemp("other") / "other.safetensors"
+    save_model(file, randomise(record.make_network()).state_dict(), record)
+    return file
+
+
+@pytest.fixture(scope="module")
+def stock(other_network):
+    return Stock(
+        network=Network(str(DEFAULT_FILE)), beside=Network(str(other_network)), photos=find_photos(None),
+        max_pixels=50_000_000,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address(stock):
+    page = make_page(stock)
+    yield serve(page, host="127.0.0.1", port=0, max_megabytes=20, wait=False).rstrip("/")
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # Tests run as root in containers, where Chromium's own sandbox cannot start.
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens the page for a visitor of its own; nobody may have asked another server for anything."""
+    contexts, asked = [], []
+
+    def open_page(query: str = "", **settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(SLOW)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}/{query}")
+        page.wait_for_selector("#kernels img")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+def first_class(page) -> str:
+    return page.locator("#classes [data-testid=label-output-value]").inner_text()
+
+
+def pictures(page, where: str) -> list[str]:
+    return page.locator(f"{where} img").evaluate_all("all => all.map(one => one.src)")
+
+
+def wait_for_change(page, where: str, before: list[str]) -> list[str]:
+    page.wait_for_function(
+        "([where, before]) => { const one = document.querySelector(where + ' img'); return one && one.src !== before }",
+        arg=[where, before[0]],
+    )
+    return pictures(page, where)
+
+
+@needs_chromium
+def test_photo_point_and_prior(visit, tmp_path):
+    page = visit()
+    shutil.copy(find_photos(None)["dog.jpg"], tmp_path / "mine.jpg")
+    before = pictures(page, "#kernels")
+    page.set_input_files("#upload input[type=file]", tmp_path / "mine.jpg")
+    before = wait_for_change(page, "#kernels", before)
+    assert first_class(page) == "dog"
+    for where in ("#overview", "#stage3", "#stage4", "#beside"):
+        page.wait_for_selector(f"{where} img")
+
+    page.locator("#photo img").click(position=dict(x=20, y=20))
+    after = wait_for_change(page, "#kernels", before)
+    assert len(after) == len(before) > 1
+    page.locator("#block label").nth(3).click()
+    wait_for_change(page, "#kernels", after)
+
+    page.locator("#prior input").click()
+    page.get_by_role("option", name="zeros: no prior at all").click()
+    page.wait_for_selector("#changes table")
+    page.wait_for_function("document.querySelectorAll('#kernels section').length === 2")
+    moved = [float(cell) for cell in page.locator("#changes td.number").all_inner_texts()]
+    assert len(moved) == 2 * len(stock_blocks(page))
+    assert max(moved) > 0
+
+
+def stock_blocks(page) -> list[str]:
+    return page.locator("#block label").all_inner_texts()
+
+
+@needs_chromium
+def test_link_restores_a_view(visit):
+    page = visit("?photo=owl.jpg&x=25&y=75&block=2&prior=cat.jpg")
+    page.wait_for_selector("#changes table")
+    assert page.locator("#across input[type=number]").input_value() == "25"
+    assert page.locator("#down input[type=number]").input_value() == "75"
+    assert page.locator("#prior input").input_value() == "cat.jpg"
+    assert "block 2" in page.locator("#kernels h3").first.inner_text()
+    page.wait_for_function("location.search.includes('prior=cat.jpg')")
+    strange = visit("?photo=none.jpg&x=nan&y=&block=999&prior=1")
+    assert strange.locator("#block input").nth(-1).is_checked()
+
+
+@needs_chromium
+def test_bad_files_get_sentences(visit, tmp_path):
+    page = visit()
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "large.png")
+    (tmp_path / "notes.jpg").write_text("no photo at all")
+    make_image("red", 0, size=64).crop((0, 0, 64, 2)).save(tmp_path / "strip.png")
+    for name, told in (
+        ("large.png", "10000 x 10000 pixels, more than the 50 million"),
+        ("notes.jpg", "notes.jpg is no image"),
+        ("strip.png", "a strip of 64 x 2 pixels"),
+    ):
+        page.set_input_files("#upload input[type=file]", tmp_path / name)
+        page.get_by_text(told).first.wait_for()
+    frames = [make_image(colour, 0) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    page.set_input_files("#upload input[type=file]", tmp_path / "moving.gif")
+    page.get_by_text("moving.gif is an animation; this is its first frame").wait_for()
+
+
+@needs_chromium
+def test_visitors_see_their_own(visit):
+    one, two = visit("?photo=cat.jpg"), visit("?photo=dog.jpg")
+    assert (first_class(one), first_class(two)) == ("cat", "dog")
+    before = pictures(one, "#affinities"), pictures(two, "#affinities")
+    one.locator("#photo img").click(position=dict(x=20, y=20))
+    wait_for_change(one, "#affinities", before[0])
+    assert pictures(two, "#affinities") == before[1]
+    assert "photo=cat.jpg" in one.url
+    again = visit("?photo=dog.jpg")
+    assert pictures(again, "#affinities") == before[1]
+
+
+@needs_chromium
+def test_comparison(visit, stock):
+    page = visit()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare").click()
+    page.wait_for_selector("#comparison table")
+    assert page.locator("#comparison tbody tr").count() == len(stock.photos)
+    assert f"of {len(stock.photos)} photos" in page.locator("#comparison h3").inner_text()
+
+
+def ask(address: str, file) -> dict[str, float]:
+    """The classes of a photo, as a program asks for them."""
+    with httpx.Client(base_url=f"{address}/gradio_api", timeout=120) as client:
+        (path,) = client.post("/upload", files={"files": (file.name, file.read_bytes())}).json()
+        data = [dict(path=path, orig_name=file.name, meta=dict(_type="gradio.FileData")), "stage 3, block 1"]
+        event = client.post("/call/look", json=dict(data=data)).json()["event_id"]
+        answer = client.get(f"/call/look/{event}").text
+    found = json.loads(re.search(r"event: complete\ndata: (.*)", answer)[1])
+    label = next(one for one in found if isinstance(one, dict) and "confidences" in one)
+    return {one["label"]: one["confidence"] for one in label["confidences"]}
+
+
+def test_twenty_at_once_get_their_own(address, stock, tmp_path):
+    files = []
+    for i in range(20):
+        files.append(tmp_path / f"{i}.png")
+        make_image(("red", "green", "blue")[i % 3], i).rotate(18 * i).save(files[-1])
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda file: ask(address, file), files))
+    expected = [dict(stock.network.look(stock.read(file).image).classes) for file in files]
+    assert [list(one) for one in answers] == [list(one) for one in expected]
+    for answer, own in zip(answers, expected, strict=True):
+        assert answer == pytest.approx(own, abs=1e-4)
+    assert len({tuple(one.values()) for one in expected}) == 20
+
+
+def test_nothing_from_elsewhere(address):
+    answer = httpx.get(address)
+    assert not re.findall(r"<(?:script|link|img|meta|iframe)[^>]*https?://(?!127\.0\.0\.1)", answer.text)
+    assert "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "google" not in answer.text
