@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -53,8 +54,14 @@ def stock(other_network):
 @pytest.fixture(scope="module")
 def address(stock):
     page = make_page(stock)
-    yield serve(page, host="127.0.0.1", port=0, max_megabytes=20, wait=False).rstrip("/")
+    yield serve(page, host="127.0.0.1", port=free_port(), max_megabytes=20).rstrip("/")
     page.close()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -64,8 +64,9 @@ def run(options: Namespace, console: Console) -> None:
         max_pixels=options.max_pixels,
     )
     page = make_page(stock)
-    console.print(f"http://{options.host}:{options.port}; end it with Ctrl-C")
-    serve(page, host=options.host, port=options.port, max_megabytes=options.max_megabytes)
+    address = serve(page, host=options.host, port=options.port, max_megabytes=options.max_megabytes)
+    console.print(f"the page is at {address} until Ctrl-C")
+    page.block_thread()
 
 
 COMMAND = Command("Open a page to look at photos through a network, in the browser.", add_options, run)

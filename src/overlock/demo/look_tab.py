@@ -131,9 +131,8 @@ class LookTab:
         )  # fmt: skip
         looked = [self.seen, self.classes, self.note, *drawn]
         beside = [] if self.stock.beside is None else [self.beside, self.beside_classes]
-        sent = self.upload.upload(
-            self.look_at_upload, [self.upload, *place], looked, **(compute | dict(api_name="look", api_visibility="public"))
-        )  # fmt: skip
+        public = compute | dict(api_name="look", api_visibility="public")
+        sent = self.upload.upload(self.look_at_upload, [self.upload, *place], looked, **public)
         firsts = [sent, self.gallery.select(self.look_at_chosen, place, looked, **compute)]
         if self.stock.photos:
             firsts.append(page.load(self.restore, None, [*looked, *place, self.prior], **compute))

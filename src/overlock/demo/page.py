@@ -44,15 +44,14 @@ def make_page(stock: Stock) -> gr.Blocks:
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
-def serve(page: gr.Blocks, *, host: str, port: int, max_megabytes: int, wait: bool = True) -> str:
-    """Serve a page until it is ended, or go on at once.
+def serve(page: gr.Blocks, *, host: str, port: int, max_megabytes: int) -> str:
+    """Serve a page, beside what this process does further; :meth:`gradio.Blocks.block_thread` waits for Ctrl-C.
 
     Args:
         page: of :func:`make_page`.
         host: address to listen at; 127.0.0.1 for this machine alone.
         port: of it.
         max_megabytes: of an upload.
-        wait: until Ctrl-C.
 
     Returns:
         Its address.
@@ -63,7 +62,7 @@ def serve(page: gr.Blocks, *, host: str, port: int, max_megabytes: int, wait: bo
     style = Path(__file__).with_name("style.css")
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=not wait, ssr_mode=False,
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
             max_file_size=f"{max_megabytes}mb", theme=make_theme(), css=style.read_text(), footer_links=[],
             enable_monitoring=False, run_history=False, state_session_capacity=64, show_error=False,
             app_kwargs=dict(middleware=[Middleware(Guard)]),
