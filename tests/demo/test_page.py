@@ -222,7 +222,7 @@ def test_twenty_at_once_get_their_own(address, stock, tmp_path):
 
 
 def test_nothing_from_elsewhere(address):
-    answer = httpx.get(address)
+    answer = httpx.get(address, timeout=120)
     assert not re.findall(r"<(?:script|link|img|meta|iframe)[^>]*https?://(?!127\.0\.0\.1)", answer.text)
     assert "default-src 'self'" in answer.headers["content-security-policy"]
     assert "google" not in answer.text

@@ -155,8 +155,8 @@ class LookTab:
             self.add_prior, self.prior_upload, [self.other, self.prior], **compute
         )  # fmt: skip
         sent_prior.success(**swapping).success(**drawing)
-        for event, upload in ((sent, self.upload), (sent_prior, self.prior_upload)):
-            event.then(_empty, None, upload, **at_once)  # for the next file, whatever came of this one
+        for upload in (self.upload, self.prior_upload):
+            upload.upload(_empty, None, upload, **at_once)  # ready for the next file, whatever comes of this one
 
     def look_at_chosen(self, point: Point, block: int, event: gr.SelectData) -> tuple[Any, ...]:
         """One of the page's photos."""

@@ -74,4 +74,5 @@ def serve(page: gr.Blocks, *, host: str, port: int, max_megabytes: int) -> str:
 
 def make_theme() -> Any:
     """Gradio's plain one, in fonts that every machine has."""
-    return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=("monospace",))
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=("monospace",))
+    return theme.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
