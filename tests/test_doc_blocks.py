@@ -41,6 +41,7 @@ CHEAP = (
 NOT_RUN = {
     r"train digits|predict runs/digits": "continuous integration runs them: .ci/run",
     r"train|ablate|average": "trains, or needs what was trained; tests/training and tests/test_tutorial.py do so",
+    r"overlock demo": "serves until Ctrl-C; tests/demo/test_page.py opens the page",
     r"--checkpoint overlock_t$": "downloads weights",
     r"summary": "counts many or large networks; tests/analysis does so",
     r"cam": "needs an extra; tests/analysis/test_activation_maps.py draws such maps",

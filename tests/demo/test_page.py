@@ -132,14 +132,11 @@ def test_photo_point_and_prior(visit, tmp_path):
     page.wait_for_selector("#changes table")
     page.wait_for_function("document.querySelectorAll('#kernels section').length === 2")
     moved = [float(cell) for cell in page.locator("#changes td.number").all_inner_texts()]
-    assert len(moved) == 2 * len(stock_blocks(page))
+    assert len(moved) == 2 * page.locator("#block label").count()
     assert max(moved) > 0
 
 
-def stock_blocks(page) -> list[str]:
-    return page.locator("#block label").all_inner_texts()
-
-
+@pytest.mark.slow
 @needs_chromium
 def test_link_restores_a_view(visit):
     page = visit("?photo=owl.jpg&x=25&y=75&block=2&prior=cat.jpg")
@@ -153,6 +150,7 @@ def test_link_restores_a_view(visit):
     assert strange.locator("#block input").nth(-1).is_checked()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_bad_files_get_sentences(visit, tmp_path):
     page = visit()
@@ -172,6 +170,7 @@ def test_bad_files_get_sentences(visit, tmp_path):
     page.get_by_text("moving.gif is an animation; this is its first frame").wait_for()
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_visitors_see_their_own(visit):
     one, two = visit("?photo=cat.jpg"), visit("?photo=dog.jpg")
@@ -185,6 +184,7 @@ def test_visitors_see_their_own(visit):
     assert pictures(again, "#affinities") == before[1]
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_comparison(visit, stock):
     page = visit()
@@ -207,6 +207,7 @@ def ask(address: str, file) -> dict[str, float]:
     return {one["label"]: one["confidence"] for one in label["confidences"]}
 
 
+@pytest.mark.slow
 def test_twenty_at_once_get_their_own(address, stock, tmp_path):
     files = []
     for i in range(20):
