@@ -14,7 +14,7 @@ from overlock.checkpoints import Record
 from overlock.cli import main
 from overlock.deploy.classify import DEFAULT_FILE
 from overlock.export import ExportedNetwork, Spec, export_network
-from overlock.export.contmix import PlainContMix
+from overlock.export.contmix import Places, PlainContMix
 from overlock.export.parity import PHOTO
 from overlock.export.plain import plain_form
 
@@ -47,7 +47,7 @@ def test_contmix_in_every_form(size):
     """By windows, by rows, and on enlarged maps."""
     mix = overlock.fuse(randomise(overlock.ContMix(8, groups=2, kernel_size=7)), kernels=False)
     x = images(2, 8, *size)
-    assert relative_error(PlainContMix(mix)(x), mix(x)) < 1e-5
+    assert relative_error(PlainContMix(mix, Places())(x), mix(x)) < 1e-5
 
 
 def test_a_plain_network_has_standard_operators_alone():
@@ -123,6 +123,14 @@ def test_foreign_files(tmp_path):
         ExportedNetwork(tmp_path / "missing.onnx")
 
 
+def test_wrong_commands(capsys):
+    assert main(["export", "default", "--format", "onnx", "--dynamic", "batch,depth"]) == 2
+    assert "--dynamic must be batch, size or batch,size, got 'depth'" in " ".join(capsys.readouterr().err.split())
+    assert main(["benchmark", "default", "--rounds", "0"]) == 2
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_commands(tmp_path, capsys, monkeypatch):
     """A file is exported, predicts as its checkpoint does, and is timed beside it."""
     pytest.importorskip("openvino")

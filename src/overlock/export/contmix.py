@@ -10,6 +10,8 @@ Letters as in kernels/torch/reference.py, and c the value channels of a group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,14 +22,57 @@ from overlock.layers import ContMix
 Size = tuple[int, int]
 
 
+class Places:
+    """Positions that depend on the sizes of map and kernel alone: computed once in a graph, for all blocks."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
+
+    def forget(self) -> None:
+        """Before another graph, which cannot take the tensors of this one."""
+        self._known.clear()
+
+    def _once(self, *key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        name = tuple(map(str, key))  # a free size is an expression, which prints alike in all blocks
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+    def of_biases(self, height: int, width: int, k: int) -> tuple[Tensor, ...]:
+        """Rows (H K) and columns (W K) of a relative position bias that the taps of all tokens read."""
+
+        def axis(side: int) -> Tensor:
+            return (window_rows(side, k) - torch.arange(side)[:, None] + k - 1).flatten()
+
+        return self._once("biases", height, width, k, make=lambda: (axis(height), axis(width)))
+
+    def of_bands(self, height: int, width: int, k: int) -> tuple[Tensor, ...]:
+        """Of the matrix (columns, K x width) of a row: where in the row's kernels each entry is, if anywhere.
+
+        Returns:
+            Places (W K W) among the W K^2 numbers of a row's kernels, whether an entry is one of them (W, 1, W) as
+            1 or 0, and the rows (H K) of all windows.
+        """
+
+        def make() -> tuple[Tensor, ...]:
+            tap = torch.arange(width) - window_starts(width, k)[:, None]  # W, W
+            place = (torch.arange(width)[:, None, None] * k + torch.arange(k)[:, None]) * k
+            place = place + tap.clamp(0, k - 1)[:, None, :]  # W, K, W
+            inside = ((tap >= 0) & (tap < k)).to(torch.float32)
+            return place.flatten(), inside[:, None, :], window_rows(height, k).flatten()
+
+        return self._once("bands", height, width, k, make=make)
+
+
 class PlainContMix(nn.Module):
     """A folded :class:`overlock.ContMix` by standard operations. Called as it, of the same shapes.
 
     Args:
         mix: whose projections are convolutions already (``overlock.fuse(..., kernels=False)``).
+        places: shared by all of a network.
     """
 
-    def __init__(self, mix: ContMix):
+    def __init__(self, mix: ContMix, places: Places):
         super().__init__()
         self.groups, self.region_grid, self.kernel_size = mix.groups, mix.region_grid, mix.kernel_size
         self.query, self.key, self.value, self.out = mix.query, mix.key, mix.value, mix.out
@@ -35,8 +80,8 @@ class PlainContMix(nn.Module):
         weight, bias = mix.kernels.weight.detach() * mix.scale, mix.kernels.bias.detach()
         self.parts = nn.ModuleList()
         if mix.small_kernel is not None and mix.rpb_small is not None:
-            self.parts.append(_Kernel(mix.small_kernel, weight[:taps], bias[:taps], mix.rpb_small))
-        self.parts.append(_Kernel(mix.kernel_size, weight[taps:], bias[taps:], mix.rpb_large))
+            self.parts.append(_Kernel(mix.small_kernel, weight[:taps], bias[:taps], mix.rpb_small, places))
+        self.parts.append(_Kernel(mix.kernel_size, weight[taps:], bias[taps:], mix.rpb_large, places))
 
     def forward(self, x: Tensor, query: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """Mix ``x`` as :meth:`overlock.ContMix.forward` does."""
@@ -65,15 +110,16 @@ class _Kernel(nn.Module):
         weight: (K^2, S^2), with the scale of the affinities.
         bias: (K^2,).
         rpb: (G, 2K-1, 2K-1).
+        places: shared by all of a network.
     """
 
     weight: Tensor
     bias: Tensor
     rpb: Tensor
 
-    def __init__(self, size: int, weight: Tensor, bias: Tensor, rpb: Tensor):
+    def __init__(self, size: int, weight: Tensor, bias: Tensor, rpb: Tensor, places: Places):
         super().__init__()
-        self.size = size
+        self.size, self.places = size, places
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.register_buffer("rpb", rpb.detach())
@@ -104,15 +150,10 @@ class _Kernel(nn.Module):
         """All tokens of a row share the rows of their windows."""
         k, (height, width) = self.size, value.shape[2:4]
         kernels = self._kernels(query.flatten(3).transpose(2, 3), tap_keys, self._biases(height, width).flatten(1, 2))
-        # Of the matrix (columns, K x width) of a row, where each entry is among the row's kernels, if anywhere.
-        column = torch.arange(width, device=value.device)
-        tap = column - window_starts(width, k, value.device)[:, None]  # W, W
-        place = (column[:, None, None] * k + torch.arange(k, device=value.device)[:, None]) * k
-        place = place + tap.clamp(0, k - 1)[:, None, :]  # W, K, W
-        inside = ((tap >= 0) & (tap < k)).to(value.dtype)
-        band = kernels.unflatten(2, (height, width)).flatten(3).index_select(3, place.flatten())
-        band = band.unflatten(3, (width, k, width)) * inside[:, None, :]
-        rows = value.index_select(2, window_rows(height, k, value.device).flatten()).unflatten(2, (height, k))
+        place, inside, window = self.places.of_bands(height, width, k)
+        band = kernels.unflatten(2, (height, width)).flatten(3).index_select(3, place)
+        band = band.unflatten(3, (width, k, width)) * inside
+        rows = value.index_select(2, window).unflatten(2, (height, k))
         mixed = torch.matmul(band.flatten(4), rows.flatten(3, 4))  # B, G, H, W, c
         return mixed.permute(0, 1, 4, 2, 3)
 
@@ -122,12 +163,9 @@ class _Kernel(nn.Module):
 
     def _biases(self, height: int, width: int) -> Tensor:
         """The biases of all logits, (G, H, W, N)."""
-        k, device = self.size, self.rpb.device
-        rows, columns = (
-            window_rows(side, k, device) - torch.arange(side, device=device)[:, None] + k - 1
-            for side in (height, width)
-        )
-        table = self.rpb.index_select(1, rows.flatten()).index_select(2, columns.flatten())
+        k = self.size
+        rows, columns = self.places.of_biases(height, width, k)
+        table = self.rpb.index_select(1, rows).index_select(2, columns)
         table = table.unflatten(2, (width, k)).unflatten(1, (height, k)).permute(0, 1, 3, 2, 4)
         return table.flatten(3) + self.bias
 

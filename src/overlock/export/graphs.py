@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.checkpoints import Record
-from overlock.export.contmix import PlainContMix
+from overlock.export.contmix import Places, PlainContMix
 from overlock.export.plain import plain_form
 from overlock.export.spec import Spec, Task
 
@@ -57,8 +57,11 @@ def normalisation(record: Record) -> tuple[tuple[float, ...], tuple[float, ...]]
 
 def make_entry(network: nn.Module, spec: Spec) -> Entry:
     """The module that is traced."""
-    plain = plain_form(network)
-    return Entry(plain, spec.record, spec.task, with_preprocessing=spec.with_preprocessing).eval()
+    places = Places()
+    plain = plain_form(network, places)
+    entry = Entry(plain, spec.record, spec.task, with_preprocessing=spec.with_preprocessing).eval()
+    entry.register_forward_pre_hook(lambda *_: places.forget())
+    return entry
 
 
 def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:

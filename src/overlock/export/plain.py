@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from overlock.export.contmix import PlainContMix
+from overlock.export.contmix import Places, PlainContMix
 from overlock.fused.fuse import fuse
 from overlock.layers import ContMix, GlobalResponseNorm
 
@@ -32,17 +32,21 @@ class PlainResponseNorm(nn.Module):
         return y + self.bias if self.has_bias else y
 
 
-def plain_form(network: nn.Module) -> nn.Module:
-    """A copy of a network for export, in evaluation mode: norms and branches folded, no operators of our own."""
-    copied = fuse(network, kernels=False)
-    return _replace(copied)
+def plain_form(network: nn.Module, places: Places | None = None) -> nn.Module:
+    """A copy of a network for export, in evaluation mode: norms and branches folded, no operators of our own.
+
+    Args:
+        network: of which the copy is made.
+        places: to forget before each graph but the first.
+    """
+    return _replace(fuse(network, kernels=False), places or Places())
 
 
-def _replace(module: nn.Module) -> nn.Module:
+def _replace(module: nn.Module, places: Places) -> nn.Module:
     for name, part in module.named_children():
-        setattr(module, name, _replace(part))
+        setattr(module, name, _replace(part, places))
     if type(module) is ContMix:
-        return PlainContMix(module).eval()
+        return PlainContMix(module, places).eval()
     if type(module) is GlobalResponseNorm:
         return PlainResponseNorm(module).eval()
     return module
