@@ -19,8 +19,13 @@ from overlock.cli import main
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "tutorial.md").read_text()
 CHAPTERS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, flags=re.DOTALL | re.MULTILINE))
-SHORT = ("--epochs", "1", "--batch_size", "2", "--runtime.workers", "0")
-"""What trainings are given besides, so that they take seconds."""
+SHORT = "--epochs 1 --batch_size 2 --runtime.workers 0 --model overlock_atto".split()
+"""What trainings are given besides, so that they take seconds; and of each task the size of its images."""
+SIZES = {
+    "small": ["--image_size", "64"],
+    "small_detect": ["--min_size", "64", "--max_size", "64"],
+    "small_segment": ["--scale", "[64,64]", "--crop", "64"],
+}
 
 
 def photos(desk: Path) -> None:
@@ -59,6 +64,7 @@ def a_trained_classifier(desk: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("chapter", "lay_out", "left"),
     [
@@ -79,6 +85,8 @@ def test_walk(chapter, lay_out, left, tmp_path, monkeypatch, capsys):
         words = shlex.split(line)[1:]
         if "--pretrained" in words:  # downloads weights
             continue
-        code = main([*words, *(SHORT if words[0] == "train" else ())])
+        words += [*SHORT, *SIZES[words[1]]] if words[0] == "train" else []
+        words += ["--workers", "0"] if words[0] == "evaluate" else []
+        code = main(words)
         assert code == 0, f"{line}: {capsys.readouterr().err}"
     assert all((tmp_path / "runs" / name).exists() for name in left)
