@@ -19,7 +19,7 @@ from overlock.cli import main
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "tutorial.md").read_text()
 CHAPTERS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, flags=re.DOTALL | re.MULTILINE))
-SHORT = "--epochs 1 --batch_size 2 --runtime.workers 0 --model overlock_atto".split()
+SHORT = ["--epochs", "1", "--batch_size", "2", "--runtime.workers", "0", "--model", "overlock_atto"]
 """What trainings are given besides, so that they take seconds; and of each task the size of its images."""
 SIZES = {
     "small": ["--image_size", "64"],
