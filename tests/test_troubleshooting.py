@@ -57,3 +57,10 @@ def test_small_images():
     with pytest.raises(ValueError, match="at least 32 x 32 pixels, got 31 x 40"):
         ordinary(torch.zeros(1, 3, 31, 40))
     network.load_state_dict(ordinary.state_dict())  # weights of one stride load into the other
+
+
+def test_extras():
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = ", table, flags=re.MULTILINE)) - {"checks", "dev"}
+    rows = TEXT.partition("| extra | for |")[2]
+    assert set(re.findall(r"`(\w+)`", rows)) == extras
