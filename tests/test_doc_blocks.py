@@ -40,6 +40,7 @@ CHEAP = (
 """Commands that run here, on what comes with the package."""
 NOT_RUN = {
     r"train digits|predict runs/digits": "continuous integration runs them: .ci/run",
+    r"overlock (embed|search|duplicates|probe)": "tests/embeddings/test_docs_embeddings.py runs them",
     r"train|ablate|average": "trains, or needs what was trained; tests/training and tests/test_tutorial.py do so",
     r"overlock demo": "serves until Ctrl-C; tests/demo/test_page.py opens the page",
     r"--checkpoint overlock_t$": "downloads weights",
