@@ -82,7 +82,10 @@ def open_tracker(name: str, folder: Path, settings: Mapping[str, Any], *, begin:
 
 
 def _open_mlflow(folder: Path, run: str | None) -> tuple[Logger, str | None]:
-    logger = MLFlowLogger(experiment_name=PROJECT, run_name=folder.name, run_id=run)
+    import mlflow  # noqa: PLC0415
+
+    place = mlflow.get_tracking_uri()  # Lightning's own default, a folder, is refused by MLflow 3.17
+    logger = MLFlowLogger(experiment_name=PROJECT, run_name=folder.name, tracking_uri=place, run_id=run)
     return logger, logger.run_id
 
 
