@@ -10,15 +10,16 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 RUN := runs/quickstart
-ORDINARY := -n 2 -m "not slow and not gpu"
+# Each process keeps to the files next to one another, whose fixtures they share, until it has none left.
+ORDINARY := -n 2 --dist worksteal -m "not slow and not gpu"
 
-.PHONY: quickstart test test-oldest lint docs clean
+.PHONY: quickstart test test-oldest lint kernels docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/overlock predict examples/photos --top 3 --save $(RUN)/predictions.png --overwrite
 	@echo "the picture of these predictions: $(RUN)/predictions.png"
 
-test: lint
+test: lint kernels
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(ORDINARY)
 
 lint: $(VENV)/.installed-dev
@@ -30,6 +31,10 @@ lint: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "the first page: site/index.html"
+
+# Once, and with make -j2 beside the linters, in place of once in each of pytest's processes.
+kernels: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/overlock compile
 
 test-oldest: $(OLDEST)/.installed-dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(ORDINARY)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 from unittest.mock import patch
 
 import timm
@@ -49,6 +50,14 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 TINY = Variant(
     dims=(8, 12, 16, 24), base_depths=(1, 1, 1), overview_depth=1, focus_depths=(2, 1), groups=(2, 3),
     kernel_sizes=(7, 5, 9, 7), head_width=16,
+)  # fmt: skip
+
+
+# Arguments of timm.create_model, for a network whose parts are each there once: most of what a graph or a checkpoint
+# takes is by the tensor, not by its size.
+FEWEST: dict[str, Any] = dict(
+    dims=[8, 8, 16, 16], base_depths=[1, 1, 1], overview_depth=1, focus_depths=[1, 1], groups=[1, 1],
+    kernel_sizes=[7, 7, 7, 7], head_width=16,
 )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def test_dense_models_on_other_backbones(tmp_path):
     write(model, tmp_path / "x.pth")
     network, record = load_model(tmp_path / "x.pth", model="test_convnext")
     assert (record.head, record.model) == ("upernet", "test_convnext")
-    assert all(torch.equal(x, model.state_dict()[name]) for name, x in network.state_dict().items())
+    expected = model.state_dict()
+    assert all(torch.equal(x, expected[name]) for name, x in network.state_dict().items())
     with pytest.raises(ValueError, match=r"not the weights of a upernet on OverLoCK; name another backbone .* --model"):
         load_model(tmp_path / "x.pth")
 

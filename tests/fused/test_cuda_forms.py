@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
+from itertools import product
 from unittest.mock import Mock, patch
 
 import pytest
@@ -42,6 +44,15 @@ on_devices = pytest.mark.parametrize(
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+def on_devices_in_types(argument: str, names: Iterable[str], in_16_bits: tuple[str, ...]) -> pytest.MarkDecorator:
+    """All names in all types on a GPU; in the interpreter, which is slow, only some in 16 bits, whose code is alike."""
+    pairs = list(product(names, TOLERANCE))
+    some = [(name, dtype) for name, dtype in pairs if dtype == torch.float32 or name in in_16_bits]
+    cases = [pytest.param(*pair, "cpu", marks=interpreted) for pair in some]
+    cases += [pytest.param(*pair, "cuda", marks=GPU) for pair in pairs]
+    return pytest.mark.parametrize((argument, "dtype", "device"), cases)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process with the interpreter")
 def test_in_the_interpreter():
     pytest.importorskip("triton")
@@ -62,11 +73,10 @@ SHAPES = {
     "one row": (1, 16, 1, 9),
     "contiguous": (1, 24, 5, 6),
 }
+on_shapes = on_devices_in_types("name", SHAPES, in_16_bits=("narrow", "one position"))
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", SHAPES)
+@on_shapes
 def test_filter_and_scale(name, dtype, device):
     """Both results in each type, at the borders of tiles, and the same bits again."""
     shape = SHAPES[name]
@@ -97,9 +107,7 @@ CHOICES = {
 }
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("choice", CHOICES)
+@on_devices_in_types("choice", CHOICES, in_16_bits=("gated, with a scaled residual",))
 def test_scaled_pointwise(choice, dtype, device):
     """Every factor and term, with several tiles of rows, outputs and channels, and maps that are part of another."""
     wanted = CHOICES[choice]
@@ -131,9 +139,7 @@ def _layer_norm(x, weight, bias, eps):
     return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", SHAPES)
+@on_shapes
 def test_local_convolutions(name, dtype, device):
     """With the norm after it, whose mean is far from zero, and with GELU."""
     shape = SHAPES[name]
@@ -150,9 +156,7 @@ def test_local_convolutions(name, dtype, device):
         assert (a - b).abs().max() <= TOLERANCE[dtype] * b.abs().max()
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", SHAPES)
+@on_shapes
 def test_scales_of_channels(name, dtype, device):
     """Squeeze-excite, whose hidden channels are no multiple of a step, and the response norm; the same bits again."""
     shape = SHAPES[name]

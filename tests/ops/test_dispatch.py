@@ -38,11 +38,16 @@ dtypes = pytest.mark.parametrize("dtype", TOLERANCE)
 HALF = "part_of_channels_last"
 CALLS = {
     "the stage at 224": dict(height=14, width=14, kernel_size=13, depth=16, channels=16, grid=7, groups=1),
+    "four windows": dict(height=6, width=6, kernel_size=5, depth=8, channels=8, groups=1),
     "one window": dict(height=7, width=7, kernel_size=7, depth=8, channels=16, grid=7, layout=HALF),
-    "rectangular map": dict(height=5, width=9, kernel_size=5, depth=16, channels=8, grid=3, layout="channels_last"),
-    "odd widths": dict(height=4, width=5, depth=6, channels=5, grid=3, batch=2, layout=HALF),
-    "narrower than the kernel": dict(height=9, width=5, kernel_size=7, depth=4, channels=4, groups=1),
-    "lower than the kernel": dict(height=3, width=17, kernel_size=5, depth=4, channels=12, layout="every_second"),
+    "rectangular map": dict(
+        height=5, width=9, kernel_size=5, depth=16, channels=8, grid=3, groups=1, layout="channels_last"
+    ),
+    "odd widths": dict(height=4, width=5, depth=6, channels=5, grid=3, batch=2, groups=1, layout=HALF),
+    "narrower than the kernel": dict(height=7, width=3, kernel_size=5, depth=4, channels=4, groups=1),
+    "lower than the kernel": dict(
+        height=3, width=17, kernel_size=5, depth=4, channels=12, groups=1, layout="every_second"
+    ),
     "smaller than the kernel": dict(height=4, width=6, kernel_size=13, depth=24, channels=24, grid=7, groups=1),
     "one row": dict(height=1, width=20, kernel_size=7, depth=4, channels=4),
     "one column": dict(height=8, width=1, kernel_size=13, depth=8, channels=4, groups=1),
@@ -54,13 +59,14 @@ CALLS = {
     "heads of 24 and 32": dict(height=4, width=5, depth=24, channels=32, batch=2, groups=1, layout="part_of_channels"),
     "one map for all": dict(height=4, width=5, depth=8, channels=8, grid=3, batch=2, layout="expanded"),
     "no biases": dict(height=6, width=7, kernel_size=5, depth=8, channels=8, groups=1, bias=False, rpb=False),
-    "bias alone": dict(height=6, width=5, depth=8, channels=8, rpb=False, layout="channels_last"),
+    "bias alone": dict(height=6, width=5, depth=8, channels=8, groups=1, rpb=False, layout="channels_last"),
     "position bias alone": dict(height=6, width=7, kernel_size=5, depth=8, channels=8, groups=1, bias=False),
     "more than a tile": dict(height=4, width=40, depth=4, channels=4, groups=1),
     "weights in float32": dict(height=5, width=6, depth=8, channels=8, grid=3, weight_dtype=torch.float32),
 }
 # The 16-bit types differ in the products alone, and the interpreter is slow, as is the compilation for a GPU.
 SOME = ("one window", "lower than the kernel", "wide heads", "weights in float32")
+SLOWEST = "the stage at 224"  # four windows on more tokens
 LARGE = {
     "detection": dict(height=50, width=80, kernel_size=13, depth=16, channels=16, grid=7, groups=8, layout=HALF),
     "segmentation": dict(height=32, width=128, kernel_size=13, depth=16, channels=16, grid=7, batch=2),
@@ -156,7 +162,8 @@ def test_named_calls(name, device, dtype):
     if refused(name, dtype):
         return
     some = device == "cuda" or (INTERPRETED and dtype != "float32")
-    assert not failures(name, {key: CALLS[key] for key in SOME} if some else CALLS, dtype, device)
+    keys = SOME if some else [key for key in CALLS if not (INTERPRETED and key == SLOWEST)]
+    assert not failures(name, {key: CALLS[key] for key in keys}, dtype, device)
 
 
 @pytest.mark.gpu

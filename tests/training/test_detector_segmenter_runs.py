@@ -57,7 +57,7 @@ def scenes(tmp_path_factory):
 def trained(request, scenes, tmp_path_factory):
     """A task, and the folder of a run and what it printed."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    return request.param, folder, run(settings(request.param, scenes, folder))
+    return request.param, folder, run(settings(request.param, scenes, folder), curves=True)
 
 
 def test_folder_of_a_run(trained, scenes):
@@ -376,8 +376,8 @@ def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_half_precision(task, precision, scenes, tmp_path):
-    config = settings(task, scenes, tmp_path / "run", epochs=1, runtime=dict(SMALL["runtime"], precision=precision))
-    run(config)
+    runtime = dict(SMALL["runtime"], precision=precision)
+    run(settings(task, scenes, tmp_path / "run", epochs=1, epoch_steps=1, runtime=runtime))
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert math.isfinite(float(rows[0]["loss"]))
     if precision == "bf16":

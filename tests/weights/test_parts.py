@@ -76,7 +76,8 @@ def test_prefixes(prefix, official, given, fresh, tmp_path):
     state = to_official(source.state_dict()) if official else source.state_dict()
     torch.save({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.pth")
     overlock.load_weights(model, tmp_path / "x.pth")
-    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in model.state_dict().items())
+    expected = source.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_what_is_kept_and_left_out_is_logged(given, tmp_path, caplog):

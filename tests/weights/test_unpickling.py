@@ -62,8 +62,9 @@ def test_timm_checkpoints_tell_the_network_and_prefer_the_average(network, tmp_p
         assert record.preprocessing == dict(
             input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=0.9
         )
+        found = loaded.state_dict()
         for key, tensor in average.module.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], tensor), key
+            assert torch.equal(found[key], tensor), key
 
 
 @pytest.mark.parametrize(("noted", "channels"), [("test_convnext.r160_in1k", 3), ("test_resnet", 1)])

@@ -230,16 +230,23 @@ class Unreadable:
             )
 
 
+def _version_of(name: str) -> str | None:
+    """Of an installed distribution; None where there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def describe_environment() -> str:
     """Versions and hardware, as JSON."""
     names = ("overlock", "torch", "torchvision", "timm", "lightning", "numpy", "pillow")
-    installed = {dist.metadata["Name"].lower() for dist in metadata.distributions() if dist.metadata["Name"]}
     return json.dumps(
         dict(
             command=sys.argv,
             python=sys.version.split()[0],
             system=platform.platform(),
-            versions={name: metadata.version(name) for name in names if name in installed},
+            versions={name: version for name in names if (version := _version_of(name))},
             cpus=os.cpu_count(),
             threads=torch.get_num_threads(),
             cuda=torch.version.cuda,
