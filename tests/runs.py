@@ -31,12 +31,12 @@ def make_images(folder: Path, count: int = 8) -> Path:
 
 
 def settings(data: Path, output: Path, **changes: Any) -> TrainConfig:
-    """Two epochs of all that is random; groups of settings are given as dicts."""
+    """Two epochs of all that is random; groups of settings are given as dicts. A model that is named is whole."""
     base: dict[str, Any] = dict(
         data=str(data),
         output=str(output),
         model="overlock_atto",
-        model_args=FEWEST,
+        model_args={} if "model" in changes else FEWEST,
         image_size=32,
         epochs=2,
         batch_size=4,

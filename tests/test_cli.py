@@ -437,7 +437,14 @@ def test_summary_at_another_size_than_the_papers(capsys):
     assert "paper" not in out.partition("mixing:")[0]
 
 
-@pytest.mark.parametrize(("task", "table"), [("mask_rcnn", 3), ("cascade_mask_rcnn", 4), ("upernet", 5)])
+@pytest.mark.parametrize(
+    ("task", "table"),
+    [
+        ("mask_rcnn", 3),
+        pytest.param("cascade_mask_rcnn", 4, marks=pytest.mark.slow),
+        pytest.param("upernet", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_summary_of_dense_models(capsys, task, table):
     """Beside the paper's figures at its size."""
     out = succeeds(capsys, "summary", "overlock_t", "--task", task)

@@ -100,8 +100,16 @@ def test_refuses_what_is_unknown_or_too_small():
         count_cost("overlock_atto", image_size=(16, 64))
 
 
-@pytest.mark.parametrize("name", ["overlock_t", pytest.param("overlock_s", marks=pytest.mark.slow), "overlock_b"])
-@pytest.mark.parametrize("task", DENSE_TASKS)
+LARGER = [(name, task) for name in ("overlock_s", "overlock_b") for task in DENSE_TASKS]
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        *(("overlock_t", task) for task in DENSE_TASKS),
+        *(pytest.param(*pair, marks=() if pair == ("overlock_b", "upernet") else pytest.mark.slow) for pair in LARGER),
+    ],
+)
 def test_agrees_with_tables_3_to_5(name, task):
     total = count_dense_cost(name, task)[-1]
     macs, params = DENSE_TASKS[task].paper[name]

@@ -136,8 +136,8 @@ def test_half_precision_with_a_large_rate_stays_finite(data, tmp_path, monkeypat
 def test_half_precision_for_500_steps(tmp_path, precision):
     make_images(tmp_path / "data")
     config = settings(
-        tmp_path / "data", tmp_path / "run", epochs=125, validate_every=125, runtime=dict(precision=precision),
-        optim=dict(lr=5e-3, warmup_epochs=0), safety=dict(steps=None),
+        tmp_path / "data", tmp_path / "run", model="overlock_atto", epochs=125, validate_every=125,
+        runtime=dict(precision=precision), optim=dict(lr=5e-3, warmup_epochs=0), safety=dict(steps=None),
     )  # fmt: skip
     run(config)
     state = final_state(tmp_path / "run")
@@ -204,7 +204,7 @@ def test_a_file_size_limit(data, tmp_path):
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
@@ -219,7 +219,7 @@ def write_command(config: TrainConfig, folder: Path) -> list[str]:
 
 
 ON_A_SMALL_DISK = """
-mount -t tmpfs -o size=30m none "$DISK" || exit 77
+mount -t tmpfs -o size=3500k none "$DISK" || exit 77
 "$@"; echo "ended with $?"
 ls -A "$DISK/run/checkpoints"
 mount -o remount,size=100m "$DISK" && "$@" --resume && cp -r "$DISK/run" "$COPY"
@@ -227,7 +227,7 @@ mount -o remount,size=100m "$DISK" && "$@" --resume && cp -r "$DISK/run" "$COPY"
 
 
 def test_a_full_disk_for_real(data, whole, tmp_path):
-    """A file system of 30 MB has room for two checkpoints, not for the third; given more, the run goes on."""
+    """A file system of 3.5 MB has room for two checkpoints, not for the third; given more, the run goes on."""
     (tmp_path / "disk").mkdir()
     command = write_command(settings(data, tmp_path / "disk" / "run"), tmp_path)
     places = dict(DISK=str(tmp_path / "disk"), COPY=str(tmp_path / "copy"))

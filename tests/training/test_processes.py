@@ -23,6 +23,7 @@ def losses(folder: Path) -> list[float]:
 
 
 TWENTY_STEPS = dict(
+    model="overlock_atto",
     epochs=5,
     batch_size=8,
     image_size=64,

@@ -38,7 +38,7 @@ PLAIN = dict(
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     make_classes(folder / "data", 20)
-    config = settings(folder / "data", folder / "run", epochs=8, **PLAIN)
+    config = settings(folder / "data", folder / "run", model="overlock_atto", epochs=8, **PLAIN)
     return config, train(config)
 
 
@@ -107,7 +107,7 @@ def test_fine_tunes_from_a_run_with_other_classes(trained, tmp_path):
     _, result = trained
     make_classes(tmp_path / "data", 4, colours=("red", "green"))
     config = settings(
-        tmp_path / "data", tmp_path / "run", epochs=1, weights=str(result.folder), image_size=64,
+        tmp_path / "data", tmp_path / "run", model="overlock_atto", epochs=1, weights=str(result.folder), image_size=64,
         freeze=["base_net"], optim=dict(layer_decay=0.5, lr=1e-2),
     )  # fmt: skip
     train(config)
@@ -129,7 +129,10 @@ def test_weights_of_the_hub(trained, tmp_path, monkeypatch):
         huggingface_hub, "hf_hub_download", lambda *args: asked.append(args) or str(result.folder / args[1])
     )
     make_classes(tmp_path / "data", 4)
-    config = settings(tmp_path / "data", tmp_path / "run", epochs=1, weights="hf-hub:me/colours", freeze=["base_net"])
+    config = settings(
+        tmp_path / "data", tmp_path / "run", model="overlock_atto", epochs=1, weights="hf-hub:me/colours",
+        freeze=["base_net"],
+    )  # fmt: skip
     train(config)
     assert asked == [("me/colours", "model.safetensors")]
     name = "base_net.stages.0.blocks.0.ffn.expand.weight"
