@@ -9,7 +9,7 @@ import warnings
 import pytest
 import timm
 import torch
-from helpers import FEWEST, images, randomise, relative_error, tiny
+from helpers import images, randomise, relative_error, tiny
 from timm.utils.onnx import onnx_export
 from torch import nn
 
@@ -55,7 +55,7 @@ def assert_same(file, module: nn.Module, *sizes: tuple[int, ...]) -> None:
 @exporters
 def test_as_timm_exports(dynamo, tmp_path):
     """timm's function, its model and its size of images; the batch stays free."""
-    model = randomise(timm.create_model("overlock_atto", exportable=True, num_classes=10, **FEWEST))
+    model = randomise(timm.create_model("overlock_atto", exportable=True, num_classes=10))
     with quietly():
         onnx_export(
             model, str(tmp_path / "model.onnx"), batch_size=2, check_forward=True, use_dynamo=dynamo
@@ -80,7 +80,7 @@ FORMS = {
     "fused": lambda: overlock.fuse(randomise(tiny())),
     "fused without kernels": lambda: overlock.fuse(randomise(tiny()), kernels=False),
     "output stride 16": lambda: randomise(tiny(output_stride=16)),
-    "features": lambda: randomise(timm.create_model("overlock_atto", features_only=True, out_indices=(1, 2), **FEWEST)),
+    "features": lambda: randomise(timm.create_model("overlock_atto", features_only=True, out_indices=(1, 2))),
 }
 
 
