@@ -53,8 +53,7 @@ TINY = Variant(
 )  # fmt: skip
 
 
-# Arguments of timm.create_model, for a network whose parts are each there once: most of what a graph or a checkpoint
-# takes is by the tensor, not by its size.
+# Arguments of timm.create_model, for a network whose parts are each there once: a checkpoint takes time by the tensor.
 FEWEST: dict[str, Any] = dict(
     dims=[8, 8, 16, 16], base_depths=[1, 1, 1], overview_depth=1, focus_depths=[1, 1], groups=[1, 1],
     kernel_sizes=[7, 7, 7, 7], head_width=16,
