@@ -376,8 +376,8 @@ def test_labels_out_of_range_are_told_and_counted(scenes, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_half_precision(task, precision, scenes, tmp_path):
-    runtime = dict(SMALL["runtime"], precision=precision)
-    run(settings(task, scenes, tmp_path / "run", epochs=1, epoch_steps=1, runtime=runtime))
+    config = settings(task, scenes, tmp_path / "run", epochs=1, runtime=dict(SMALL["runtime"], precision=precision))
+    run(config)
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert math.isfinite(float(rows[0]["loss"]))
     if precision == "bf16":
