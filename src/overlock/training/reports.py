@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from overlock.files import write_atomically
 from overlock.training.config import RunConfig
-from overlock.training.trackers import open_tracker
+from overlock.training.trackers import close_tracker, open_tracker
 
 LOG, CURVES, UNREADABLE, ENVIRONMENT = "log.csv", "curves.png", "unreadable.txt", "environment.json"
 BOARD, NOTES = "tensorboard", "notes.txt"
@@ -132,7 +132,7 @@ class RunLog:
             self.board.close()
         if self.tracker is not None:
             is_done = bool(self.rows) and self.rows[-1]["epoch"] == self.epochs
-            self.tracker.finalize("success" if is_done else "failed")
+            close_tracker(self.tracker, is_done=is_done)
 
 
 def _make_board(folder: Path) -> Any:

@@ -81,6 +81,16 @@ def open_tracker(name: str, folder: Path, settings: Mapping[str, Any], *, begin:
     return logger
 
 
+def close_tracker(logger: Logger, *, is_done: bool) -> None:
+    """End the run there, as complete or as one to go on with.
+
+    Weights & Biases would otherwise take the next run of the process for this one.
+    """
+    logger.finalize("success" if is_done else "failed")
+    if isinstance(logger, WandbLogger):
+        logger.experiment.finish(exit_code=int(not is_done))
+
+
 def _open_mlflow(folder: Path, run: str | None) -> tuple[Logger, str | None]:
     import mlflow  # noqa: PLC0415
 
