@@ -65,7 +65,7 @@ class FusedBasicBlocks(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         if kernels_apply(x, self.packed):
-            return basic_stack(x, self.packed, self.layout, self.strides, self.eps)
+            return basic_stack(x, self.packed, self.layout, self.strides, self.eps, self.in_bf16)
         return self.plain(x)
 
 
@@ -87,7 +87,7 @@ class _FusedMixers(Packed):
         if min(x.shape[2:]) < self.kernel_size or not kernels_apply(*inputs, self.packed):
             return None
         return mixer_stack(
-            x, context, prior, self.packed, self.layout, self.scale, self.region_grid, self.eps
+            x, context, prior, self.packed, self.layout, self.scale, self.region_grid, self.eps, self.in_bf16
         )  # fmt: skip
 
 

@@ -34,6 +34,15 @@ def kernels_apply(*tensors: Tensor | None) -> bool:
     return tensors[0].shape[0] > 0 and _are_wanted() and (in_graph or not is_watched())  # type: ignore[union-attr]
 
 
+def why_not_bf16() -> str | None:
+    """None where the CPU's products run faster in bfloat16 than in float32, or the reason why they cannot."""
+    if not numba_installed():
+        return "numba is not installed"
+    from overlock.kernels.numba.simd import HAS_BFLOAT16  # noqa: PLC0415
+
+    return None if HAS_BFLOAT16 else "this processor has no AVX-512 BF16 (no flag avx512_bf16 in /proc/cpuinfo)"
+
+
 def triton_applies(*tensors: Tensor) -> bool:
     """Whether a call is one for the kernels on CUDA: one type of at most 32 bits, no gradient wanted, none other asked.
 

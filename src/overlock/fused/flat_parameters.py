@@ -30,6 +30,8 @@ class Packed(nn.Module):
         tensors: all its parameters and buffers, in the order in which an operation takes them, None for what it lacks.
     """
 
+    in_bf16 = False  # whether its operation rounds to bfloat16 what its products take
+
     def __init__(self, module: nn.Module, tensors: Sequence[Tensor | None]):
         super().__init__()
         names = {id(tensor): name for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
@@ -64,7 +66,8 @@ class Packed(nn.Module):
         return known[1]
 
     def extra_repr(self) -> str:
-        return f"{type(self._module[0]).__name__}, {self.packed.numel()} parameters"
+        products = ", products in bfloat16" if self.in_bf16 else ""
+        return f"{type(self._module[0]).__name__}, {self.packed.numel()} parameters{products}"
 
 
 def _without_memory(module: nn.Module) -> nn.Module:

@@ -20,7 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from overlock.fused.conditions import triton_installed
+from overlock.fused.conditions import triton_installed, why_not_bf16
+from overlock.fused.flat_parameters import Packed
 from overlock.fused.forms import FOLDED, ON_CPU, ON_CUDA, Table
 from overlock.fused.structure import Reason
 from overlock.kernels.numba.contmix import numba_installed
@@ -33,7 +34,7 @@ CALLERS = ("overlock", "timm", "torch", "torchvision", "transformers")
 """Packages whose modules use convolutions by calling them. Those of others may read their weights instead."""
 
 
-def fuse(model: Module, *, kernels: bool = True) -> Module:
+def fuse(model: Module, *, kernels: bool = True, precision: str | None = None) -> Module:
     """An inference copy of a model, or of any part of one, with fewer and cheaper layers and the same outputs.
 
     Dilated RepConvs are merged; batch norms, residual depthwise convolutions, layer scales and the response norms'
@@ -50,6 +51,9 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
     Args:
         kernels: take the layers of the CPU or the GPU. False leaves plain PyTorch ones, which TorchScript and fx trace
             too, and which export for any size of the image.
+        precision: "bf16" rounds to bfloat16 what matrix products on CPU take, tokens and weights, and sums them in
+            float32; all else stays in float32, as the parameters do. It needs AVX-512 BF16. None takes products in the
+            parameters' own type.
 
     Returns:
         The copy, its parameters frozen. It is in evaluation mode and stays so, whatever ``train`` is called with.
@@ -58,7 +62,9 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
 
     Raises:
         TypeError: for what ``torch.jit`` and ``torch.export`` make.
+        ValueError: where products cannot run in the precision, with the reason.
     """
+    _check_precision(precision, kernels)
     with torch.inference_mode(mode=False), torch.no_grad():  # parameters made in inference mode do not tell of changes
         copied = _without_compilation(_copy_of(model)).eval().requires_grad_(False)
         shared = _shared_tensors(copied)
@@ -69,8 +75,31 @@ def fuse(model: Module, *, kernels: bool = True) -> Module:
             copied = walk.of(copied)
             if walk.has_changed:
                 copied = copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if precision is not None:
+        _set_bf16(copied)
     copied.train = _StayInEvaluation(copied)  # type: ignore[method-assign,assignment]
     return copied  # type: ignore[return-value]
+
+
+def _check_precision(precision: str | None, kernels: bool) -> None:
+    if precision is None:
+        return
+    if precision != "bf16":
+        raise ValueError(f"precision must be 'bf16' or None, got {precision!r}")
+    reason = why_not_bf16() if kernels else "it is for the kernels of the CPU, and kernels=False leaves them out"
+    if reason is not None:
+        raise ValueError(f"precision 'bf16' cannot run: {reason}; leave it out for products in float32")
+
+
+def _set_bf16(fused: nn.Module) -> None:
+    stages = [module for module in fused.modules() if isinstance(module, Packed)]
+    if not stages:
+        raise ValueError(
+            "precision 'bf16' is for networks with parameters in float32 on CPU, and this has no stages of that kind;"
+            " elsewhere convert the model itself: model.bfloat16()"
+        )
+    for stage in stages:
+        stage.in_bf16 = True
 
 
 def _copy_of(model: nn.Module) -> nn.Module:

@@ -24,7 +24,7 @@ from overlock.kernels.numba.contmix_kernels import contmix
 from overlock.kernels.numba.depthwise import depthwise
 from overlock.kernels.numba.expand_filter import expand_and_filter, splits_and_band
 from overlock.kernels.numba.flags import GATE, GELU, RESIDUAL, SCALE, SUM_SQUARES
-from overlock.kernels.numba.gemm import gemm, pack_convolution, pack_panels, spans_of, splits_of
+from overlock.kernels.numba.gemm import convolution_matrix, gemm, pack_panels, spans_of, splits_of
 from overlock.kernels.numba.gemm_microkernel import KC
 from overlock.kernels.numba.layer_norm import local_conv_and_norm
 from overlock.kernels.numba.plan import Plan
@@ -90,12 +90,12 @@ NO_PROLOGUE, NO_EPILOGUE = Prologue(), Epilogue()
 
 
 class Pointwise:
-    """A 1x1 convolution: a GEMM over tokens."""
+    """A 1x1 convolution: a GEMM over tokens, in float32 or with weights and tokens rounded to bfloat16."""
 
-    def __init__(self, weight: Tensor, bias: Tensor):
+    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype = torch.float32):
         weight = weight.flatten(1)
         self.width, self.depth = weight.shape
-        self.panels = pack_panels(weight, bias)
+        self.panels = pack_panels(weight, bias, dtype)
 
     def add(
         self, plan: Plan, rows: int, x: BufferRef, out: BufferRef, *, x_stride: int | None = None,
@@ -111,11 +111,12 @@ class Pointwise:
             x_stride: from one token of x to the next, if that is not their width.
             prologue, epilogue: what is done in the same pass.
         """
-        splits = splits_of(rows, -(-self.depth // KC), self.width)
+        splits = splits_of(rows, -(-(self.panels.shape[1] - 1) // KC), self.width)
         (scale, tokens, gate), (activation, residual, residual_scale) = prologue, epilogue
+        unused = self.panels.view(torch.float32)  # is read all the same
         plan.add(
             gemm, splits[0] * splits[1], x=x, scale=scale, gate=gate, weight=self.panels, residual=residual,
-            residual_scale=self.panels if residual_scale is None else residual_scale, out=out, rows=rows,
+            residual_scale=unused if residual_scale is None else residual_scale, out=out, rows=rows,
             depth=self.depth, columns=self.width, tokens=tokens, x_stride=x_stride or self.depth,
             gate_stride=self.depth, residual_stride=self.width, out_stride=self.width,
             prologue=(SCALE if scale else 0) | (GATE if gate else 0),
@@ -127,23 +128,23 @@ class Pointwise:
 class Convolution:
     """A convolution of all channels, with as much padding as keeps the size at stride 1: a product of its windows."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, stride: int):
+    def __init__(self, weight: Tensor, bias: Tensor, stride: int, dtype: torch.dtype = torch.float32):
         self.width, self.channels, self.size, _ = weight.shape
-        self.stride, self.panels = stride, pack_convolution(weight, bias)
+        matrix = convolution_matrix(weight)
+        self.depth, self.stride, self.panels = matrix.shape[1], stride, pack_panels(matrix, bias, dtype)
 
     def shrunk(self, size: Size) -> Size:
         return Size(size.batch, (size.height - 1) // self.stride + 1, (size.width - 1) // self.stride + 1)
 
     def add(self, plan: Plan, size: Size, x: BufferRef, out: BufferRef, activation: int = 0) -> None:
-        rows, depth = self.shrunk(size).rows, self.panels.shape[1] - 1
-        span, chunk = spans_of(self.channels, self.size)
-        splits = splits_of(rows, -(-depth // chunk), self.width)
+        rows, (span, chunk) = self.shrunk(size).rows, spans_of(self.channels, self.size)
+        splits = splits_of(rows, -(-(self.panels.shape[1] - 1) // chunk), self.width)
         plan.add(
             gemm, splits[0] * splits[1], x=x, scale=None, gate=None, weight=self.panels, residual=None,
-            residual_scale=self.panels, out=out, rows=rows, depth=depth, columns=self.width, tokens=1, x_stride=0,
-            gate_stride=0, residual_stride=0, out_stride=self.width, prologue=0, epilogue=activation,
-            row_splits=splits[0], panel_splits=splits[1], window=self.size, stride=self.stride, height=size.height,
-            width=size.width, channels=self.channels, span=span, chunk=chunk,
+            residual_scale=self.panels.view(torch.float32), out=out, rows=rows, depth=self.depth,
+            columns=self.width, tokens=1, x_stride=0, gate_stride=0, residual_stride=0, out_stride=self.width,
+            prologue=0, epilogue=activation, row_splits=splits[0], panel_splits=splits[1], window=self.size,
+            stride=self.stride, height=size.height, width=size.width, channels=self.channels, span=span, chunk=chunk,
         )  # fmt: skip
 
 
@@ -215,7 +216,7 @@ class ConvFFN:
         """out = residual_scale * residual + ConvFFN(scale * x)."""
         width = self.expand.width
         hidden, response = plan.alloc(size.rows, width), plan.alloc(size.batch, width)
-        fused = splits_and_band(*size, self.expand.panels.numel())
+        fused = splits_and_band(*size, self.expand.panels.nbytes)
         splits, band = fused or (1, 0)
         squares = plan.alloc(size.batch, splits, width)
         if fused:

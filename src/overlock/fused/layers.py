@@ -60,7 +60,7 @@ class ConvStack(Packed):
         if x.dim() == 3:
             return self(x[None])[0]
         if kernels_apply(x, self.packed):
-            return basic_stack(x, self.packed, self.layout, self.strides, 0.0)
+            return basic_stack(x, self.packed, self.layout, self.strides, 0.0, self.in_bf16)
         return self.plain(x)
 
 

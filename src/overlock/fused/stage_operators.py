@@ -1,4 +1,4 @@
-"""Whole blocks of the fused network as one operation each, on CPU in float32 without gradients.
+"""Whole blocks of the fused network as one operation each, on CPU without gradients, of maps in float32.
 
 An operation takes the parameters of a folded block as one tensor, and prepares them once for its kernels
 (stage_plans.py). To ``torch.compile`` and ``torch.export`` it is one node; it has no gradient, and says so where one is
@@ -39,7 +39,7 @@ class _Prepared:
         held: their memory.
     """
 
-    def __init__(self, planner: Planner, key: tuple[int, int], held: Tensor):
+    def __init__(self, planner: Planner, key: tuple[int, ...], held: Tensor):
         self.planner, self.key, self.held = planner, key, held
         self._plans: dict[tuple[Size, tuple[int, ...], int], Plan] = {}
 
@@ -57,13 +57,13 @@ class _Prepared:
 _prepared: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _prepare_once(packed: Tensor, make: Callable[[], Planner]) -> _Prepared:
+def _prepare_once(packed: Tensor, in_bf16: bool, make: Callable[[], Planner]) -> _Prepared:
     """The stage made of packed parameters, kept as long as these live and do not change.
 
     Parameters that ``Module.to`` gives other memory have the version that they had; the old memory is held, lest the
     new should come to lie at its address.
     """
-    key = packed.data_ptr(), 0 if packed.is_inference() else packed._version
+    key = packed.data_ptr(), 0 if packed.is_inference() else packed._version, in_bf16
     known = _prepared.get(packed)
     if known is None or known.key != key:
         known = _prepared[packed] = _Prepared(make(), key, packed.detach())
@@ -94,18 +94,24 @@ def _run(prepared: _Prepared, out: Tensor, inputs: list[Tensor], strides: tuple[
     return out
 
 
-def _basic_stack(x: Tensor, packed: Tensor, layout: list[int], strides: list[int], eps: float) -> Tensor:
+def _basic_stack(
+    x: Tensor, packed: Tensor, layout: list[int], strides: list[int], eps: float, in_bf16: bool = False
+) -> Tensor:
     def make() -> Planner:
         from overlock.fused.stage_builders import basic_stage  # noqa: PLC0415
 
-        stage = basic_stage(packed, layout, strides, eps)
+        stage = basic_stage(packed, layout, strides, eps, _product_type(in_bf16))
         return lambda size, _: stage.plan(size)
 
     out = _shrunk(x, packed, layout, strides)
-    return _run(_prepare_once(packed, make), out, [to_images(to_tokens(x))])
+    return _run(_prepare_once(packed, in_bf16, make), out, [to_images(to_tokens(x))])
 
 
-def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int], _eps: float = 0.0) -> Tensor:
+def _product_type(in_bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int], *_: object) -> Tensor:
     first = shape_of(layout, 0)  # (Cout, Cin, K, K) of a convolution, or (C, 1, K, K) of a block's local one
     _check_images("images", x, first[1 if strides else 0])
     channels, height, width = x.shape[1:]
@@ -116,21 +122,22 @@ def _shrunk(x: Tensor, _packed: Tensor, layout: list[int], strides: list[int], _
     return _images(x, channels, height, width)
 
 
-def _mixer_stack(
+def _mixer_stack(  # noqa: PLR0913, PLR0917 - those of the operation
     x: Tensor, context: Tensor | None, prior: Tensor | None, packed: Tensor, layout: list[int], scale: float,
-    region_grid: int, eps: float,
+    region_grid: int, eps: float, in_bf16: bool = False,
 ) -> Tensor:  # fmt: skip
     def make() -> Planner:
         from overlock.fused.stage_builders import mixer_stage  # noqa: PLC0415
 
         beside = 0 if context is None else context.shape[1]
         stage = mixer_stage(
-            packed, layout, context_channels=beside, scale=scale, region_grid=region_grid, eps=eps
+            packed, layout, context_channels=beside, scale=scale, region_grid=region_grid, eps=eps,
+            dtype=_product_type(in_bf16),
         )  # fmt: skip
         return stage.plan
 
     out = _mixed(x, context, prior, packed, layout)
-    prepared = _prepare_once(packed, make)
+    prepared = _prepare_once(packed, in_bf16, make)
     given = [y for y in (x, context, prior) if y is not None]
     inputs, strides = zip(*map(_as_tokens, given), strict=True)
     return _run(prepared, out, list(inputs), strides)
@@ -183,11 +190,15 @@ def _images(x: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 basic_stack = _define(
-    "basic_stack", "Tensor x, Tensor packed, int[] layout, int[] strides, float eps", _basic_stack, _shrunk
+    "basic_stack",
+    "Tensor x, Tensor packed, int[] layout, int[] strides, float eps, bool in_bf16=False",
+    _basic_stack,
+    _shrunk,
 )
 mixer_stack = _define(
     "mixer_stack",
-    "Tensor x, Tensor? context, Tensor? prior, Tensor packed, int[] layout, float scale, int region_grid, float eps",
+    "Tensor x, Tensor? context, Tensor? prior, Tensor packed, int[] layout, float scale, int region_grid, float eps, "
+    "bool in_bf16=False",
     _mixer_stack,
     _mixed,
 )

@@ -14,15 +14,15 @@ import torch
 from numba import njit
 
 from overlock.kernels.numba.activations import gelu
-from overlock.kernels.numba.arguments import INT64, POINTER
+from overlock.kernels.numba.arguments import INT64, MAP, POINTER
 from overlock.kernels.numba.depthwise import filter_three, write_row
 from overlock.kernels.numba.flags import SUM_SQUARES
 from overlock.kernels.numba.gemm import multiply_panel, pack_row
-from overlock.kernels.numba.gemm_microkernel import KC, MR, NR, ROW_STRIDE
+from overlock.kernels.numba.gemm_microkernel import KC, MR, NR, ROW_STRIDE, numbers_of, packed_numbers
 from overlock.kernels.numba.runtime import ANY, OPTIONS, floats, kernel, task_range
 from overlock.kernels.numba.simd import LANES, aligned_empty, aligned_zeros, load, masked_load, store
 
-LARGEST_WEIGHT = 1 << 17  # numbers: half of a second-level cache
+LARGEST_WEIGHT = 1 << 19  # bytes: half of a second-level cache
 FEWEST_ROWS = 24  # of a split, for those that its neighbours make a second time not to count
 TOKENS = 256  # at once
 
@@ -38,33 +38,35 @@ class Ring(NamedTuple):
 
 
 @njit(**OPTIONS)
-def pack_tokens(x, first, count, scale, scale_first, depth, prologue, packed):
-    """Tokens from ``first`` on, after the prologue, to the microkernel's layout."""
-    size = (depth + KC - 1) // KC * MR * ROW_STRIDE
+def pack_tokens(x, first, count, scale, scale_first, depth, prologue, packed, numbers):
+    """Tokens from ``first`` on, after the prologue, to the microkernel's layout, so many numbers at a place."""
+    size = (depth + numbers * KC - 1) // (numbers * KC) * MR * ROW_STRIDE
     for r in range(count):
         place = r // MR * size + r % MR * ROW_STRIDE
-        pack_row(x, (first + r) * depth, scale, scale_first, x, 0, depth, prologue, packed, place)
+        pack_row(x, (first + r) * depth, scale, scale_first, x, 0, depth, prologue, packed, place, numbers)
 
 
 @njit(**OPTIONS)
-def expand_tokens(packed, count, depth, weight, channels, tile, ring, row, following, result, result_bytes):
-    """GELU(x @ weight) of ``count`` packed tokens, to the ring's rows from one on.
+def expand_tokens(packed, count, places, weight, channels, tile, ring, row, following, result, result_bytes):
+    """GELU(x @ weight) of ``count`` packed tokens of some places, to the ring's rows from one on.
 
     Meanwhile memory from the address ``following`` on begins to come to the second-level cache, which holds the tokens
     that are packed next, and then ``result_bytes`` bytes from ``result`` on, which are written next.
     """
-    size, panels = (depth + KC - 1) // KC * MR * ROW_STRIDE, (channels + NR - 1) // NR
+    size, panels = (places + KC - 1) // KC * MR * ROW_STRIDE, (channels + NR - 1) // NR
     packed_at, tile_at, tiles = packed.ctypes.data, tile.ctypes.data, (count + MR - 1) // MR
-    result_step = result_bytes // (max(panels - 1, 1) * tiles * depth) + 1
+    result_step = result_bytes // (max(panels - 1, 1) * tiles * places) + 1
     for panel in range(panels):
-        used, at = min(NR, channels - panel * NR), weight + 4 * panel * (depth + 1) * NR
-        ahead, ahead_step = following, 4 * MR
+        used, at = min(NR, channels - panel * NR), weight + 4 * panel * (places + 1) * NR
+        ahead, ahead_step = following, 4 * MR * numbers_of(weight)
         if panel > 0:
-            ahead, ahead_step = result + (panel - 1) * tiles * depth * result_step, result_step
+            ahead, ahead_step = result + (panel - 1) * tiles * places * result_step, result_step
         y, column = row, 0
         for n in range(tiles):
-            rows, come = min(MR, count - n * MR), ahead + n * depth * ahead_step
-            multiply_panel(rows, packed_at + 4 * n * size, depth, KC, at, used, tile_at, tile_at, NR, come, ahead_step)
+            rows, come = min(MR, count - n * MR), ahead + n * places * ahead_step
+            multiply_panel(
+                weight, rows, packed_at + 4 * n * size, places, KC, at, used, tile_at, tile_at, NR, come, ahead_step
+            )
             for r in range(rows):
                 place = panel * (NR // LANES) * ring.block + y * ring.line + (column + 1) * LANES
                 for c in range(0, NR, LANES):  # of a part of a panel more than is read
@@ -80,7 +82,7 @@ def expand_tokens(packed, count, depth, weight, channels, tile, ring, row, follo
 @kernel(
     x=POINTER,  # (B, H, W, K)
     scale=POINTER,  # (B, K)
-    weight=POINTER,  # the panels of pack_panels, which hold the bias too
+    weight=MAP,  # the panels of pack_panels, which hold the bias too
     filter_weight=POINTER,  # (9, N)
     filter_bias=POINTER,  # (N)
     out=POINTER,  # (B, H, W, N)
@@ -102,7 +104,10 @@ def expand_and_filter(call, thread, threads):
     line, blocks = (width + 2) * LANES, (channels + NR - 1) // NR * (NR // LANES)
     block_size = (band + 3) * line  # the last line of a block stays zero
     ring = Ring(aligned_zeros(blocks * block_size), block_size, line, band + 2, width)
-    packed = aligned_empty((ring.rows * width + MR - 1) // MR * ((depth + KC - 1) // KC) * MR * ROW_STRIDE)
+    numbers = numbers_of(call.weight)
+    places = (depth + numbers - 1) // numbers
+    packed_size = (ring.rows * width + MR - 1) // MR * ((places + KC - 1) // KC) * MR * ROW_STRIDE
+    packed = packed_numbers(aligned_empty(packed_size), call.weight)
     taps, tile, row = aligned_empty(10 * LANES), aligned_empty(MR * NR), aligned_empty(width * LANES)
     squares, exact = aligned_zeros(LANES), np.zeros(blocks * LANES, np.float64)
     begin, end = task_range(call.tasks, thread, threads)
@@ -115,9 +120,9 @@ def expand_and_filter(call, thread, threads):
             stop = min(y + band, bottom)
             until = min(stop + 1, height)
             first, count = (image * height + ready) * width, (until - ready) * width
-            pack_tokens(x, first, count, scale, image * depth, depth, call.prologue, packed)
+            pack_tokens(x, first, count, scale, image * depth, depth, call.prologue, packed, numbers)
             expand_tokens(
-                packed, count, depth, call.weight, channels, tile, ring, ready % ring.rows,
+                packed, count, places, call.weight, channels, tile, ring, ready % ring.rows,
                 call.x + 4 * (first + count) * depth, call.out + 4 * (image * height + y) * width * channels,
                 4 * (stop - y) * width * channels,
             )  # fmt: skip
@@ -141,7 +146,7 @@ def expand_and_filter(call, thread, threads):
 
 
 def splits_and_band(batch: int, height: int, width: int, weight: int) -> tuple[int, int] | None:
-    """Splits of the rows and rows to filter at once for packed weights of some numbers; None where it does not pay."""
+    """Splits of the rows and rows to filter at once for packed weights of some bytes; None where it does not pay."""
     splits = -(-torch.get_num_threads() // batch)
     if weight > LARGEST_WEIGHT or height < FEWEST_ROWS * splits:
         return None

@@ -4,17 +4,30 @@ MR, NR and KC are those of BLIS: MR x NR numbers of the result are as many vecto
 for the operands, and KC steps of the depth are packed at one place. Each step reads NR weights and one number of each
 row, so a tile's arithmetic covers its reads from the second-level cache. Packed rows are ROW_STRIDE numbers apart, so
 that all of them are reached from one address.
+
+Numbers are float32, or in their places pairs of bfloat16, two steps of the depth in one: then products are summed in
+float32 by the dot product of pairs (AVX-512 BF16). Elsewhere it is two multiply-adds, of the same values.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-from overlock.kernels.numba.simd import LANES, _broadcast
+from overlock.kernels.numba.simd import (
+    HALVES,
+    HAS_BFLOAT16,
+    LANES,
+    VECTOR,
+    _broadcast,
+    address_of,
+    vector,
+    write_vector,
+)
 
 MR = 12 if LANES == 16 else 6
 NR = 2 * LANES
@@ -23,18 +36,87 @@ ROW_STRIDE = KC + LANES  # no power of two, or rows would share lines of the cac
 INDEX = ir.IntType(64)
 
 
+def is_of_pairs(weight: Any) -> bool:
+    """Whether the type of a weight's address tells that it holds pairs: then it is unsigned, as those of such maps."""
+    return bool(weight == types.uint64)
+
+
+@intrinsic
+def numbers_of(_typing_context, weight):
+    """How many numbers one place holds, by the type of the weight's address: a constant."""
+    count = 2 if is_of_pairs(weight) else 1
+    return types.int64(weight), lambda *_: INDEX(count)
+
+
+def packed_numbers(memory, weight):
+    """The float32 numbers of some memory, or the bits of bfloat16, to be packed beside a weight of that type."""
+    raise NotImplementedError("for code that numba compiles")
+
+
+@overload(packed_numbers, inline="always")
+def _packed_numbers(memory, weight):  # noqa: ARG001
+    if is_of_pairs(weight):
+        return lambda memory, weight: memory.view(np.uint16)  # noqa: ARG005
+    return lambda memory, weight: memory  # noqa: ARG005
+
+
+@intrinsic
+def store_packed(_typing_context, array, index, value):  # noqa: ARG001
+    """As ``store``, by the instruction that rounds to bfloat16 where there is one; it takes the smallest for 0."""
+
+    def generate(context, builder, signature, arguments):
+        address = address_of(context, builder, signature.args[0], *arguments[:2])
+        if HAS_BFLOAT16 and address.type.pointee == HALVES:
+            name, kind = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(HALVES, [VECTOR])
+            known = builder.module.globals.get(name)
+            rounded = builder.call(known or ir.Function(builder.module, kind, name), arguments[2:])
+            builder.store(rounded, address).align = 2
+        else:
+            write_vector(builder, arguments[2], address)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, vector), generate
+
+
 class _Builder:
     """What the loops need of LLVM, beside an ``IRBuilder``, for vectors of some lanes."""
 
-    def __init__(self, builder: Any, arguments: Any, lanes: int):
+    def __init__(self, builder: Any, arguments: Any, lanes: int, of_pairs: bool):
         self.builder, self.lanes, self.kind = builder, lanes, ir.VectorType(ir.FloatType(), lanes)
-        _, x, weight, self.depth, start, self.start_step, out, self.out_step, self.ahead, self.ahead_step = arguments
+        self.multiply_add = self.add_pairs if of_pairs else self.fma
+        x, weight, self.depth, start, self.start_step, out, self.out_step, self.ahead, self.ahead_step = arguments
         self.x, self.weight, self.start, self.out = (
             builder.inttoptr(address, self.kind.as_pointer()) for address in (x, weight, start, out)
         )
-        kind = ir.FunctionType(self.kind, [self.kind] * 3)
-        name = f"llvm.fma.v{lanes}f32"
-        self.fma = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def fma(self, a: Any, b: Any, sums: Any) -> Any:
+        """sums + a * b, each."""
+        return self.call(f"llvm.fma.v{self.lanes}f32", a, b, sums)
+
+    def add_pairs(self, a: Any, b: Any, sums: Any) -> Any:
+        """sums + the dot products of pairs of bfloat16, the bits of a's and b's numbers."""
+        integers = ir.VectorType(ir.IntType(32), self.lanes)
+        a, b = (self.builder.bitcast(x, integers) for x in (a, b))
+        if HAS_BFLOAT16:
+            return self.call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", sums, a, b)
+        for part in (self.upper_of, self.lower_of):
+            sums = self.fma(part(a), part(b), sums)
+        return sums
+
+    def upper_of(self, pairs: Any) -> Any:
+        """The second of each pair in float32."""
+        mask = ir.Constant(pairs.type, [0xFFFF0000] * self.lanes)
+        return self.builder.bitcast(self.builder.and_(pairs, mask), self.kind)
+
+    def lower_of(self, pairs: Any) -> Any:
+        """The first of each pair in float32."""
+        return self.builder.bitcast(self.builder.shl(pairs, ir.Constant(pairs.type, [16] * self.lanes)), self.kind)
+
+    def call(self, name: str, *values: Any) -> Any:
+        """LLVM's function of a name."""
+        kind = ir.FunctionType(self.kind, [x.type for x in values])
+        known = self.builder.module.globals.get(name)
+        return self.builder.call(known or ir.Function(self.builder.module, kind, name), values)
 
     def at(self, address: Any, offset: Any) -> Any:
         """The address ``offset`` numbers on."""
@@ -85,7 +167,7 @@ class _Builder:
         for r in range(rows):
             number = self.broadcast(x, r * ROW_STRIDE)
             for v in range(vectors):
-                added.append(builder.call(self.fma, [number, columns[v], held[r * vectors + v]]))
+                added.append(self.multiply_add(number, columns[v], held[r * vectors + v]))
         self.prefetch(builder.add(self.ahead, builder.mul(step, self.ahead_step)))
         following = builder.add(step, INDEX(1))
         for phi, first, last in zip([step, *held], [INDEX(0), *sums], [following, *added], strict=True):
@@ -104,23 +186,25 @@ def _microkernel(rows: int, vectors: int, lanes: int) -> Any:
     """Of up to ``rows`` rows and the first columns of a panel, by vectors of some lanes."""
 
     @intrinsic
-    def multiply(_typing_context, count, x, weight, depth, start, start_step, out, out_step, ahead, ahead_step):  # noqa: ARG001
+    def multiply(_typing_context, of, count, x, weight, depth, start, start_step, out, out_step, ahead, ahead_step):  # noqa: ARG001
         def generate(context, builder, _signature, arguments):
-            loops, end = _Builder(builder, arguments, lanes), builder.append_basic_block("end")
-            choice = builder.switch(arguments[0], end)
+            loops = _Builder(builder, arguments[2:], lanes, is_of_pairs(of))
+            end = builder.append_basic_block("end")
+            choice = builder.switch(arguments[1], end)
             for case in range(1, rows + 1):
                 choice.add_case(INDEX(case), loops.accumulate(case, vectors, end))
             builder.position_at_end(end)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), generate
+        return types.void(of, *[types.int64] * 10), generate
 
     return multiply
 
 
 # out (rows, NR) = start (rows, NR) + x (rows, depth) @ weight (depth, NR), each at an address; x's rows are
-# ROW_STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= MR and depth >= 1. The others do the
-# first columns alone: three halves of a vector, for as many rows as there are registers, a whole one, and a half.
+# ROW_STRIDE apart, those of start and out as many numbers as is said, 1 <= rows <= MR and depth >= 1. The first
+# argument tells by its type alone what x and weight hold: see is_of_pairs. The others do the first columns alone: three
+# halves of a vector, for as many rows as there are registers, a whole one, and a half.
 HALF_VECTOR, HALF_MR = LANES // 2, MR // 2
 multiply_two_vectors, multiply_three_halves = _microkernel(MR, 2, LANES), _microkernel(HALF_MR, 3, HALF_VECTOR)
 multiply_vector, multiply_half = _microkernel(MR, 1, LANES), _microkernel(MR, 1, HALF_VECTOR)

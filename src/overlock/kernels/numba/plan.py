@@ -58,7 +58,8 @@ class Plan:
         Raises:
             TypeError: where a name is missing or unknown, or a value is not of its argument's kind.
         """
-        bases, values = [CONSTANT, CONSTANT], [kernel.address, tasks]
+        address = kernel.address_for(kernel.arguments.dtype_of(arguments))
+        bases, values = [CONSTANT, CONSTANT], [address, tasks]
         for x in kernel.arguments.flatten(arguments):
             bases.append(x.base if isinstance(x, BufferRef) else CONSTANT)
             values.append(x.offset if isinstance(x, BufferRef) else x.data_ptr() if isinstance(x, Tensor) else x)
