@@ -80,10 +80,12 @@ class Network(NamedTuple):
     name: str
     backend: str
     module: nn.Module
+    precision: str | None = None  # of the fused network's products, if not the parameters' own
 
     @property
     def label(self) -> str:
-        return self.name if self.backend == "auto" else f"{self.name}, {self.backend}"
+        backend_name = None if self.backend == "auto" else self.backend
+        return ", ".join(filter(None, (self.name, backend_name, self.precision)))
 
     def context(self) -> AbstractContextManager[object]:
         if self.backend != "unfold":
@@ -96,15 +98,15 @@ class Network(NamedTuple):
 
 def build(
     name: str, backend_name: str, *, train: bool, features: bool, fused: bool, device: str, dtype: torch.dtype,
-    layout: torch.memory_format,
+    layout: torch.memory_format, precision: str | None = None,
 ) -> Network:  # fmt: skip
     """A network in the form in which it is timed, but for the compilation."""
     torch.manual_seed(0)
     module = _create(name, features).to(device=device, memory_format=layout).train(train)
     if not train:
         module = module.to(dtype)
-        module = overlock.fuse(module) if fused and name in overlock.VARIANTS else module
-    return Network(name, backend_name, module)
+        module = overlock.fuse(module, precision=precision) if fused and name in overlock.VARIANTS else module
+    return Network(name, backend_name, module, precision)
 
 
 def _create(name: str, features: bool) -> nn.Module:
@@ -225,6 +227,7 @@ def main(
     form: Literal["eager", "graph", "compiled", "compiled graph", "both"] = "eager",
     features: bool = False,
     fused: bool = True,
+    bf16: bool = False,
     backends: list[BackendName] = ["auto"],  # noqa: B006
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -242,6 +245,7 @@ def main(
         form: eager, compiled (torch.compile), or both of these; on CUDA, each captured as a graph.
         features: feature maps for dense tasks, in place of the classification.
         fused: in inference, ours through overlock.fuse.
+        bf16: ours with products in bfloat16 too, overlock.fuse(model, precision="bf16"), each before the usual one.
         backends: of ContMix in ours, each timed; unfold is the form with every window copied out.
         device: cpu or cuda.
         dtype: of the network in inference, of autocast in training.
@@ -255,6 +259,8 @@ def main(
         raise ValueError(f"repeats must be at least 2 to tell a spread, got {repeats}")
     if backends != ["auto"] and ours and fused and not train:
         raise ValueError("the fused network chooses how it mixes by itself; with backends, pass --fused false")
+    if bf16 and (train or not fused or device != "cpu" or dtype != "float32"):
+        raise ValueError("bf16 is for inference of fused networks on CPU, from parameters in float32")
     if "unfold" in backends:
         check_unfold()
     torch.backends.cudnn.benchmark = True
@@ -262,10 +268,11 @@ def main(
     networks = [
         build(
             name, choice, train=train, features=features, fused=fused, device=device, dtype=floating,
-            layout=memory_format,
+            layout=memory_format, precision=precision,
         )
         for name in models
         for choice in (backends if name in ours else ["auto"])
+        for precision in (("bf16", None) if bf16 and name in ours else (None,))
     ]  # fmt: skip
     forms: tuple[Form, ...] = ("eager", "compiled") if form == "both" else (form,)
     rows: list[dict[str, object]] = []

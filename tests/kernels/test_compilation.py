@@ -13,7 +13,7 @@ import pytest
 
 import overlock
 from overlock.cli import main
-from overlock.kernels.numba import cache, compilation
+from overlock.kernels.numba import cache, compilation, runtime, simd
 
 # Takes every kernel from where it is kept, or fails.
 TAKE = """
@@ -128,3 +128,13 @@ def test_without_a_place_to_write_it_has_one_of_its_own(program, monkeypatch):
     assert any(folder.parent == own for folder in cache.folders())
     beside.stop()
     assert not own.exists()
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_products_in_bfloat16_are_compiled_where_they_run(has, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simd, "HAS_BFLOAT16", has)
+    monkeypatch.setattr(runtime.Kernel, "compile_for_bfloat16", lambda self: seen.append(self.function.__name__))
+    compilation.compile_kernels(("gemm", "depthwise", "expand_filter"), also_bfloat16=True)
+    assert "depthwise" in seen
+    assert ("gemm" in seen, "expand_and_filter" in seen) == (has, has)

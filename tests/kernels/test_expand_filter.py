@@ -13,7 +13,7 @@ from overlock.kernels.numba.gemm_microkernel import NR
 from overlock.kernels.numba.runtime import run
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("splits", "band"), [(1, 1), (2, 3), (3, 9)])
 @pytest.mark.parametrize("channels", [4, NR // 2, NR, NR + 3, 2 * NR + NR // 2 + 1])
 def test_equals_its_layers(channels, splits, band, dtype):

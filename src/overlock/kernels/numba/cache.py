@@ -22,6 +22,8 @@ ENVIRONMENT_VARIABLE = "OVERLOCK_CACHE"
 SUFFIX = ".kernel"
 INFERENCE = ("channel_statistics", "context", "contmix_kernels", "depthwise", "expand_filter", "gemm", "layer_norm")
 """Modules of kernels that a fused network calls."""
+PRODUCTS = ("expand_filter", "gemm")
+"""Those of them with matrix products, which take bfloat16 only where the processor has its dot product."""
 TRAINING = ("contmix_gradients", "depthwise_gradients", "grn", "local_gradients", "repconv", "repconv_gradients")
 """Those that training needs beside them."""
 

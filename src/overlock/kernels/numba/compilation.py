@@ -28,13 +28,15 @@ def compile_kernels(modules: Iterable[str] = cache.INFERENCE, *, also_bfloat16: 
 
     Args:
         modules: their names.
-        also_bfloat16: compile them for maps in bfloat16 too, which training under autocast has.
+        also_bfloat16: compile them for maps in bfloat16 too, which training under autocast has, and for products in it.
     """
     from overlock.kernels.numba.runtime import Kernel, prepare_threads  # noqa: PLC0415
+    from overlock.kernels.numba.simd import HAS_BFLOAT16  # noqa: PLC0415
 
     for module in modules:
+        in_bfloat16 = also_bfloat16 and (HAS_BFLOAT16 or module not in cache.PRODUCTS)
         for kernel in vars(importlib.import_module(f"overlock.kernels.numba.{module}")).values():
-            if also_bfloat16 and isinstance(kernel, Kernel):
+            if in_bfloat16 and isinstance(kernel, Kernel):
                 kernel.compile_for_bfloat16()
     prepare_threads()
 
