@@ -86,7 +86,8 @@ def _mixer_block(p: MixerParameters, context_channels: int, mix: ContMix, eps: f
 
 
 def _contmix(p: MixerParameters, scale: float, region_grid: int, dtype: torch.dtype) -> ContMix:
-    query = Pointwise(*(x * scale for x in p.query.both), dtype)
+    query_weight, query_bias = (x * scale for x in p.query.both)
+    query = Pointwise(query_weight, query_bias, dtype)
     value = None if p.value.weight is None else Pointwise(*p.value.both, dtype)
     tables = [table for table in p.position_biases if table is not None]
     return ContMix(query, Pointwise(*p.key.both, dtype), value, p.kernels.both, tables, region_grid)
