@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.contmix import Places, PlainContMix
 from overlock.export.parity import PHOTO
 from overlock.export.plain import plain_form
+from overlock.segmentation import upernet
 
 PACKAGES = dict(onnx=("onnxscript", "onnxruntime"), openvino=("openvino",), executorch=("executorch",))
 RECORD = Record(
@@ -146,3 +148,24 @@ def test_commands(tmp_path, capsys, monkeypatch):
     table = tmp_path / "speed.csv"
     assert main(["benchmark", str(file), str(DEFAULT_FILE), "--rounds", "2", "--save", str(table)]) == 0
     assert [line.split(",")[1] for line in table.read_text().splitlines()] == ["runtime", "openvino", "pytorch"]
+
+
+@pytest.mark.slow
+def test_int8_covers_nearly_all(tmp_path):
+    pytest.importorskip("nncf")
+    spec = make_spec(precision="int8", image_size=(64, 64))
+    report = export_network(randomise(tiny()), spec, tmp_path / "model.xml", photos=[PHOTO] * 6, timed=False)
+    assert report.int8_share > 0.8
+    assert {file.name for file in tmp_path.iterdir()} == {"model.xml", "model.bin"}
+    with pytest.raises(ValueError, match="more than 4 images to calibrate on, got 1"):
+        export_network(randomise(tiny()), spec, tmp_path / "other.xml", timed=False)
+
+
+@pytest.mark.slow
+def test_segmenter(tmp_path):
+    """The logits of all pixels."""
+    pytest.importorskip("transformers")
+    record = dataclasses.replace(RECORD, head="upernet", preprocessing=dict(scale=(128, 96)))
+    network = upernet("overlock_atto", num_classes=5, hidden_channels=16).eval()
+    exported, _ = export(tmp_path, network, record=record, task="segment", image_size=(96, 128))
+    assert exported(images(1, 3, 96, 128)).shape == (1, 5, 96, 128)
