@@ -17,6 +17,7 @@ from rich.progress import track
 from overlock.cli.command import Command, add_overwrite, add_runtime, ended_by_sigterm
 
 if TYPE_CHECKING:
+    from overlock.deploy import Embedder
     from overlock.embeddings.run import Report
 
 SOME_FAILED, ALL_FAILED = 1, 2
@@ -76,6 +77,8 @@ def run(options: Namespace, console: Console) -> int:
     if device is None and process.world > 1:
         device = gpu_of(process.local_rank)
     embedder = load_embedder(options.checkpoint, model=options.model, device=device, precision=options.precision)
+    if _must_compile(embedder):
+        tell("compiling kernels for this processor first, once, which takes half a minute")
     origin = make_origin(embedder, images, options.checkpoint, settings)
     with ended_by_sigterm():
         report = embed(
@@ -96,6 +99,15 @@ def run(options: Namespace, console: Console) -> int:
     return SOME_FAILED if report.images else ALL_FAILED
 
 
+def _must_compile(embedder: Embedder) -> bool:
+    """Whether the first pass waits for kernels."""
+    from overlock.kernels.numba import cache  # noqa: PLC0415
+    from overlock.network import VARIANTS  # noqa: PLC0415
+
+    is_ours = embedder.record.model.partition(".")[0] in VARIANTS
+    return is_ours and embedder.device.type == "cpu" and not cache.are_compiled()
+
+
 def gpu_of(local_rank: int) -> str | None:
     """The GPU of one of several processes on this machine; None without GPUs."""
     import torch  # noqa: PLC0415
@@ -104,7 +116,7 @@ def gpu_of(local_rank: int) -> str | None:
     return f"cuda:{local_rank % count}" if count else None
 
 
-def load_embedder(checkpoint: str | None, *, model: str | None, device: str | None, precision: Any) -> Any:
+def load_embedder(checkpoint: str | None, *, model: str | None, device: str | None, precision: Any) -> Embedder:
     """The network that embeds; the package's own unless one is named."""
     from overlock.deploy import Embedder  # noqa: PLC0415
 

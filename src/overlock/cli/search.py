@@ -106,7 +106,7 @@ def _load(options: Namespace, embeddings: Embeddings) -> Embedder:
         ValueError: for another one.
     """
     named = options.checkpoint or embeddings.origin.checkpoint
-    embedder: Embedder = load_embedder(named, model=options.model, device=options.device, precision=options.precision)
+    embedder = load_embedder(named, model=options.model, device=options.device, precision=options.precision)
     if embedder.digest != embeddings.origin.weights:
         raise ValueError(
             f"{named or 'the network of the package'}: these weights are not those that embedded {embeddings.folder} "
