@@ -53,7 +53,7 @@ def open_openvino(path: Path, threads: int) -> tuple[str, Call]:
 def open_torch_export(path: Path, _threads: int) -> tuple[str, Call]:
     extra = {EXTRA_FILE: ""}
     module = torch.export.load(path, extra_files=extra).module()
-    return str(extra[EXTRA_FILE]), module
+    return str(extra[EXTRA_FILE]), lambda images: module(images)  # as a submodule it would refuse eval()
 
 
 def open_aoti(path: Path, _threads: int) -> tuple[str, Call]:
