@@ -273,7 +273,7 @@ def test_predict_with_the_authors_file(official_file, run_folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "no command given; the commands are train, evaluate, predict, push"),
+        ((), "no command given; the commands are train, evaluate, predict"),
         (("trian",), "unknown command 'trian'; did you mean 'train'?"),
         (("train", "digits", "--epoch", "3"), "unknown option --epoch; did you mean --epochs?"),
         (("train", "digits", "--lr", "3"), "unknown option --lr; did you mean --optim.lr?"),
