@@ -53,7 +53,11 @@ def open_openvino(path: Path, threads: int) -> tuple[str, Call]:
 def open_torch_export(path: Path, _threads: int) -> tuple[str, Call]:
     extra = {EXTRA_FILE: ""}
     module = torch.export.load(path, extra_files=extra).module()
-    return str(extra[EXTRA_FILE]), lambda images: module(images)  # as a submodule it would refuse eval()
+
+    def call(images: Tensor) -> Outputs:  # a function, since as a submodule it would refuse eval()
+        return module(images)
+
+    return str(extra[EXTRA_FILE]), call
 
 
 def open_aoti(path: Path, _threads: int) -> tuple[str, Call]:
