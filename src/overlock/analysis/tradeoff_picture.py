@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 from overlock.analysis.tradeoff import Axis, Point
+from overlock.figures import encode_figure, new_figure
 
 COLOURS = {"OverLoCK": "#c0392b", "the paper's peers": "#1d2129", "others": "#2e86c1"}
 TEXT = 7  # points
@@ -24,25 +24,17 @@ def draw_tradeoff(axes: Sequence[Axis], *, score: str, title: str) -> bytes:
     Raises:
         ValueError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("a picture needs matplotlib; install it with: pip install 'overlock[train]'") from None
-    figure = Figure(figsize=(5.2 * len(axes), 5), dpi=120, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(5.2 * len(axes), 5)
     panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axes, strict=True):
         _draw_panel(panel, axis)
     panels[0].set_ylabel(score)
     panels[0].legend(loc="lower right", fontsize=TEXT)
     figure.suptitle(title)
-    canvas.draw()  # so that places are known
+    figure.canvas.draw()  # so that places are known
     for panel, axis in zip(panels, axes, strict=True):
         _name_points(panel, axis)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return encode_figure(figure)
 
 
 def _draw_panel(panel: Any, axis: Axis) -> None:

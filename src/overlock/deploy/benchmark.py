@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +18,8 @@ from overlock.checkpoints import Record
 from overlock.deploy.models import is_file, load_network, load_untrained
 from overlock.deploy.runtime import choose_device, inference_copy
 from overlock.export.runtimes import ExportedNetwork
+from overlock.export.timing import interleave
+from overlock.figures import encode_figure, new_figure
 from overlock.files import write_atomically
 
 
@@ -118,15 +120,9 @@ def take_turns(
         rounds: batches of each.
         track: told of the rounds as they go.
     """
-    seconds = np.zeros((rounds, len(contenders)))
-    with torch.inference_mode():
-        for i in track(range(rounds)):
-            for j, one in enumerate(contenders):
-                started = time.perf_counter()
-                one.module(one.images)
-                seconds[i, j] = time.perf_counter() - started
+    seconds = interleave([functools.partial(one.module, one.images) for one in contenders], rounds, track)
     timings = []
-    for one, own in zip(contenders, seconds.T, strict=True):
+    for one, own in zip(contenders, seconds, strict=True):
         p50, p90, p99 = (1e3 * float(x) for x in np.percentile(own, (50, 90, 99)))
         timings.append(
             Timing(
@@ -144,13 +140,7 @@ def draw_timings(timings: Sequence[Timing], path: Path) -> None:
     Raises:
         ValueError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("a picture needs matplotlib; install it with: pip install 'overlock[train]'") from None
-    figure = Figure(figsize=(8, 1.2 + 0.4 * len(timings)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.2 + 0.4 * len(timings))
     axes = figure.subplots()
     places = range(len(timings))
     rise = [[0.0] * len(timings), [one.p90_ms - one.p50_ms for one in timings]]
@@ -158,6 +148,4 @@ def draw_timings(timings: Sequence[Timing], path: Path) -> None:
     axes.set_yticks(places, [f"{Path(one.name).name}\n{one.runtime}, {one.precision}" for one in timings])
     axes.invert_yaxis()
     axes.set_xlabel("latency of a batch, ms: median, and up to the 90th percentile")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_figure(figure, path.suffix))

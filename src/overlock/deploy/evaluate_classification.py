@@ -21,6 +21,7 @@ from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.deploy.evaluation import EvaluationOptions, Runner
 from overlock.deploy.models import load_network
 from overlock.deploy.runtime import not_finite
+from overlock.figures import encode_figure, new_figure
 from overlock.files import write_atomically
 
 
@@ -211,17 +212,11 @@ def write_per_class(evaluation: Classification, path: str | os.PathLike[str]) ->
 
 def draw_confusion(evaluation: Classification, path: str | os.PathLike[str]) -> None:
     """The confusion matrix as a PNG picture: rows are true classes, columns predicted ones, in shares of a row."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("a picture needs matplotlib; install it with: pip install 'overlock[train]'") from None
     size = len(evaluation.classes)
     counts = evaluation.confusion[:, :size].astype(float)
     shares = counts / np.maximum(evaluation.confusion.sum(axis=1, keepdims=True), 1)
     side = min(12.0, max(4.0, 0.45 * size + 2))
-    figure = Figure(figsize=(side, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side, side)
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted class")
@@ -234,9 +229,7 @@ def draw_confusion(evaluation: Classification, path: str | os.PathLike[str]) -> 
             if counts[row, column]:
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_figure(figure))
 
 
 def _short(names: Iterable[str]) -> list[str]:

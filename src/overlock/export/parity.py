@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,6 @@ PHOTO = Path(__file__).parent / "assets" / "photo.jpg"
 """examples/photos/cat.jpg, for those who give no images."""
 TOLERANCES = dict(fp32=1e-4, fp16=2e-2, bf16=1e-1)
 """Largest difference over the largest output, by precision. What int8 loses is told by accuracy, on many images."""
-ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,17 +91,3 @@ def make_images(spec: Spec, photos: Sequence[Path], batch: int, size: tuple[int,
         return pixels
     mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in normalisation(spec.record))
     return (pixels / 255 - mean) / std
-
-
-def time_calls(calls: dict[str, Callable[[Tensor], object]], images: Tensor, rounds: int = ROUNDS) -> dict[str, float]:
-    """Seconds of each call, the median of rounds in which they take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call(images)
-        for _ in range(rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call(images)
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(all_of) for name, all_of in seconds.items()}

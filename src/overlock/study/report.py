@@ -17,6 +17,7 @@ import torch
 from overlock.ablation import Published
 from overlock.analysis import count_network
 from overlock.deploy.evaluate_classification import measure_speed
+from overlock.figures import encode_figure, new_figure
 from overlock.files import write_atomically
 from overlock.fused.fuse import fuse
 from overlock.study.plan import Job, Study
@@ -117,11 +118,7 @@ def write_table(table: Sequence[Line], study: Study) -> None:
 
 def _draw(table: Sequence[Line], study: Study) -> bytes:
     """Measured accuracies, with their deviations, beside the published ones: a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(9, 1.2 + 0.32 * len(table)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 1.2 + 0.32 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     places = range(len(table))
     means = [float("nan") if line.mean is None else 100 * line.mean for line in table]
@@ -135,6 +132,4 @@ def _draw(table: Sequence[Line], study: Study) -> bytes:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.suptitle(f"{study.table}, size {study.size}, on {Path(study.data).name}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return encode_figure(figure)

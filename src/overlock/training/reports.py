@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from overlock.figures import encode_figure, new_figure
 from overlock.files import write_atomically
 from overlock.training.config import RunConfig
 from overlock.training.trackers import close_tracker, open_tracker
@@ -105,6 +106,8 @@ class RunLog:
         write_atomically(self.folder / LOG, to_csv(self.rows))
         points = {f"epoch/{name}": value for name, value in known(row).items() if name not in ("epoch", "step")}
         self._add(points, row["step"], board_step=row["epoch"])
+        if self.board is not None:
+            self.board.flush()
         tested = f"  test {self.metric_name} {as_percentage(row[self.main_metric])}" if self.main_metric in row else ""
         skipped = f"  {row['skipped']} steps skipped" if row["skipped"] else ""
         self.tell(
@@ -116,7 +119,6 @@ class RunLog:
         if self.board is not None:
             for name, value in points.items():
                 self.board.add_scalar(name, value, board_step)
-            self.board.flush()
         if self.tracker is not None:
             self.tracker.log_metrics(dict(points), step=step)
 
@@ -172,11 +174,7 @@ def draw_curves(rows: list[Row], path: Path, *, shares: Mapping[str, str], title
         shares: the measures to draw, and what they are called.
         title: of the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     losses = dict(loss="training", test_loss="test")
     for axes, names, unit in ((left, losses, 1), (right, shares, 100)):
@@ -190,9 +188,7 @@ def draw_curves(rows: list[Row], path: Path, *, shares: Mapping[str, str], title
     left.set_ylabel("loss")
     right.set_ylabel("test, %")
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_figure(figure))
 
 
 class Unreadable:

@@ -1,0 +1,30 @@
+"""Calls timed in turns, so that a slow spell of the machine meets all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+
+def interleave(
+    calls: Sequence[Callable[[], object]], rounds: int, track: Callable[[Iterable[int]], Iterable[int]] = iter
+) -> list[list[float]]:
+    """Seconds of each call in each round; before the rounds, each runs once for nothing.
+
+    Args:
+        calls: without arguments; they end when their work does.
+        rounds: in each, every call has one turn.
+        track: told of the rounds as they go.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    with torch.inference_mode():
+        for call in calls:
+            call()
+        for _ in track(range(rounds)):
+            for call, own in zip(calls, seconds, strict=True):
+                started = time.perf_counter()
+                call()
+                own.append(time.perf_counter() - started)
+    return seconds

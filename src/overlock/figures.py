@@ -1,0 +1,34 @@
+"""Matplotlib's figures, without a window and as the bytes of a file. It is imported on use: prediction needs it not."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 120
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches.
+
+    Raises:
+        ValueError: without matplotlib.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+        from matplotlib.figure import Figure  # noqa: PLC0415
+    except ImportError:
+        raise ValueError("a picture needs matplotlib; install it with: pip install 'overlock[train]'") from None
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def encode_figure(figure: Figure, ending: str = "png") -> bytes:
+    """The file that a figure makes, in the format of an ending."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending.lstrip("."))
+    return buffer.getvalue()
