@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -36,7 +36,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "--data", type=str | None, default=None, help="Labelled images that the accuracy of classifiers is measured on."
     )
-    add_save(parser, "what the table shows", "latencies as bars")
+    add_save(parser, "all that was measured", "latencies as bars")
     add_overwrite(parser)
 
 
@@ -54,7 +54,8 @@ def run(options: Namespace, console: Console) -> None:
     if options.json:
         console.print_json(json.dumps(rows))
     else:
-        print_rows(console, rows, title=f"latency over {options.rounds} rounds, in turns")
+        title = f"ms a batch of {options.batch_size}, over {options.rounds} rounds in turns"
+        print_rows(console, [_shorten(row) for row in rows], title=title)
     for path, is_picture in outputs.items():
         if is_picture:
             from overlock.deploy.benchmark import draw_timings  # noqa: PLC0415
@@ -62,6 +63,15 @@ def run(options: Namespace, console: Console) -> None:
             draw_timings(timings, path)
         else:
             write_atomically(path, as_csv(rows))
+
+
+def _shorten(row: dict[str, Any]) -> dict[str, Any]:
+    """What fits a terminal; the CSV file has all."""
+    short = {
+        "name": Path(row["name"]).name, "runtime": f"{row['runtime']} {row['precision']}", "p50": row["p50_ms"],
+        "p90": row["p90_ms"], "start, s": row["startup_s"], "MB": row["memory_mb"],
+    }  # fmt: skip
+    return short | ({"top-1": row["top1"]} if "top1" in row else {})
 
 
 def _measure(options: Namespace) -> list[Timing]:
