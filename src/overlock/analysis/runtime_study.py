@@ -20,8 +20,9 @@ from torch import nn
 from overlock.analysis.cost import count_call, count_network
 from overlock.analysis.latency import TOLERANCE, describe_machine, deviation_of, take_turns
 from overlock.analysis.published import find_published
-from overlock.analysis.runtimes import PREFIX, RUNTIMES, Call, Forms, make_forms, quiet
-from overlock.checkpoints.record import build
+from overlock.analysis.runtimes import PREFIX, RUNTIMES, Call, Forms, make_forms
+from overlock.checkpoints import build
+from overlock.export.write import quietly
 from overlock.files import write_atomically
 
 TRIALS, LATENCY, EXPORTS = "runtimes.csv", "latency.csv", "exports"
@@ -212,7 +213,7 @@ def _images(study: Study, subject: Subject) -> torch.Tensor:
 def prepare(forms: Forms, images: torch.Tensor, runtime: str, folder: Path) -> Call:
     """A call of a network in a runtime, which has run once; files go into the folder, and are taken from there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with quiet():
+    with quietly():
         call = RUNTIMES[runtime].prepare(forms, images, folder)
         call()
     return call

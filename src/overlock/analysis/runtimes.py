@@ -1,27 +1,24 @@
 """A network in each runtime that is installed: eager, fused, compiled, ONNX Runtime, OpenVINO.
 
 All compute in float32, with as many threads as PyTorch. Networks are in the form that they are deployed in: branches
-merged, channels last. ONNX Runtime and OpenVINO read one ONNX file.
+merged, channels last. ONNX Runtime and OpenVINO run the files of :mod:`overlock.export`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.utils
 import torch
 from torch import Tensor, nn
 
-from overlock.checkpoints.record import build
+from overlock.checkpoints import Record, build, default_classes, default_preprocessing
+from overlock.export import ExportedNetwork, Spec, export_network
+from overlock.export.spec import ENDINGS, Format
 from overlock.fused.fuse import fuse
 
 PREFIX = "overlock_"
@@ -39,12 +36,16 @@ class Forms:
     """Its branches merged, of plain PyTorch layers."""
     fused: nn.Module | None
     """By :func:`overlock.fuse`; None for networks that are not ours."""
+    record: Record
+
+
+Prepare = Callable[[Forms, Tensor, Path], Call]
 
 
 class Runtime(NamedTuple):
     """How a network is run."""
 
-    prepare: Callable[[Forms, Tensor, Path], Call]
+    prepare: Prepare
     """Given its forms, images (B, 3, H, W), and a folder for files: the call that gives logits (B, classes)."""
     packages: tuple[str, ...] = ()
     """That it needs."""
@@ -70,14 +71,17 @@ def make_forms(model: str, device: torch.device) -> Forms:
         ValueError: for an unknown model.
     """
     torch.manual_seed(0)
-    network = build(model).eval().requires_grad_(False)
+    network: Any = build(model).eval().requires_grad_(False)
     for parameter in network.parameters():
         if parameter.abs().max() < TINY and (parameter == parameter.flatten()[0]).all() and parameter.any():
             parameter.fill_(0.1)
-    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.to(device).to(memory_format=torch.channels_last)
+    preprocessing = default_preprocessing(network, in_chans=3)
+    record = Record(model=model, classes=default_classes(network.num_classes), preprocessing=preprocessing)
     if model.startswith(PREFIX):
-        return Forms(plain=network, merged=fuse(network, kernels=False), fused=fuse(network))
-    return Forms(plain=network, merged=timm.utils.reparameterize_model(network), fused=None)
+        merged, fused = fuse(network, kernels=False), fuse(network)
+        return Forms(plain=network, merged=merged, fused=fused, record=record)
+    return Forms(plain=network, merged=timm.utils.reparameterize_model(network), fused=None, record=record)
 
 
 def _eager(forms: Forms, images: Tensor, _: Path) -> Call:
@@ -104,55 +108,28 @@ def _inference(module: Callable[[Tensor], Tensor], images: Tensor) -> Call:
     return call
 
 
-def _onnxruntime(forms: Forms, images: Tensor, folder: Path) -> Call:
-    import onnxruntime  # noqa: PLC0415
+def _exported(kind: Format) -> Prepare:
+    """By ``overlock export``, which merges ours itself; the file is written once."""
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
-    file = _export(forms.merged, images, folder)
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    inputs = {session.get_inputs()[0].name: images.numpy()}
-    return lambda: torch.from_numpy(session.run(None, inputs)[0])
+    def prepare(forms: Forms, images: Tensor, folder: Path) -> Call:
+        path = folder / f"network{ENDINGS[kind]}"
+        if not path.exists():
+            height, width = images.shape[2:]
+            spec = Spec(
+                record=forms.record, format=kind, task="classify", image_size=(height, width),
+                dynamic=("batch",) if len(images) > 1 else (),
+            )  # fmt: skip
+            export_network(forms.merged if forms.fused is None else forms.plain, spec, path, timed=False)
+        exported = ExportedNetwork(path)
+        return lambda: exported(images)
 
-
-def _openvino(forms: Forms, images: Tensor, folder: Path) -> Call:
-    import openvino  # noqa: PLC0415
-
-    settings = dict(
-        PERFORMANCE_HINT="LATENCY", INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads()
-    )  # fmt: skip
-    compiled = openvino.Core().compile_model(str(_export(forms.merged, images, folder)), "CPU", settings)
-    array = images.numpy()
-    return lambda: torch.from_numpy(compiled(array)[0])
-
-
-def _export(network: nn.Module, images: Tensor, folder: Path) -> Path:
-    """The network as an ONNX file, written once, and whole or not at all."""
-    file, partial = folder / "network.onnx", folder / "partial.onnx"
-    if not file.exists():
-        torch.onnx.export(copy.deepcopy(network), (images,), str(partial), dynamo=True, external_data=False)
-        partial.replace(file)
-    return file
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without what exporters and compilers say to programmers."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+    return prepare
 
 
 RUNTIMES = {
     "eager": Runtime(_eager),
     "fused": Runtime(_fused, ours_only=True),
     "compile": Runtime(_compiled),
-    "onnxruntime": Runtime(_onnxruntime, ("onnx", "onnxscript", "onnxruntime"), cpu_only=True),
-    "openvino": Runtime(_openvino, ("onnx", "onnxscript", "openvino"), cpu_only=True),
+    "onnxruntime": Runtime(_exported("onnx"), ("onnx", "onnxscript", "onnxruntime"), cpu_only=True),
+    "openvino": Runtime(_exported("openvino"), ("openvino",), cpu_only=True),
 }
