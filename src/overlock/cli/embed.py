@@ -61,10 +61,10 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 def run(options: Namespace, console: Console) -> int:
     from overlock.embeddings.processes import this_process  # noqa: PLC0415
     from overlock.embeddings.run import EmbedOptions, embed, make_origin  # noqa: PLC0415
-    from overlock.embeddings.shards import import_pyarrow  # noqa: PLC0415
+    from overlock.embeddings.shards import import_package  # noqa: PLC0415
     from overlock.embeddings.sources import ImageList  # noqa: PLC0415
 
-    import_pyarrow()
+    import_package("pyarrow.parquet")
     settings = EmbedOptions(
         batch_size=options.batch_size, shard_images=options.shard_images, workers=options.workers,
         overwrite=options.overwrite,

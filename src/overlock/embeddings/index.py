@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from overlock.embeddings.shards import Embeddings, Vectors
+from overlock.embeddings.shards import Embeddings, Vectors, import_package
 from overlock.files import write_atomically
 
 Method = Literal["exact", "ivf"]
@@ -50,19 +50,6 @@ class IndexOptions:
     """IVF: lists that a query is compared with; a sixteenth of them, at least 8, unless given."""
 
 
-def import_faiss() -> Any:
-    """The library of nearest neighbours.
-
-    Raises:
-        ValueError: where it is not installed.
-    """
-    try:
-        import faiss  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("this needs faiss; install it with: pip install 'overlock[embed]'") from None
-    return faiss
-
-
 class Index:
     """The embeddings of a folder, ready to be searched by cosine.
 
@@ -78,7 +65,7 @@ class Index:
 
     def __init__(self, embeddings: Embeddings, options: IndexOptions | None = None):
         options = options or IndexOptions()
-        self.embeddings, self.faiss = embeddings, import_faiss()
+        self.embeddings, self.faiss = embeddings, import_package("faiss")
         if options.method not in get_args(Method):
             raise ValueError(f"method must be {' or '.join(get_args(Method))}, got {options.method!r}")
         for name in ("nlist", "nprobe"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,17 +26,18 @@ PLACES = ("source", "checkpoint")
 Vectors = np.ndarray[Any, Any]
 
 
-def import_pyarrow() -> Any:
-    """The library of Parquet files.
+def import_package(module: str) -> Any:
+    """A package of the extra ``embed``, with a module of it.
 
     Raises:
         ValueError: where it is not installed.
     """
+    package = module.partition(".")[0]
     try:
-        import pyarrow.parquet  # noqa: PLC0415
+        importlib.import_module(module)
     except ImportError:
-        raise ValueError("embeddings need pyarrow; install it with: pip install 'overlock[embed]'") from None
-    return pyarrow
+        raise ValueError(f"embeddings need {package}; install it with: pip install 'overlock[embed]'") from None
+    return sys.modules[package]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +110,7 @@ def write_shard(path: Path, rows: Sequence[Row], origin: Origin) -> None:
     Raises:
         ValueError: where it cannot be written.
     """
-    pa = import_pyarrow()
+    pa = import_package("pyarrow.parquet")
     missing = np.array([row.vector is None for row in rows])
     nothing = np.zeros(origin.dim, dtype=np.float32)
     flat = np.concatenate([nothing if row.vector is None else row.vector for row in rows])
@@ -130,7 +133,7 @@ def write_shard(path: Path, rows: Sequence[Row], origin: Origin) -> None:
 
 def read_origin(path: Path) -> Origin | None:
     """What a shard was made from; None for a file that is no whole shard of ours."""
-    pa = import_pyarrow()
+    pa = import_package("pyarrow.parquet")
     try:
         metadata = pa.parquet.read_schema(path).metadata or {}
         return Origin(**json.loads(metadata[METADATA_KEY]))
@@ -149,7 +152,7 @@ class Embeddings:
     """
 
     def __init__(self, folder: Path):
-        pa = import_pyarrow()
+        pa = import_package("pyarrow.parquet")
         paths = sorted(folder.glob(PATTERN))
         origin = read_origin(paths[0]) if paths else None
         if origin is None:
