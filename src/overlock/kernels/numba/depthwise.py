@@ -138,6 +138,15 @@ def write_row(row, begin, width, lanes, epilogue, out, first, channels, sums, be
     store(sums, 0, both)
 
 
+@njit(**OPTIONS)
+def images_together(batch, positions):
+    """How many images, a divisor of the batch, are taken in turn for the same channels: they fit the L2 cache."""
+    together = batch
+    while together > 1 and (batch % together or together * positions > 2048):
+        together -= 1
+    return together
+
+
 @kernel(
     x=MAP,  # (B, H, W, C)
     weight=POINTER,  # (K K, C)
@@ -158,7 +167,9 @@ def write_row(row, begin, width, lanes, epilogue, out, first, channels, sums, be
 def depthwise(call, thread, threads):
     """out = epilogue(convolution of prologue(x)), zeros around the images. A task is LANES channels of some rows.
 
-    The rows of x that the filter spans are kept at hand, so that it can write over what it reads.
+    The rows of x that the filter spans are kept at hand, so that it can write over what it reads. Small images are
+    taken one after another for the same channels: their taps, which lie far apart in memory, are then read once for
+    all.
     """
     batch, height, width, channels = call.batch, call.height, call.width, call.channels
     size, dilation, splits, prologue, epilogue = (
@@ -173,18 +184,22 @@ def depthwise(call, thread, threads):
     weights, bias = floats(call.weight, (size * size * channels,)), floats(call.bias, (channels,))
     sums = floats(call.sums, (batch, splits, channels))
     blocks, half, span = (channels + LANES - 1) // LANES, size // 2 * dilation, (size - 1) * dilation + 1
-    stride, held, paired = (width + span - 1) * LANES, span + 1, dilation == 1 and width >= 7
+    stride, held, paired = (width + span - 1) * LANES, span + 1, LANES == 16 and dilation == 1 and width >= 7
     lines, order = aligned_zeros((held + 1) * stride), np.zeros(size + 1, np.int64)  # the last line stays zero
     rows, taps = aligned_zeros(2 * width * LANES), aligned_zeros((size * size + 1) * LANES)
     row_sums, exact = aligned_zeros(LANES), np.zeros(LANES, np.float64)
+    together, held_block = images_together(batch, height * width), -1
     begin, end = task_range(call.tasks, thread, threads)
     for task in range(begin, end):
-        b, split, block = task // (blocks * splits), task // blocks % splits, task % blocks
+        group, rest = task // (blocks * splits * together), task % (blocks * splits * together)
+        block, b, split = rest // (splits * together), group * together + rest // splits % together, rest % splits
         lanes = min(LANES, channels - block * LANES)
         first_row, last_row = height * split // splits, height * (split + 1) // splits
-        for n in range(size * size):
-            store(taps, n * LANES, masked_load(weights, n * channels + block * LANES, lanes))
-        store(taps, size * size * LANES, masked_load(bias, block * LANES, lanes))
+        if block != held_block:
+            for n in range(size * size):
+                store(taps, n * LANES, masked_load(weights, n * channels + block * LANES, lanes))
+            store(taps, size * size * LANES, masked_load(bias, block * LANES, lanes))
+            held_block = block
         origin = b * height * width * channels + block * LANES
         exact[:] = 0
         ready, y = max(first_row - half, 0), first_row

@@ -125,6 +125,27 @@ def _masked(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     return builder.call(known or ir.Function(builder.module, kind, name), arguments)
 
 
+def _unless_whole(builder: Any, lanes: Any, whole: Any, masked: Any) -> Any:
+    """What ``masked`` generates; without AVX-512, ``whole`` where all lanes are taken.
+
+    AVX-512 masks at no cost. A masked store of AVX is slow on AMD, and AVX has no masks for numbers of 16 bits.
+    """
+    if LANES == 16:
+        return masked()
+    takes_all = builder.icmp_signed(">=", lanes, ir.Constant(lanes.type, LANES))
+    with builder.if_else(takes_all, likely=True) as (then, otherwise):
+        with then:
+            first, begin = whole(), builder.block
+        with otherwise:
+            second, end = masked(), builder.block
+    if first is None:
+        return None
+    value = builder.phi(first.type)
+    value.add_incoming(first, begin)
+    value.add_incoming(second, end)
+    return value
+
+
 @intrinsic
 def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
     """A vector of which the first lanes are read; zeros in the others."""
@@ -134,8 +155,12 @@ def masked_load(_typing_context, array, index, lanes):  # noqa: ARG001
         kind, is_float32 = address.type.pointee, address.type.pointee == VECTOR
         zeros = ir.Constant(kind, [0.0 if is_float32 else 0] * LANES)
         align = ir.Constant(ir.IntType(32), 4 if is_float32 else 2)
-        loaded = _masked(builder, "load", kind, [address, align, _mask(builder, arguments[2]), zeros])
-        return loaded if is_float32 else _of_bits(builder, loaded)
+
+        def masked() -> Any:
+            loaded = _masked(builder, "load", kind, [address, align, _mask(builder, arguments[2]), zeros])
+            return loaded if is_float32 else _of_bits(builder, loaded)
+
+        return _unless_whole(builder, arguments[2], lambda: read_vector(builder, address), masked)
 
     return vector(array, types.int64, types.int64), generate
 
@@ -147,9 +172,13 @@ def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
     def generate(context, builder, signature, arguments):
         address = address_of(context, builder, signature.args[0], *arguments[:2])
         is_float32 = address.type.pointee == VECTOR
-        value = arguments[2] if is_float32 else _to_bits(builder, arguments[2])
-        align, mask = ir.Constant(ir.IntType(32), 4 if is_float32 else 2), _mask(builder, arguments[3])
-        _masked(builder, "store", ir.VoidType(), [value, address, align, mask])
+        align = ir.Constant(ir.IntType(32), 4 if is_float32 else 2)
+
+        def masked() -> None:
+            value = arguments[2] if is_float32 else _to_bits(builder, arguments[2])
+            _masked(builder, "store", ir.VoidType(), [value, address, align, _mask(builder, arguments[3])])
+
+        _unless_whole(builder, arguments[3], lambda: write_vector(builder, arguments[2], address), masked)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, vector, types.int64), generate
