@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
+UV := uv==0.13.9
 RUN := runs/quickstart
 # Each process keeps to the files next to one another, whose fixtures they share, until it has none left.
 ORDINARY := -n 2 --dist worksteal -m "not slow and not gpu"
@@ -38,12 +39,13 @@ kernels: $(VENV)/.installed-dev
 test-oldest: $(OLDEST)/.installed-dev
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest $(ORDINARY)
 
-# An install is repeated only when the dependencies change.
+# An install is repeated only when the dependencies change. uv finds versions that fit in seconds, pip in minutes.
 $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
 	@$(PYTHON) -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) must be Python \
 	3.10 or newer, with venv (on Debian: apt install python3-venv); make PYTHON=python3.12 names another"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".$(if $*,[$(*:-%=%)])"
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet $(UV)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".$(if $*,[$(*:-%=%)])"
 	touch $@
 
 # pip takes the newest versions only, so that uv resolves these. Without [data], whose readers need the newest timm. The

@@ -31,10 +31,18 @@ PROGRAMS = 2112  # fewer leave a large GPU idle: 16 for each of 132 multiprocess
 
 
 @triton.jit
-def _value(x, column, width, exists, known, exact: tl.constexpr):
+def _known(channel, channels, inside):
+    """Channels that exist, of a position inside the map. Not ``&`` of a block and a scalar, which Triton 3.9's
+    interpreter widens to 32 bits and then refuses as a mask.
+    """
+    return channel < tl.where(inside, channels, 0)
+
+
+@triton.jit
+def _value(x, column, width, exists, channel, channels, exact: tl.constexpr):
     """GELU of a block of channels at one position; GELU(0) = 0, so that the zeros around the map stay zeros."""
     inside = exists & (column >= 0) & (column < width)
-    return gelu(tl.load(x, mask=known & inside, other=0.0).to(tl.float32), exact)
+    return gelu(tl.load(x, mask=_known(channel, channels, inside), other=0.0).to(tl.float32), exact)
 
 
 @triton.jit
@@ -53,10 +61,10 @@ def _product(taps, left, middle, right):
 
 
 @triton.jit
-def _finish(out, total, column, width, is_ours, known):
+def _finish(out, total, column, width, is_ours, channel, channels):
     """Write a position of the output, and give its square."""
     inside = is_ours & (column < width)
-    tl.store(out, total.to(out.dtype.element_ty), mask=known & inside)
+    tl.store(out, total.to(out.dtype.element_ty), mask=_known(channel, channels, inside))
     return tl.where(inside, total * total, 0.0)
 
 
@@ -93,20 +101,22 @@ def filter_kernel(
     for row in range(first - 1, last + 1):
         exists = (row >= 0) & (row < height)
         source = x + row * x_h
-        a = _value(source - x_w, column - 1, width, exists, known, exact)
-        b = _value(source, column, width, exists, known, exact)
-        c = _value(source + x_w, column + 1, width, exists, known, exact)
-        d = _value(source + 2 * x_w, column + 2, width, exists, known, exact)
-        e = _value(source + 3 * x_w, column + 3, width, exists, known, exact)
-        f = _value(source + 4 * x_w, column + 4, width, exists, known, exact)
+        a = _value(source - x_w, column - 1, width, exists, channel, channels, exact)
+        b = _value(source, column, width, exists, channel, channels, exact)
+        c = _value(source + x_w, column + 1, width, exists, channel, channels, exact)
+        d = _value(source + 2 * x_w, column + 2, width, exists, channel, channels, exact)
+        e = _value(source + 3 * x_w, column + 3, width, exists, channel, channels, exact)
+        f = _value(source + 4 * x_w, column + 4, width, exists, channel, channels, exact)
         target, is_ours = out + (row - 1) * out_h, row > first
-        squares += _finish(target, above0 + _product(low, a, b, c) + offset, column, width, is_ours, known)
-        squares += _finish(target + out_w, above1 + _product(low, b, c, d) + offset, column + 1, width, is_ours, known)
+        squares += _finish(target, above0 + _product(low, a, b, c) + offset, column, width, is_ours, channel, channels)
         squares += _finish(
-            target + 2 * out_w, above2 + _product(low, c, d, e) + offset, column + 2, width, is_ours, known
+            target + out_w, above1 + _product(low, b, c, d) + offset, column + 1, width, is_ours, channel, channels
         )
         squares += _finish(
-            target + 3 * out_w, above3 + _product(low, d, e, f) + offset, column + 3, width, is_ours, known
+            target + 2 * out_w, above2 + _product(low, c, d, e) + offset, column + 2, width, is_ours, channel, channels
+        )
+        squares += _finish(
+            target + 3 * out_w, above3 + _product(low, d, e, f) + offset, column + 3, width, is_ours, channel, channels
         )
         above0, here0 = here0 + _product(centre, a, b, c), _product(top, a, b, c)
         above1, here1 = here1 + _product(centre, b, c, d), _product(top, b, c, d)
