@@ -49,7 +49,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     """
     takes_operator = x.is_cuda and dilation * (weight.shape[3] - 1) >= 6
     if not torch.jit.is_scripting():  # what follows does not script
-        takes_operator = not exports_to_onnx() and (takes_operator or trains_on_cpu(x, weight, bias))
+        takes_operator = (takes_operator or trains_on_cpu(x, weight, bias)) and not exports_to_onnx()
     if takes_operator:
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     if not torch.jit.is_scripting():
