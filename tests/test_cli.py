@@ -408,7 +408,9 @@ def test_as_a_process(tmp_path):
     )
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_signals_save_and_end(tmp_path, signum, code):
     """To the whole process group, as Ctrl-C and schedulers send them, so that the loading processes get them too."""
     root = make_classes(tmp_path / "data", 40)

@@ -52,7 +52,7 @@ def assert_same(file, module: nn.Module, *sizes: tuple[int, ...]) -> None:
             assert relative_error(torch.from_numpy(ours), wanted) < 1e-4
 
 
-@exporters
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=[needs_told, pytest.mark.slow])])
 def test_as_timm_exports(dynamo, tmp_path):
     """timm's function, its model and its size of images; the batch stays free."""
     model = randomise(timm.create_model("overlock_atto", exportable=True, num_classes=10))

@@ -83,7 +83,9 @@ def train(model: nn.Module, steps: int = 4) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=() if row in ("local", "gate") else pytest.mark.slow) for row in ROWS]
+)
 def test_learns(row):
     """A few steps lower the loss, and all parameters take part."""
     torch.manual_seed(0)

@@ -21,7 +21,9 @@ def test_agrees_with_table_2(name):
     assert total.macs / 1e9 == pytest.approx(paper.macs, rel=0.03 if name == "overlock_xt" else 0.02)
 
 
-@pytest.mark.parametrize(("name", "mixing"), [("overlock_xt", 0.030), ("overlock_s", 0.100)])
+@pytest.mark.parametrize(
+    ("name", "mixing"), [("overlock_xt", 0.030), pytest.param("overlock_s", 0.100, marks=pytest.mark.slow)]
+)
 def test_mixing_is_half_of_the_channels_for_each_kernel(name, mixing):
     variant = VARIANTS[name]
     channels = variant.dims[2:]
@@ -100,15 +102,12 @@ def test_refuses_what_is_unknown_or_too_small():
         count_cost("overlock_atto", image_size=(16, 64))
 
 
-LARGER = [(name, task) for name in ("overlock_s", "overlock_b") for task in DENSE_TASKS]
+DENSE = [(name, task) for name in ("overlock_t", "overlock_s", "overlock_b") for task in DENSE_TASKS]
+QUICK = [("overlock_t", "mask_rcnn"), ("overlock_t", "upernet")]
 
 
 @pytest.mark.parametrize(
-    ("name", "task"),
-    [
-        *(("overlock_t", task) for task in DENSE_TASKS),
-        *(pytest.param(*pair, marks=() if pair == ("overlock_b", "upernet") else pytest.mark.slow) for pair in LARGER),
-    ],
+    ("name", "task"), [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in DENSE]
 )
 def test_agrees_with_tables_3_to_5(name, task):
     total = count_dense_cost(name, task)[-1]

@@ -116,7 +116,8 @@ def test_trials(tmp_path, monkeypatch):
         try_runtimes(study(tmp_path, "broken"), told.append, lambda _: None)
 
 
-@pytest.mark.parametrize("model", ["convnext_atto", pytest.param("overlock_atto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["convnext_atto", "overlock_atto"])
 def test_exported(model, tmp_path):
     """ONNX Runtime and OpenVINO, from files that are written once."""
     installed = [name for name in ("onnxruntime", "openvino") if RUNTIMES[name].why_not(model, CPU) is None]

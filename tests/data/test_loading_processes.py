@@ -82,7 +82,7 @@ with ImageLoader(Numbers(), num_workers=2).batches() as batches:
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_processes_do_not_outlive_their_parent(signum):
     script = ORPHANS.format(folder=str(Path(__file__).parent), signum=int(signum))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)

@@ -142,13 +142,15 @@ def test_stand_alone_block(form, name, golden, official_state, image):
 @pytest.mark.parametrize(
     "test",
     [
-        "test_stand_alone_block[block-triton]",
-        pytest.param("test_stand_alone_block[block_ls-triton]", marks=pytest.mark.slow),
+        *(
+            pytest.param(f"test_stand_alone_block[{block}-triton]", marks=pytest.mark.slow)
+            for block in ("block", "block_ls")
+        ),
         *(pytest.param(f"test_logits_of_other_sizes[{size}-triton]", marks=pytest.mark.slow) for size in OTHER_SIZES),
     ],
 )
 def test_triton_in_the_interpreter(test):
-    """The plug-in block, and by hand the whole network, with Triton's kernels."""
+    """The plug-in block and the whole network, with Triton's kernels."""
     pytest.importorskip("triton", minversion="3.3")
     run_interpreted(f"{__file__}::{test}")
 

@@ -15,6 +15,7 @@ from overlock.tasks.detection import faster_rcnn
 SIZES = [(64, 64), (96, 65), (33, 47), (161, 130), (32, 32)]
 EXPORTS_ANY_SIZE = torch.__version__ >= (2, 7)  # earlier ones cannot prove that rows repeated to a multiple divide
 strides = pytest.mark.parametrize("stride", [16, 8])
+quick_strides = pytest.mark.parametrize("stride", [16, pytest.param(8, marks=pytest.mark.slow)])
 
 
 def make(**options):
@@ -120,7 +121,7 @@ def test_training(stride):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
-@strides
+@quick_strides
 @torch.no_grad()
 def test_graphs(stride):
     """Scripted, traced by fx, exported for any size, compiled in one piece."""

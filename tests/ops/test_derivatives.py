@@ -219,7 +219,13 @@ def test_second_derivatives_of_bfloat16(case):
         assert (actual - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
-@cases
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in ("contmix of an enlarged map", "region_centres") else ())
+        for case in CASES
+    ],
+)
 @pytest.mark.parametrize("derivative", ["forward over reverse", "reverse over reverse", "func.jvp"])
 def test_compiled(case, derivative):
     """In one graph."""

@@ -162,8 +162,14 @@ def test_stages_refine_boxes():
     assert float(off) == pytest.approx(10 * (1 - float(overlap) + (hull - union) / hull), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("size", [(64, 64), (65, 200), (230, 70)])
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        pytest.param(size, name, marks=pytest.mark.slow if "cascade" in name and size != (65, 200) else ())
+        for size in [(64, 64), (65, 200), (230, 70)]
+        for name in BUILDERS
+    ],
+)
 def test_sizes_and_objects_of_all_kinds(name, size):
     """No object, one of one pixel, some: every loss and gradient finite, detections inside the image."""
     model = build(name)

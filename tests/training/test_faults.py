@@ -147,7 +147,9 @@ def test_half_precision_for_500_steps(tmp_path, precision):
     assert checkpoint["progress"]["skipped"] <= (20 if precision == "fp16" else 0)  # while the loss's scale is found
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["cut", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flipped", "empty"))]
+)
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(data, whole, tmp_path, monkeypatch, damage):
     config = settings(data, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -226,6 +228,7 @@ mount -o remount,size=100m "$DISK" && "$@" --resume && cp -r "$DISK/run" "$COPY"
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_real(data, tmp_path):
     """A file system of 30 MB has room for two checkpoints, not for the third; given more, the run goes on."""
     (tmp_path / "disk").mkdir()
