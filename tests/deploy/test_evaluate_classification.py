@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from overlock.checkpoints import Record
+from overlock.cli import main
 from overlock.data import load_test_data
 from overlock.data.images import ImageData, Samples
 from overlock.deploy import evaluate_classification as module
 from overlock.deploy import models
 from overlock.deploy.evaluate_classification import draw_confusion, evaluate_classifier, match_classes, write_per_class
+from overlock.export import Spec, runtimes
 
 PREPROCESSING = dict(input_size=(3, 8, 8), mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop_pct=1.0)
 
@@ -107,3 +110,20 @@ def test_the_weights_of_the_package(default_file, shared_data):
     )
     assert result.images == 10_000
     assert result.top1 >= 0.88
+
+
+def test_an_exported_file_is_opened_once(tmp_path, monkeypatch, capsys):
+    record = Record(model="overlock_xt", classes=("red", "blue", "green", "grey"), preprocessing=PREPROCESSING)
+    spec = Spec(record=record, format="onnx", task="classify", image_size=(8, 8), dynamic=("batch",))
+    opened = []
+
+    def open_by_colour(path, threads):
+        opened.append(path)
+        return spec.to_json(), lambda images: [ByColour()(images)]
+
+    monkeypatch.setitem(runtimes.OPENERS, "onnx", open_by_colour)
+    file, root = tmp_path / "by_colour.onnx", make_classes(tmp_path / "data", 2)
+    file.touch()
+    assert main(["evaluate", str(file), "--data", str(root), "--workers", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == str(file)
+    assert opened == [file]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from overlock.data import ImageData
     from overlock.deploy.evaluate_classification import Classification
     from overlock.deploy.evaluation import Evaluation
+    from overlock.deploy.models import Source
 
 SOME_FAILED = 1  # the exit code where images could not be read
 TESTING = dict(
@@ -135,7 +136,7 @@ def _add_segmentation(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, console: Console) -> int:
-    from overlock.deploy.models import task_of  # noqa: PLC0415
+    from overlock.deploy.models import open_exported, task_of  # noqa: PLC0415
 
     for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
         value = options[name]
@@ -143,7 +144,8 @@ def run(options: Namespace, console: Console) -> int:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
         raise ValueError(f"--crop_pct must be above 0 and up to 1, got {options.crop_pct}")
-    tasks = {task_of(source, model=options.model) for source in options.models}
+    sources = [open_exported(source) for source in options.models]
+    tasks = {task_of(source, model=options.model) for source in sources}
     if len(tasks) > 1:
         raise ValueError(
             "models of different tasks have no table in common; evaluate classifiers, detectors and "
@@ -153,9 +155,9 @@ def run(options: Namespace, console: Console) -> int:
     given = check_task(options, task, OPTIONS)
     given = {name: value for name, value in given.items() if name in TESTING[task]}
     if task == "classify":
-        unreadable = _evaluate_classifiers(options, given, console)
+        unreadable = _evaluate_classifiers(options, sources, given, console)
     else:
-        unreadable = _evaluate_others(options, given, console, task)
+        unreadable = _evaluate_others(options, sources, given, console, task)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     for problem in unreadable:
         errors.print(f"skipped {problem}")
@@ -174,7 +176,9 @@ def _claim_reports(options: Namespace, task: str) -> list[dict[str, Path]]:
     ]
 
 
-def _evaluate_classifiers(options: Namespace, given: dict[str, Any], console: Console) -> tuple[str, ...]:
+def _evaluate_classifiers(
+    options: Namespace, sources: Sequence[Source], given: dict[str, Any], console: Console
+) -> tuple[str, ...]:
     """Returns what could not be read."""
     from overlock.data import load_test_data  # noqa: PLC0415
     from overlock.deploy.evaluate_classification import (  # noqa: PLC0415
@@ -188,7 +192,7 @@ def _evaluate_classifiers(options: Namespace, given: dict[str, Any], console: Co
     )
     reports = _claim_reports(options, "classify")
     results = []
-    for i, source in enumerate(options.models):
+    for i, source in enumerate(sources):
         runtime = {name: options[name] for name in ("model", "workers", "device", "precision", "strict")}
         result = evaluate_classifier(source, data, **given, **runtime)
         results.append(result)
@@ -217,7 +221,9 @@ def _print_classifiers(results: Sequence[Classification], data: ImageData, conso
         console.print(note)
 
 
-def _evaluate_others(options: Namespace, given: dict[str, Any], console: Console, task: str) -> tuple[str, ...]:
+def _evaluate_others(
+    options: Namespace, sources: Sequence[Source], given: dict[str, Any], console: Console, task: str
+) -> tuple[str, ...]:
     """Detectors or segmenters; returns what could not be read."""
     files: ObjectFiles | LabelFiles
     notes: tuple[str, ...]
@@ -234,10 +240,10 @@ def _evaluate_others(options: Namespace, given: dict[str, Any], console: Console
     reports = _claim_reports(options, task)
     runtime = {name: options[name] for name in ("held_out", "seed", "workers", "device", "precision", "strict")}
     results: list[Evaluation] = []
-    for source in options.models:
+    for name, source in zip(options.models, sources, strict=True):
         network, record = load_network(source, model=options.model)
         result = evaluate_by_task(
-            network, record, files, name=source, show_progress=console.is_terminal, **given, **runtime
+            network, record, files, name=name, show_progress=console.is_terminal, **given, **runtime
         )
         results.append(dataclasses.replace(result, notes=(*notes, *result.notes)))
     for report, result in zip(reports, results, strict=False):

@@ -19,8 +19,9 @@ from torch import Tensor
 from overlock.data import ImageData, make_eval_transform
 from overlock.data.loaders import Batch, OnImage, make_test_loader
 from overlock.deploy.evaluation import EvaluationOptions, Runner
-from overlock.deploy.models import load_network
+from overlock.deploy.models import Source, load_network
 from overlock.deploy.runtime import not_finite
+from overlock.export.runtimes import ExportedNetwork
 from overlock.figures import encode_figure, new_figure
 from overlock.files import write_atomically
 
@@ -82,7 +83,7 @@ def match_classes(model: Sequence[str], data: Sequence[str]) -> list[int]:
 
 
 def evaluate_classifier(
-    source: str,
+    source: Source,
     data: ImageData,
     *,
     model: str | None = None,
@@ -106,9 +107,10 @@ def evaluate_classifier(
             the network gives no finite numbers.
     """
     given = EvaluationOptions(**options)
+    name = str(source.path if isinstance(source, ExportedNetwork) else source)
     network, record = load_network(source, model=model)
     if record.task != "classify":
-        raise ValueError(f"{source}: this is a {record.name}, of the task {record.task}, and not a classifier")
+        raise ValueError(f"{name}: this is a {record.name}, of the task {record.task}, and not a classifier")
     counting = _Counting(match_classes(record.classes, data.classes), classes=len(record.classes))
     preprocessing: dict[str, Any] = dict(record.preprocessing)
     if image_size is not None:
@@ -131,12 +133,12 @@ def evaluate_classifier(
         if counting.largest is None or len(images) > len(counting.largest):
             counting.largest = images
 
-    counts = runner.run(loader, step, name=source)
+    counts = runner.run(loader, step, name=name)
     assert counting.largest is not None
     with torch.inference_mode(), runner.cast:
         speed = measure_speed(runner.network, counting.largest)
     return Classification(
-        name=source, params=runner.params, images=counts.images, unreadable=counts.unreadable, top1=counting.top1,
+        name=name, params=runner.params, images=counts.images, unreadable=counts.unreadable, top1=counting.top1,
         top5=counting.top5, speed=speed, speed_with_loading=counts.images / counts.seconds,
         classes=tuple(data.classes), confusion=counting.confusion,
     )  # fmt: skip

@@ -13,24 +13,25 @@ from overlock.checkpoints.hub import PREFIX
 from overlock.export.runtimes import ExportedNetwork
 from overlock.export.spec import ENDINGS, format_of
 
+Source = str | os.PathLike[str] | ExportedNetwork
 SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".bin", ".ckpt")
 """Endings of files of weights."""
 
 
-def load_network(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
+def load_network(source: Source, *, model: str | None = None) -> tuple[nn.Module, Record]:
     """A trained network, in evaluation mode, and its record.
 
     Args:
         source: a run's folder, a file of weights, 'hf-hub:USER/NAME', the name of a model of timm's, of which the
-            published weights are fetched, or a file of ``overlock export``.
+            published weights are fetched, or a file of ``overlock export``, which may be open already.
         model: timm's name of the model, for a file that does not say and cannot be recognised.
 
     Raises:
         ValueError: for what is none of these, and a damaged or foreign file.
     """
-    if format_of(Path(source)) is not None:
-        exported = ExportedNetwork(source)
-        return exported, exported.spec.record
+    source = open_exported(source)
+    if isinstance(source, ExportedNetwork):
+        return source, source.spec.record
     if is_file(source):
         return load_model(source, model=model)
     name = str(source)
@@ -42,6 +43,17 @@ def load_network(source: str | os.PathLike[str], *, model: str | None = None) ->
     except ValueError as error:
         raise ValueError(f"{name}: no such file or folder, and no model of timm's ({error})") from None
     return network.eval(), _record_of(name, network)
+
+
+def open_exported(source: Source) -> Source:
+    """A file of ``overlock export`` opened, which may take a compilation; any other source as it is.
+
+    Raises:
+        ValueError: for a missing, damaged or foreign file.
+    """
+    if isinstance(source, ExportedNetwork) or format_of(Path(source)) is None:
+        return source
+    return ExportedNetwork(source)
 
 
 def load_untrained(source: str | os.PathLike[str], *, model: str | None = None) -> tuple[nn.Module, Record]:
@@ -64,14 +76,17 @@ def _record_of(name: str, network: Any) -> Record:
     return Record(model=name, classes=default_classes(config["num_classes"]), preprocessing=preprocessing)
 
 
-def task_of(source: str | os.PathLike[str], *, model: str | None = None) -> str:
-    """'classify', 'detect' or 'segment': what a network of :func:`load_network` is for, which is not built for it.
+def task_of(source: Source, *, model: str | None = None) -> str:
+    """'classify', 'detect' or 'segment': what a network of :func:`load_network` is for.
+
+    Exported files are opened for it; other networks are not built.
 
     Raises:
         ValueError: as :func:`load_network`, for files.
     """
-    if format_of(Path(source)) is not None:
-        return ExportedNetwork(source).spec.record.task
+    source = open_exported(source)
+    if isinstance(source, ExportedNetwork):
+        return source.spec.record.task
     return load_record(source, model=model).task if is_file(source) else "classify"
 
 

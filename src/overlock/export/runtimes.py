@@ -97,7 +97,7 @@ class ExportedNetwork(nn.Module):
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None):
         super().__init__()
-        path = Path(path)
+        self.path = path = Path(path)
         kind = format_of(path)
         if kind is None or not path.is_file():
             raise ValueError(f"{path}: no such exported file; overlock export writes them")
