@@ -174,19 +174,21 @@ def kill_and_resume(data, whole, folder, kills: int) -> None:
     killed = 0
     while True:
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        if killed < kills:
-            deadline = time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline:  # until this session has saved something
-                if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
-                    break
-                time.sleep(0.005)
-            time.sleep(chance.uniform(0, 0.12))
-            process.kill()
-            killed += 1
-        _, errors = process.communicate(timeout=120)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+            try:
+                if killed < kills:
+                    deadline = time.monotonic() + 60
+                    while process.poll() is None and time.monotonic() < deadline:  # until something was saved
+                        if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
+                            break
+                        time.sleep(0.005)
+                    time.sleep(chance.uniform(0, 0.12))
+                    process.kill()
+                    killed += 1
+                _, errors = process.communicate(timeout=120)
+            finally:
+                process.kill()  # also where it took too long
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
