@@ -138,6 +138,26 @@ def test_photo_point_and_prior(visit, tmp_path):
 
 @pytest.mark.slow
 @needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page = visit(color_scheme=scheme)
+    for tab in ("Look inside", "Detection", "Segmentation", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)  # the tab fades in, and half-way its colours are not its own
+        # Gradio labels the box of a picture that is not there yet, which a plain box may not be.
+        found = axe.run(page, context={"exclude": [["[aria-label='Empty value']"]]}).response["violations"]
+        serious = {
+            f"{rule['id']}: {node['html'][:200]}"
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"]
+        }
+        assert not serious, f"{tab}: {sorted(serious)}"
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_link_restores_a_view(visit):
     page = visit("?photo=owl.jpg&x=25&y=75&block=2&prior=cat.jpg")
     page.wait_for_selector("#changes table")
