@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as _config
 
 from overlock.checkpoints import Record
 from overlock.export.contmix import Places, PlainContMix
 from overlock.export.plain import plain_form
 from overlock.export.spec import Spec, Task
+from overlock.export.write import uncached
 
 
 class Entry(nn.Module):
@@ -80,7 +80,7 @@ def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:
     axes |= {2: "size", 3: "size"} if "size" in spec.dynamic else {}
     free = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), _config.patch(fake_tensor_cache_enabled=False):  # a miss each, at six times the cost
+        with torch.no_grad(), uncached():
             return torch.export.export(entry, (images,), dynamic_shapes=(free,) if free else None, strict=False)
     except (RuntimeError, torch._dynamo.exc.UserError) as error:
         raise ValueError(f"{spec.record.name} cannot be exported so: {str(error).strip().splitlines()[0]}") from None

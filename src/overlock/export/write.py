@@ -79,7 +79,7 @@ def write(program: Program, spec: Spec, path: Path) -> None:
     Raises:
         ImportError: without the package of the format.
     """
-    with quietly():
+    with quietly(), uncached():
         WRITERS[spec.format](program, spec, path)
 
 
@@ -127,6 +127,14 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def uncached() -> contextlib.AbstractContextManager[object]:
+    """Inside, PyTorch does not remember the shapes that operations give.
+
+    Where sizes are free, hardly two calls are alike, and keeping and comparing them takes most of the time of a trace.
+    """
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def needs(*packages: str) -> None:
