@@ -80,7 +80,7 @@ def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:
     axes |= {2: "size", 3: "size"} if "size" in spec.dynamic else {}
     free = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), uncached():
+        with torch.no_grad(), uncached(spec):
             return torch.export.export(entry, (images,), dynamic_shapes=(free,) if free else None, strict=False)
     except (RuntimeError, torch._dynamo.exc.UserError) as error:
         raise ValueError(f"{spec.record.name} cannot be exported so: {str(error).strip().splitlines()[0]}") from None

@@ -79,7 +79,7 @@ def write(program: Program, spec: Spec, path: Path) -> None:
     Raises:
         ImportError: without the package of the format.
     """
-    with quietly(), uncached():
+    with quietly(), uncached(spec):
         WRITERS[spec.format](program, spec, path)
 
 
@@ -129,12 +129,12 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def uncached() -> contextlib.AbstractContextManager[object]:
-    """Inside, PyTorch does not remember the shapes that operations give.
+def uncached(spec: Spec) -> contextlib.AbstractContextManager[object]:
+    """Inside, PyTorch does not remember the shapes that operations give, if sizes are free.
 
-    Where sizes are free, hardly two calls are alike, and keeping and comparing them takes most of the time of a trace.
+    Then hardly two calls are alike, and keeping and comparing them takes most of the time of a trace.
     """
-    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled="size" not in spec.dynamic)
 
 
 def needs(*packages: str) -> None:
