@@ -132,7 +132,7 @@ def quietly() -> Iterator[None]:
 def uncached(spec: Spec) -> contextlib.AbstractContextManager[object]:
     """Inside, PyTorch does not remember the shapes that operations give, if sizes are free.
 
-    Then hardly two calls are alike, and keeping and comparing them takes most of the time of a trace.
+    Then hardly two calls are alike, and keeping and comparing them takes a third of the time of a trace.
     """
     return torch._dynamo.config.patch(fake_tensor_cache_enabled="size" not in spec.dynamic)
 
