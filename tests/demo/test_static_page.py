@@ -135,7 +135,7 @@ def visit(browser, serve_files, folder):
     page.set_default_timeout(SLOW)
     expect.set_options(timeout=SLOW)
     page.on("request", lambda request: asked.append(request.url))
-    page.on("pageerror", lambda fault: faults.append(fault))
+    page.on("pageerror", lambda fault: faults.append(str(fault)))
 
     def open_page(query: str = ""):
         page.goto(f"{address}/{query}")
