@@ -74,7 +74,7 @@ function connect() {
 }
 
 function takeFiles(area, input, take) {
-  const takeFirst = (files) => files.length && attempt(() => take(files[0]));
+  const takeFirst = ([file]) => file && attempt(() => take(file)); // taken now: the list is emptied below
   $(input).addEventListener("change", () => {
     takeFirst($(input).files);
     $(input).value = ""; // so that the same file can be given again
