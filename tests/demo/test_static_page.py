@@ -202,6 +202,18 @@ def test_link_restores_a_view(visit):
 
 @pytest.mark.slow
 @needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visit, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    page, expect = visit("?photo=dog.jpg&prior=cat.jpg")
+    page.emulate_media(color_scheme=scheme)
+    expect(page.locator("#changes caption")).to_be_visible()
+    found = [rule for rule in axe.run(page).response["violations"] if rule["impact"] in ("serious", "critical")]
+    assert not found, [(rule["id"], node["html"][:200]) for rule in found for node in rule["nodes"]]
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_disk_needs_a_file_server(browser, folder):
     page = browser.new_page()
     page.goto((folder / "index.html").as_uri())
