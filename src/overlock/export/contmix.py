@@ -134,17 +134,19 @@ class _Kernel(nn.Module):
         return self._by_rows(query, tap_keys, value)
 
     def _by_windows(self, query: Tensor, tap_keys: Tensor, value: Tensor, windows: Size) -> Tensor:
-        """All tokens of a block of the map share one window."""
-        (a, b), (height, width) = windows, value.shape[2:4]
-        blocks = query.unflatten(4, (b, -1)).unflatten(3, (a, -1)).permute(0, 1, 3, 5, 4, 6, 2)  # B, G, a, b, h, w, D
+        """All tokens of a block of the map share one window. Images and groups are one dimension: XNNPACK has six."""
+        (a, b), (height, width), groups = windows, value.shape[2:4], query.shape[1]
+        blocks = query.flatten(0, 1).unflatten(3, (b, -1)).unflatten(2, (a, -1))
+        blocks = blocks.permute(0, 2, 4, 3, 5, 1).flatten(1, 4).unflatten(0, (-1, groups))  # B, G, T, D
         table = self._biases(height, width)  # G, H, W, N
         table = table.unflatten(2, (b, -1)).unflatten(1, (a, -1)).permute(0, 1, 3, 2, 4, 5)
-        kernels = self._kernels(blocks.flatten(2, 5), tap_keys, table.flatten(1, 4)).unflatten(2, (a * b, -1))
+        kernels = self._kernels(blocks, tap_keys, table.flatten(1, 4)).unflatten(2, (a * b, -1))
         rows, columns = (torch.arange(count)[:, None] + torch.arange(self.size) for count in windows)
         places = rows[:, None, :, None] * width + columns[None, :, None, :]  # a, b, K, K
         inside = value.flatten(2, 3).index_select(2, places.flatten()).unflatten(2, (a * b, -1))
-        mixed = torch.matmul(kernels, inside).unflatten(3, (height // a, -1)).unflatten(2, (a, b))
-        return mixed.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        mixed = torch.matmul(kernels, inside).flatten(0, 1).unflatten(2, (height // a, -1)).unflatten(1, (a, b))
+        mixed = mixed.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # B G, c, H, W
+        return mixed.unflatten(0, (-1, groups))
 
     def _by_rows(self, query: Tensor, tap_keys: Tensor, value: Tensor) -> Tensor:
         """All tokens of a row share the rows of their windows."""
