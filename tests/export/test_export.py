@@ -146,7 +146,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
         shown.append(json.loads(capsys.readouterr().out)[0])
     assert shown[0]["labels"] == shown[1]["labels"]
     table = tmp_path / "speed.csv"
-    assert main(["benchmark", str(file), str(DEFAULT_FILE), "--rounds", "2", "--save", str(table)]) == 0
+    assert main(["benchmark", str(file), "default", "--rounds", "2", "--save", str(table)]) == 0
     assert [line.split(",")[1] for line in table.read_text().splitlines()] == ["runtime", "openvino", "pytorch"]
 
 

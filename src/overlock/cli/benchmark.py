@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from overlock.cli.command import Command, add_overwrite
-from overlock.cli.subjects import add_save, as_csv, claim_results, print_rows
+from overlock.cli.subjects import add_save, as_csv, claim_results, named_source, print_rows
 from overlock.files import Outputs, write_atomically
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "sources", nargs="+", type=str, metavar="FILE|MODEL",
         help="Files of overlock export, runs' folders, files of weights, or models of timm's, whose weights are then "
-        "untrained.",
+        "untrained; 'default' for the package's own network.",
     )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=1, help="Images in a batch.")
     parser.add_argument(
@@ -44,6 +44,7 @@ def run(options: Namespace, console: Console) -> None:
     for name in ("batch_size", "rounds", "threads"):
         if options[name] is not None and options[name] < 1:
             raise ValueError(f"--{name} must be at least 1, got {options[name]}")
+    options.sources = [named_source(word) for word in options.sources]
     inputs = [word for word in (*options.sources, options.data) if word and Path(word).exists()]
     outputs = claim_results(options.save, Outputs(inputs, overwrite=options.overwrite))
     timings = _measure(options)

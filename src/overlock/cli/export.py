@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from overlock.cli.command import Command, add_overwrite
-from overlock.cli.subjects import find_files, name_of
+from overlock.cli.subjects import find_files, name_of, named_source
 from overlock.files import Outputs
 
 if TYPE_CHECKING:
@@ -68,16 +68,15 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
 
 
 def run(options: Namespace, console: Console) -> None:
-    from overlock.deploy.classify import DEFAULT_FILE  # noqa: PLC0415
     from overlock.deploy.models import load_network  # noqa: PLC0415
     from overlock.export import Spec, export_network  # noqa: PLC0415
     from overlock.export.parity import PHOTO  # noqa: PLC0415
     from overlock.export.spec import ENDINGS  # noqa: PLC0415
 
-    source = DEFAULT_FILE if options.checkpoint == "default" else options.checkpoint
+    source = named_source(options.checkpoint)
     outputs = Outputs([source] if Path(source).exists() else [], overwrite=options.overwrite)
     photos = find_files(options.images, outputs) if options.images else [PHOTO]
-    path = outputs.claim(options.output or name_of(str(source)) + ENDINGS[options.format])
+    path = outputs.claim(options.output or name_of(source) + ENDINGS[options.format])
     dynamic = _axes(options.dynamic)
     network, record = load_network(source, model=options.model)
     size = options.image_size or record.preprocessing.get("input_size", (3, 512, 512))[1:]

@@ -67,6 +67,13 @@ def open_subject(options: Namespace) -> Subject:
     return make_subject(name_of(str(source)), network, record, options)
 
 
+def named_source(word: str) -> str:
+    """What a word for a network stands for: 'default' for the file that comes with the package, others themselves."""
+    from overlock.deploy.classify import DEFAULT_FILE  # noqa: PLC0415
+
+    return str(DEFAULT_FILE) if word == "default" else word
+
+
 def name_of(source: str) -> str:
     """What tables call a network: a file's name without its ending, a folder's name, or timm's name."""
     path = Path(source)
