@@ -96,14 +96,17 @@ def test_standard_input_without_end(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_list(tmp_path):
-    peaks = []
-    for count in (200, 4000):
+    def peak_of(count: int) -> int:
         (tmp_path / "list.txt").write_text("".join(f"no/{i:080d}.png\n" for i in range(count)))
         tracemalloc.start()
         sources = expand([str(tmp_path / "list.txt")], outputs=Outputs())
         assert sum(1 for _ in sources.images) == sources.count == count
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
+        return peak
+
+    # The least of several: threads that other tests left allocate too.
+    peaks = [min(peak_of(count) for _ in range(5)) for count in (200, 4000)]
     assert peaks[1] < peaks[0] + 50_000  # bytes; the list itself has 350 000
 
 
