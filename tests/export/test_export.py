@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from helpers import images, randomise, relative_error, tiny
+from helpers import FEWEST, images, randomise, relative_error, tiny
 from torch import nn
 
 import overlock
@@ -28,6 +28,10 @@ RECORD = Record(
         input_size=(3, 224, 224), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), interpolation="bicubic", crop_pct=1.0
     ),
 )
+DETECTING = Record(
+    model="overlock_atto", head="mask_rcnn", classes=("cat", "dog"),
+    model_args=dict(min_size=224, max_size=384, proposals=30, hidden_channels=8, **FEWEST),
+)  # fmt: skip
 
 
 def make_spec(**settings) -> Spec:
@@ -96,7 +100,10 @@ def test_pixels_and_features_of_one_size(form, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(task="detect"), "--task features exports its backbone"),
+        (dict(task="detect"), "with --task classify or features, not detect"),
+        (dict(task="detect", record=DETECTING, dynamic=("batch",)), "leave batch out of --dynamic"),
+        (dict(task="detect", record=DETECTING, format="aoti"), "takes --format onnx, openvino, torch-export, not aoti"),
+        (dict(task="detect", record=DETECTING, precision="fp16"), "takes --precision fp32, not fp16"),
         (dict(task="segment"), "with --task classify or features, not segment"),
         (dict(format="onnx", precision="bf16"), "--format onnx takes --precision fp32 or int8, not bf16"),
         (dict(format="executorch", dynamic=("size",)), "leave size out of --dynamic"),

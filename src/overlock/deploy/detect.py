@@ -10,10 +10,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from overlock.deploy.inputs import ImageLike
+from overlock.deploy.objects import find_objects
 from overlock.deploy.results import Objects
 from overlock.deploy.runtime import not_finite
 from overlock.deploy.stream import ImagePredictor, Loaded
-from overlock.tasks.detection import check_limits, find_objects
+from overlock.tasks.detection import check_limits
 
 
 class Detector(ImagePredictor[Objects]):
@@ -81,7 +82,7 @@ class Detector(ImagePredictor[Objects]):
     def _infer(self, images: Sequence[Loaded], settings: dict[str, Any]) -> list[Objects]:
         tensors = [one.tensor.to(self.device) / 255 for one in images]
         try:
-            found = find_objects(self.network, tensors, strict=True, **settings)
+            found = find_objects(self.network, tensors, **settings)
         except FloatingPointError:
             raise not_finite(self.precision) from None
         return [

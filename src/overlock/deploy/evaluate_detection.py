@@ -16,10 +16,11 @@ from overlock.data.detection_transforms import PrepareObjects, make_detection_tr
 from overlock.data.loaders import Batch, as_lists, make_test_loader
 from overlock.deploy.coco_results import Id, describe_detections
 from overlock.deploy.evaluation import Evaluation, EvaluationOptions, Runner
+from overlock.deploy.objects import find_objects
 from overlock.deploy.runtime import not_finite
 from overlock.files import write_atomically
 from overlock.object_files import ObjectFiles
-from overlock.tasks.detection import check_limits, find_objects
+from overlock.tasks.detection import check_limits
 from overlock.tasks.metrics import DetectionMetrics
 
 
@@ -68,7 +69,7 @@ def evaluate_detector(
         images = [image.to(runner.device) for image in batch.images]
         try:
             with runner.computing():
-                results = find_objects(runner.network, images, strict=True, **limits)
+                results = find_objects(runner.network, images, **limits)
         except FloatingPointError:
             raise not_finite(given.precision) from None
         score.update(results, batch.labels)

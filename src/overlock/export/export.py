@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from overlock.export.find import with_preparation
 from overlock.export.graphs import Entry, make_entry, smallest_image, trace
 from overlock.export.parity import PHOTO, Agreement, compare, make_images
 from overlock.export.quantise import int8_share, quantise
@@ -66,6 +67,8 @@ def export_network(
     path = Path(path)
     if not path.name.endswith(spec.file_ending):
         raise ValueError(f"{path}: the name of a file of the format {spec.format} must end in {spec.file_ending}")
+    if spec.record.task == "detect":
+        spec = replace(spec, record=with_preparation(network, spec.record))
     entry = make_entry(network, spec)
     if "size" in spec.dynamic:
         spec = replace(spec, smallest_image=smallest_image(entry))

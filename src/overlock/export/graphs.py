@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from overlock.checkpoints import Record
 from overlock.export.contmix import Places, PlainContMix
+from overlock.export.detectors import detect
 from overlock.export.plain import plain_form
 from overlock.export.spec import Spec, Task
 from overlock.export.write import uncached
 
 
 class Entry(nn.Module):
-    """Images (B, C, H, W) to the outputs of a task: logits, features, or the logits of all pixels.
+    """Images (B, C, H, W) to the outputs of a task: logits, features, the logits of all pixels, or objects.
 
     Args:
         network: in the form that is exported.
@@ -28,6 +29,7 @@ class Entry(nn.Module):
         super().__init__()
         self.network = network if task != "features" or record.head is None else _features_of(network)
         self.intermediates = task == "features" and record.head is None
+        self.detects = task == "detect"
         self.with_preprocessing = with_preprocessing
         mean, std = normalisation(record)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -37,6 +39,8 @@ class Entry(nn.Module):
         network: Any = self.network
         if self.with_preprocessing:
             images = (images.to(torch.float32) / 255 - self.mean) / self.std  # type: ignore[operator]
+        if self.detects:
+            return detect(network, images)
         outputs = (
             network.forward_intermediates(images, intermediates_only=True) if self.intermediates else network(images)
         )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from overlock.export.contmix import Places, PlainContMix
+from overlock.export.detectors import PlainHeads, PlainProposals
 from overlock.fused.fuse import fuse
 from overlock.layers import ContMix, GlobalResponseNorm
+from overlock.tasks.cascade import CascadeHeads
 
 
 class PlainResponseNorm(nn.Module):
@@ -49,4 +53,8 @@ def _replace(module: nn.Module, places: Places) -> nn.Module:
         return PlainContMix(module, places).eval()
     if type(module) is GlobalResponseNorm:
         return PlainResponseNorm(module).eval()
+    if type(module) is RegionProposalNetwork:
+        return PlainProposals(module).eval()
+    if type(module) in (RoIHeads, CascadeHeads):
+        return PlainHeads(module).eval()
     return module

@@ -24,6 +24,8 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "int8"), "openvino": get_args(Precision), "torch-export": ("fp32",), "aoti": ("fp32",),
     "executorch": ("fp32",),
 }  # fmt: skip
+DETECTING: tuple[str, ...] = ("onnx", "openvino", "torch-export")
+"""Formats that detectors can be written in."""
 KEY = "overlock"
 """Name of the metadata in a file."""
 
@@ -52,10 +54,10 @@ class Spec:
 
     def __post_init__(self) -> None:
         own = self.record.task
-        if self.task == "detect":
-            raise ValueError("the boxes of a detector cannot be exported yet; --task features exports its backbone")
         if self.task not in (own, "features"):
             raise ValueError(f"a {self.record.name} is exported with --task {own} or features, not {self.task}")
+        if self.task == "detect":
+            self._check_detector()
         if self.precision not in PRECISIONS[self.format]:
             takes = " or ".join(PRECISIONS[self.format])
             raise ValueError(f"--format {self.format} takes --precision {takes}, not {self.precision}")
@@ -66,6 +68,15 @@ class Spec:
                 f"--dynamic size needs maps no smaller than the kernels, so images from {self.smallest_image} pixels "
                 f"on; give such an --image_size, or leave size out"
             )
+
+    def _check_detector(self) -> None:
+        """Raise ValueError for what the objects of a detector cannot be exported as, since their number differs."""
+        if self.format not in DETECTING:
+            raise ValueError(f"--task detect takes --format {', '.join(DETECTING)}, not {self.format}")
+        if self.precision != "fp32":
+            raise ValueError(f"--task detect takes --precision fp32, not {self.precision}")
+        if "batch" in self.dynamic:
+            raise ValueError("--task detect takes one image a call; leave batch out of --dynamic")
 
     @property
     def file_ending(self) -> str:

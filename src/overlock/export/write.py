@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from overlock.export.detectors import OUTPUTS
 from overlock.export.spec import KEY, Spec
 from overlock.files import unwritable
 
@@ -28,20 +29,45 @@ SPEC_METHOD = f"{KEY}_spec"
 def write_onnx(program: Program, spec: Spec, path: Path) -> None:
     needs("onnxscript", "onnx")
     model: Any = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=["images"], output_names=output_names(program),
-        opset_version=OPSET,
+        program, dynamo=True, verbose=False, input_names=["images"], output_names=output_names(program, spec),
+        opset_version=OPSET, optimize=False,
     )  # fmt: skip
+    simplify(model.model)
     model.model.metadata_props[KEY] = spec.to_json()
     model.save(path, external_data=False)
+
+
+def simplify(model: Any) -> None:
+    """Fold the constants of onnxscript's model and take out what is there twice or for nothing.
+
+    Its own optimizer also looks for patterns to rewrite, which takes most of its time; ONNX Runtime does so itself.
+    """
+    from onnx_ir.passes import common  # noqa: PLC0415
+    from onnxscript import optimizer  # noqa: PLC0415
+
+    optimizer.inline(model)
+    optimizer.fold_constants(model, onnx_shape_inference=True)
+    for step in (
+        common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(), common.CommonSubexpressionEliminationPass(), common.NameFixPass(),
+    ):  # fmt: skip
+        step(model)
 
 
 def write_openvino(program: Program, spec: Spec, path: Path) -> None:
     needs("openvino")
     import openvino  # noqa: PLC0415
 
-    model = openvino.convert_model(program)
+    if spec.task == "detect":  # whose numbers of boxes only its converter of ONNX follows
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "detector.onnx"
+            write_onnx(program, spec, source)
+            model = openvino.convert_model(source)
+    else:
+        model = openvino.convert_model(program)
     model.inputs[0].set_names({"images"})
-    for output, name in zip(model.outputs, output_names(program), strict=True):
+    for output, name in zip(model.outputs, output_names(program, spec), strict=True):
         output.set_names({name})
     model.set_rt_info(spec.to_json(), KEY)
     openvino.save_model(model, path, compress_to_fp16=spec.precision == "fp16")
@@ -110,9 +136,11 @@ class Writing:
         self.folder.cleanup()
 
 
-def output_names(program: Program) -> list[str]:
-    """'output' for one, else numbered from the front."""
+def output_names(program: Program, spec: Spec) -> list[str]:
+    """Of a detector what they are; else 'output' for one, and for several numbered from the front."""
     count = len(program.graph_signature.user_outputs)
+    if spec.task == "detect":
+        return list(OUTPUTS[:count])
     return ["output"] if count == 1 else [f"output{i}" for i in range(count)]
 
 

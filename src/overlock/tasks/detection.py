@@ -86,7 +86,8 @@ class AlignedRoIAlign(MultiScaleRoIAlign):
         images = [torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)]
         regions = torch.cat([torch.cat(images), torch.cat(boxes)], dim=1)
         levels = self.level_of(boxes)
-        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        # Numbers of the right shape, all of them replaced. Zeros of a shape OpenVINO does not convert.
+        pooled = regions[:, :1, None, None].to(maps[0]).expand(-1, maps[0].shape[1], *self.output_size)
         for level, (features, stride) in enumerate(zip(maps, STRIDES, strict=True)):
             chosen = torch.where(levels == level)[0]
             taken = roi_align(features, regions[chosen].to(features), self.output_size, 1 / stride, aligned=True)
@@ -267,7 +268,7 @@ def find_objects(
     proposals, _ = model.rpn(prepared, features)
     heads = _limited(model.roi_heads, {name: value for name, value in limits.items() if value is not None})
     found, _ = heads(features, proposals, prepared.image_sizes)
-    return [_as_result(one, given, size) for one, given, size in zip(found, prepared.image_sizes, sizes, strict=True)]
+    return [as_result(one, given, size) for one, given, size in zip(found, prepared.image_sizes, sizes, strict=True)]
 
 
 def _limited(heads: nn.Module, limits: dict[str, float]) -> nn.Module:
@@ -282,7 +283,7 @@ def _limited(heads: nn.Module, limits: dict[str, float]) -> nn.Module:
     return copied
 
 
-def _as_result(found: dict[str, Tensor], given: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+def as_result(found: dict[str, Tensor], given: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
     """Objects of an image of the network's size in pixels of the image itself."""
     result: dict[str, Any] = {name: found[name].cpu() for name in ("labels", "scores")}
     result["boxes"] = resize_boxes(found["boxes"], list(given), list(size)).float().cpu()
