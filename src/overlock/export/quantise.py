@@ -15,7 +15,7 @@ from torch import Tensor
 
 from overlock.export.runtimes import ExportedNetwork
 from overlock.export.spec import KEY, Spec
-from overlock.export.write import needs
+from overlock.export.write import needs, quietly
 
 Groups = dict[str, list[str]]
 """Names of operations that are kept in float together."""
@@ -51,8 +51,12 @@ def quantise(source: Path, target: Path, spec: Spec, images: Sequence[Tensor]) -
     measured, calibration = images[:MEASURED], images[MEASURED:]
     wanted = _outputs(source, measured)
 
+    def make(kept: Sequence[str]) -> None:
+        with quietly():
+            write(source, target, spec, calibration, kept)
+
     def difference(kept: Sequence[str]) -> float:
-        write(source, target, spec, calibration, kept)
+        make(kept)
         return float((_outputs(target, measured) - wanted).norm() / wanted.norm())
 
     groups = groups_of(source)
@@ -64,7 +68,7 @@ def quantise(source: Path, target: Path, spec: Spec, images: Sequence[Tensor]) -
             kept.append(name)
     best = [operation for name in kept for operation in groups[name]]
     if best != last:
-        write(source, target, spec, calibration, best)
+        make(best)
     return kept
 
 
