@@ -70,7 +70,8 @@ class PlainProposals(nn.Module):
         sides = [one.shape[2:] for one in maps]
         strides: Any = [[a // b for a, b in zip(images.tensors.shape[2:], own, strict=True)] for own in sides]
         anchors = self.anchors.grid_anchors(sides, strides)
-        levels = [self._level(*level, size) for level in zip(*self.head(maps), anchors, strict=True)]
+        logits, shifts = self.head(maps)
+        levels = [self._level(a, b, c, size) for a, b, c in zip(logits, shifts, anchors, strict=True)]
         boxes, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
         best = scores.sort(descending=True).indices[: self.after]
         return [boxes[best]], {}
