@@ -12,7 +12,7 @@ from overlock.export.contmix import Places, PlainContMix
 from overlock.export.detectors import detect
 from overlock.export.plain import plain_form
 from overlock.export.spec import Spec, Task
-from overlock.export.write import uncached
+from overlock.export.write import quietly, uncached
 
 
 class Entry(nn.Module):
@@ -84,7 +84,7 @@ def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:
     axes |= {2: "size", 3: "size"} if "size" in spec.dynamic else {}
     free = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), uncached(spec):
+        with torch.no_grad(), quietly(), uncached(spec):
             return torch.export.export(entry, (images,), dynamic_shapes=(free,) if free else None, strict=False)
     except (RuntimeError, torch._dynamo.exc.UserError) as error:
         raise ValueError(f"{spec.record.name} cannot be exported so: {str(error).strip().splitlines()[0]}") from None
