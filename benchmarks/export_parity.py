@@ -70,6 +70,8 @@ def measure(
     as_trained = Entry(network, spec.record, spec.task).eval()
     for form in missing:
         own: Any = replace(spec, format=form)
+        if spec.task == "detect" and form != missing[0]:  # whose program can be decomposed once only
+            program, tracing = seconds_of(lambda: trace(entry, spec))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{own.file_ending}"
             _, writing = seconds_of(lambda own=own, path=path: write(program, own, path))
