@@ -11,6 +11,7 @@ has is not done again. Seconds are of the processor.
 from __future__ import annotations
 
 import csv
+import functools
 import tempfile
 import time
 from dataclasses import replace
@@ -66,16 +67,16 @@ def measure(
         return
     entry = make_entry(network, spec)
     spec = replace(spec, smallest_image=smallest_image(entry) if "size" in spec.dynamic else 1)
-    program, tracing = seconds_of(lambda: trace(entry, spec))
+    program, tracing = seconds_of(functools.partial(trace, entry, spec))
     as_trained = Entry(network, spec.record, spec.task).eval()
     for form in missing:
         own: Any = replace(spec, format=form)
         if spec.task == "detect" and form != missing[0]:  # whose program can be decomposed once only
-            program, tracing = seconds_of(lambda: trace(entry, spec))
+            program, tracing = seconds_of(functools.partial(trace, entry, spec))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"network{own.file_ending}"
-            _, writing = seconds_of(lambda own=own, path=path: write(program, own, path))
-            exported, opening = seconds_of(lambda path=path: ExportedNetwork(path))
+            _, writing = seconds_of(functools.partial(write, program, own, path))
+            exported, opening = seconds_of(functools.partial(ExportedNetwork, path))
             size = sum(part.stat().st_size for part in Path(folder).iterdir()) / 1e6
             for one in compare(as_trained, exported, photos):
                 batch, _, height, width = one.shape
