@@ -236,14 +236,14 @@ def test_graphs_with_a_map_of_the_overview(tmp_path):
     network = randomise(tiny(aux_head=True))
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     write_graphs(network, images, tmp_path)
-    difference, mixings = check_graphs(network, images, tmp_path)
+    difference, mixings = check_graphs(network, [images], tmp_path)
     assert difference < 1e-4
     assert len(mixings) == 3
     assert record_all(network, images)[0]["overview"].shape[1] == 5
     with torch.no_grad():
         network.head.fc.bias += 1
     with pytest.raises(ValueError, match="the graph's logits differs from PyTorch"):
-        check_graphs(network, images, tmp_path)
+        check_graphs(network, [images], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.kernels.torch.reference import average_regions, window_rows, window_starts
+from overlock.kernels.torch.reference import averages, window_rows, window_starts
 from overlock.layers import ContMix
 
 Size = tuple[int, int]
 
 
 class Places:
-    """Positions that depend on the sizes of map and kernel alone: computed once in a graph, for all blocks."""
+    """What depends on the sizes of map and kernel alone: computed once in a graph, for all blocks.
+
+    Computed before the graph is traced, for sizes that are fixed, it is the graph's constants.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], tuple[Tensor, ...]] = {}
 
     def forget(self) -> None:
-        """Before another graph, which cannot take the tensors of this one."""
+        """Before another graph, which cannot take the traced tensors of this one."""
         self._known.clear()
 
     def _once(self, *key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -63,6 +66,26 @@ class Places:
 
         return self._once("bands", height, width, k, make=make)
 
+    def of_windows(self, windows: Size, width: int, k: int) -> Tensor:
+        """Places in a flat map of the taps of few windows, (A B K^2)."""
+
+        def make() -> tuple[Tensor, ...]:
+            rows, columns = (torch.arange(count)[:, None] + torch.arange(k) for count in windows)
+            return ((rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(),)
+
+        return self._once("windows", windows, width, k, make=make)[0]
+
+    def average(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Means over a grid of regions, by the pooling that runtimes have where the regions are alike."""
+        sides, parts = x.shape[2:], (height, width)
+        if all(isinstance(side, int) and side % count == 0 for side, count in zip(sides, parts, strict=True)):
+            return F.avg_pool2d(x, (sides[0] // height, sides[1] // width))
+        rows, columns = (
+            self._once("averages", side, count, x.dtype, make=lambda: (averages(side, count, x),))[0]  # noqa: B023
+            for side, count in zip(sides, parts, strict=True)
+        )
+        return torch.matmul(torch.matmul(rows, x), columns.transpose(0, 1))
+
 
 class PlainContMix(nn.Module):
     """A folded :class:`overlock.ContMix` by standard operations. Called as it, of the same shapes.
@@ -75,6 +98,7 @@ class PlainContMix(nn.Module):
     def __init__(self, mix: ContMix, places: Places):
         super().__init__()
         self.groups, self.region_grid, self.kernel_size = mix.groups, mix.region_grid, mix.kernel_size
+        self.places = places
         self.query, self.key, self.value, self.out = mix.query, mix.key, mix.value, mix.out
         taps = mix.small_taps
         weight, bias = mix.kernels.weight.detach() * mix.scale, mix.kernels.bias.detach()
@@ -92,14 +116,14 @@ class PlainContMix(nn.Module):
         size = enlarged(height, width, self.kernel_size)
         if size is not None:
             query, value, context = (F.interpolate(y, size=size, mode="bilinear") for y in (query, value, context))
-        key = self.key(average(context, self.region_grid, self.region_grid))
+        key = self.key(self.places.average(context, self.region_grid, self.region_grid))
         key = key.flatten(2).unflatten(1, (self.groups, -1))  # B, G, D, S^2
         query = query.unflatten(1, (self.groups, -1))
         value = value.unflatten(1, (len(self.parts), self.groups, -1)).permute(1, 0, 2, 4, 5, 3)
         mixed = torch.cat(
             [part(query, key, own).flatten(1, 2) for part, own in zip(self.parts, value.unbind(), strict=True)], dim=1
         )
-        return self.out(mixed if size is None else average_regions(mixed, height, width))
+        return self.out(mixed if size is None else self.places.average(mixed, height, width))
 
 
 class _Kernel(nn.Module):
@@ -126,12 +150,16 @@ class _Kernel(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Query (B, G, D, H, W), key (B, G, D, S^2), value (B, G, H, W, c) -> (B, G, c, H, W)."""
-        tap_keys = torch.matmul(self.weight, key.transpose(2, 3))  # B, G, N, D
         height, width = value.shape[2:4]
         windows = (height - self.size + 1, width - self.size + 1)
         if all(isinstance(side, int) and side in (1, 2) for side in windows):
-            return self._by_windows(query, tap_keys, value, windows)
-        return self._by_rows(query, tap_keys, value)
+            return self._by_windows(query, self._tap_keys(key), value, windows)
+        return self._by_rows(self.kernels(query, key), value)
+
+    def kernels(self, query: Tensor, key: Tensor) -> Tensor:
+        """Those of all tokens, (B, G, H W, N)."""
+        biases = self._biases(*query.shape[3:]).flatten(1, 2)
+        return self._kernels(query.flatten(3).transpose(2, 3), self._tap_keys(key), biases)
 
     def _by_windows(self, query: Tensor, tap_keys: Tensor, value: Tensor, windows: Size) -> Tensor:
         """All tokens of a block of the map share one window. Images and groups are one dimension: XNNPACK has six."""
@@ -141,23 +169,25 @@ class _Kernel(nn.Module):
         table = self._biases(height, width)  # G, H, W, N
         table = table.unflatten(2, (b, -1)).unflatten(1, (a, -1)).permute(0, 1, 3, 2, 4, 5)
         kernels = self._kernels(blocks, tap_keys, table.flatten(1, 4)).unflatten(2, (a * b, -1))
-        rows, columns = (torch.arange(count)[:, None] + torch.arange(self.size) for count in windows)
-        places = rows[:, None, :, None] * width + columns[None, :, None, :]  # a, b, K, K
-        inside = value.flatten(2, 3).index_select(2, places.flatten()).unflatten(2, (a * b, -1))
+        places = self.places.of_windows(windows, width, self.size)
+        inside = value.flatten(2, 3).index_select(2, places).unflatten(2, (a * b, -1))
         mixed = torch.matmul(kernels, inside).flatten(0, 1).unflatten(2, (height // a, -1)).unflatten(1, (a, b))
         mixed = mixed.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # B G, c, H, W
         return mixed.unflatten(0, (-1, groups))
 
-    def _by_rows(self, query: Tensor, tap_keys: Tensor, value: Tensor) -> Tensor:
+    def _by_rows(self, kernels: Tensor, value: Tensor) -> Tensor:
         """All tokens of a row share the rows of their windows."""
         k, (height, width) = self.size, value.shape[2:4]
-        kernels = self._kernels(query.flatten(3).transpose(2, 3), tap_keys, self._biases(height, width).flatten(1, 2))
         place, inside, window = self.places.of_bands(height, width, k)
         band = kernels.unflatten(2, (height, width)).flatten(3).index_select(3, place)
         band = band.unflatten(3, (width, k, width)) * inside
         rows = value.index_select(2, window).unflatten(2, (height, k))
         mixed = torch.matmul(band.flatten(4), rows.flatten(3, 4))  # B, G, H, W, c
         return mixed.permute(0, 1, 4, 2, 3)
+
+    def _tap_keys(self, key: Tensor) -> Tensor:
+        """A key for each tap, (B, G, N, D)."""
+        return torch.matmul(self.weight, key.transpose(2, 3))
 
     def _kernels(self, query: Tensor, tap_keys: Tensor, biases: Tensor) -> Tensor:
         """Query (B, G, T, D), a key for each tap (B, G, N, D) and biases (G, T, N) -> kernels (B, G, T, N)."""
@@ -170,14 +200,6 @@ class _Kernel(nn.Module):
         table = self.rpb.index_select(1, rows).index_select(2, columns)
         table = table.unflatten(2, (width, k)).unflatten(1, (height, k)).permute(0, 1, 3, 2, 4)
         return table.flatten(3) + self.bias
-
-
-def average(x: Tensor, height: int, width: int) -> Tensor:
-    """Means over a grid of regions, by the pooling that runtimes have where the regions are alike."""
-    sides = x.shape[2:]
-    if all(isinstance(side, int) and side % parts == 0 for side, parts in zip(sides, (height, width), strict=True)):
-        return F.avg_pool2d(x, (sides[0] // height, sides[1] // width))
-    return average_regions(x, height, width)
 
 
 def enlarged(height: int, width: int, least: int) -> Size | None:

@@ -79,7 +79,7 @@ def write_page(
     side = int(record.preprocessing["input_size"][1])
     prepared = [prepare(image, record, side) for image in images.values()]
     write_graphs(network, prepared[0], folder)
-    checks = [check_graphs(network, one, folder) for one in prepared]
+    difference, mixings = check_graphs(network, prepared, folder)
     unpack_runtime(archive, folder / "runtime")
     for file in sorted(FILES.iterdir()):
         target = folder / "runtime" if file.name == "LICENSE.txt" else folder
@@ -92,13 +92,13 @@ def write_page(
     mean, std = normalisation(record)
     about = dict(
         name=name, classes=record.classes, side=side, mean=mean, std=std,
-        has_class_overview=network.aux_head is not None, blocks=list(_describe(checks[0][1])), photos=listed,
+        has_class_overview=network.aux_head is not None, blocks=list(_describe(mixings)), photos=listed,
         limits=dict(megabytes=limits.megabytes, pixels=limits.pixels, aspect=ASPECT),
         bytes={file: (folder / file).stat().st_size for file in (OVERVIEW, FOCUS, f"runtime/{MODULE}")},
         runtime=VERSION,
     )  # fmt: skip
     write_atomically(folder / "page.json", json.dumps(about, ensure_ascii=False, indent=1))
-    return max(difference for difference, _ in checks)
+    return difference
 
 
 def prepare(image: Image.Image, record: Record, side: int) -> Tensor:

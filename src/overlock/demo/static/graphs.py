@@ -5,6 +5,7 @@ Two, so that the page can put another photo's prior into the second. Both have f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.analysis.dynamic_kernels import Mixing, record_mixing
-from overlock.export.contmix import Places, PlainContMix, average, enlarged
+from overlock.export.contmix import PlainContMix
 from overlock.export.plain import plain_form
 from overlock.export.write import OPSET, needs, quietly
-from overlock.kernels.torch.reference import make_affinities, make_kernels
+from overlock.kernels.torch.reference import make_affinities
 from overlock.network import OverLoCK
 from overlock.ops import backend
 
@@ -71,7 +72,9 @@ class Focus(nn.Module):
         self.found: list[Tensor] = []
         mixes = [mix for mix in network.focus_net.modules() if isinstance(mix, PlainContMix)]  # type: ignore[union-attr]
         for mix, scale in zip(mixes, scales or [], strict=True):
-            mix.register_forward_hook(lambda mix, inputs, _, scale=scale: self._note(mix, scale, *inputs))
+            mix.parts[0].register_forward_hook(lambda _, inputs, __, scale=scale: self._note_affinities(scale, *inputs))
+            for part in mix.parts:
+                part.register_forward_hook(self._note_kernels)
 
     def forward(self, features: Tensor, prior: Tensor) -> tuple[Tensor, ...]:
         focus_net: Any = self.focus_net
@@ -79,19 +82,13 @@ class Focus(nn.Module):
         maps = class_maps(self.head.fc, self.head.hidden(focus_net(features, prior)[-1]))
         return maps.mean(dim=(2, 3)), maps, *self.found
 
-    def _note(self, mix: PlainContMix, scale: float, x: Tensor, query: Tensor, context: Tensor) -> None:
-        """Affinities and kernels once more, which the mixing itself never has whole."""
-        query = mix.query(query)
-        height, width = x.shape[2:]
-        size = enlarged(height, width, mix.kernel_size)
-        if size is not None:
-            query, context = (F.interpolate(y, size=size, mode="bilinear") for y in (query, context))
-        key = mix.key(average(context, mix.region_grid, mix.region_grid)).flatten(2).unflatten(1, (mix.groups, -1))
-        query = query.unflatten(1, (mix.groups, -1))
+    def _note_affinities(self, scale: float, query: Tensor, key: Tensor, _: Tensor) -> None:
+        """Which the mixing itself never has: its weights come first."""
         self.found.append(make_affinities(query, key) * scale)
-        for part in mix.parts:
-            one: Any = part
-            self.found.append(make_kernels(query, key, one.weight, one.bias, one.rpb, one.size, one.size))
+
+    def _note_kernels(self, part: Any, inputs: tuple[Tensor, Tensor, Tensor], _: Tensor) -> None:
+        query, key, _ = inputs
+        self.found.append(part.kernels(query, key).unflatten(2, query.shape[3:]))
 
 
 def class_maps(classifier: Any, hidden: Tensor) -> Tensor:
@@ -116,14 +113,11 @@ def write_graphs(network: OverLoCK, images: Tensor, folder: Path) -> None:
     """
     needs("onnxscript", "onnx", "onnxruntime")
     scales = [mix.scale for mix in _mixes_of(network)]
-    places = Places()
-    plain: Any = plain_form(network, places)
+    plain: Any = plain_form(network)
     overview, focus = Overview(plain, network.aux_head).eval(), Focus(plain, scales).eval()
     with torch.no_grad():
         features, prior, _ = overview(images)
-        places.forget()
-        seen = focus(features, prior)
-        places.forget()
+        seen = focus(features, prior)  # before it is traced, so that positions are constants and no part of the graph
         with quietly():
             _write(overview, (images,), ["images"], ["features", "prior", "maps"], folder / OVERVIEW)
             names = ["logits", "maps", *_names(network)]
@@ -168,33 +162,36 @@ def record_all(network: OverLoCK, images: Tensor) -> tuple[dict[str, Tensor], li
     return found, mixings
 
 
-def check_graphs(network: OverLoCK, images: Tensor, folder: Path) -> tuple[float, list[Mixing]]:
+def check_graphs(network: OverLoCK, photos: Sequence[Tensor], folder: Path) -> tuple[float, list[Mixing]]:
     """How far the written graphs are from PyTorch, at most, over the largest number of each output.
 
     Args:
         network: trained.
-        images: a photo as the network takes it, (1, 3, S, S).
+        photos: as the network takes them, (1, 3, S, S) each.
         folder: of :func:`write_graphs`.
 
     Returns:
-        The largest difference, and the network's mixings.
+        The largest difference, and the network's mixings of the last photo.
 
     Raises:
         ValueError: where the difference is larger than rounding explains.
     """
     import onnxruntime  # noqa: PLC0415
 
-    expected, mixings = record_all(network, images)
-    glance = _run(onnxruntime.InferenceSession(folder / OVERVIEW), images=images.numpy())
-    session = onnxruntime.InferenceSession(folder / FOCUS)
-    look = _run(session, features=glance["features"], prior=glance["prior"])
-    found = {**look, "features": glance["features"], "prior": glance["prior"], "overview": glance["maps"]}
-    worst = 0.0
-    for name, wanted in expected.items():
-        difference = (torch.from_numpy(found[name]) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
-        worst = max(worst, float(difference))
-        if not difference <= TOLERANCE:
-            raise ValueError(f"the graph's {name} differs from PyTorch by {difference:.1e}; {TOLERANCE:.0e} is allowed")
+    overview, focus = (onnxruntime.InferenceSession(folder / name) for name in (OVERVIEW, FOCUS))
+    worst, mixings = 0.0, []
+    for images in photos:
+        expected, mixings = record_all(network, images)
+        glance = _run(overview, images=images.numpy())
+        look = _run(focus, features=glance["features"], prior=glance["prior"])
+        found = {**look, "features": glance["features"], "prior": glance["prior"], "overview": glance["maps"]}
+        for name, wanted in expected.items():
+            difference = (torch.from_numpy(found[name]) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+            worst = max(worst, float(difference))
+            if not difference <= TOLERANCE:
+                raise ValueError(
+                    f"the graph's {name} differs from PyTorch by {difference:.1e}; {TOLERANCE:.0e} is allowed"
+                )
     return worst, mixings
 
 

@@ -23,18 +23,18 @@ def window_rows(size: int, kernel_size: int, device: torch.device | None = None)
 def average_regions(x: Tensor, height: int, width: int) -> Tensor:
     """``F.adaptive_avg_pool2d`` of maps (..., H, W) as two matrix products, of which ONNX knows any size."""
     exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    rows, columns = (_averages(exact, dim, parts) for dim, parts in ((-2, height), (-1, width)))
+    rows, columns = (averages(x.shape[dim], parts, exact) for dim, parts in ((-2, height), (-1, width)))
     return (rows @ exact @ columns.transpose(0, 1)).to(x.dtype)
 
 
-def _averages(x: Tensor, dim: int, parts: int) -> Tensor:
+def averages(size: int, parts: int, like: Tensor) -> Tensor:
     """A matrix (parts, size) that averages over the regions of a dimension, which overlap where they do not divide it.
 
-    A position p belongs to the regions i with i size / parts < p + 1 and p < (i + 1) size / parts.
+    A position p belongs to the regions i with i size / parts < p + 1 and p < (i + 1) size / parts. The matrix has the
+    dtype and device of another tensor.
     """
-    size = x.shape[dim]
-    position, region = torch.arange(size, device=x.device), torch.arange(parts, device=x.device)[:, None]
-    inside = ((region * size < (position + 1) * parts) & (position * parts < (region + 1) * size)).to(x.dtype)
+    position, region = torch.arange(size, device=like.device), torch.arange(parts, device=like.device)[:, None]
+    inside = ((region * size < (position + 1) * parts) & (position * parts < (region + 1) * size)).to(like.dtype)
     return inside / inside.sum(dim=1, keepdim=True)
 
 
