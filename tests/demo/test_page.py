@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,9 @@ from overlock.demo.network import Network  # noqa: E402
 from overlock.demo.page import make_page, serve  # noqa: E402
 from overlock.demo.stock import Stock  # noqa: E402
 from overlock.demo.uploads import find_photos  # noqa: E402
+from overlock.deploy import Detector, Segmenter  # noqa: E402
 from overlock.deploy.classify import DEFAULT_FILE  # noqa: E402
+from overlock.ops import backend  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; on Debian: apt-get install chromium")
@@ -44,10 +47,30 @@ def other_network(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stock(other_network):
+def dense_networks(tmp_path_factory):
+    """Files of a small detector and a small segmenter with weights drawn at random."""
+    few = dict(hidden_channels=16)
+    detector = Record(
+        model="overlock_atto", head="mask_rcnn", classes=("cell", "dust"),
+        model_args=few | dict(min_size=64, max_size=64, proposals=20),
+    )  # fmt: skip
+    segmenter = Record(
+        model="overlock_atto", head="upernet", classes=("road", "sky", "tree"), model_args=few,
+        preprocessing=dict(scale=(64, 64)),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("dense")
+    for name, record in (("detector", detector), ("segmenter", segmenter)):
+        save_model(folder / f"{name}.safetensors", randomise(record.make_network()).state_dict(), record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stock(other_network, dense_networks):
     return Stock(
-        network=Network(str(DEFAULT_FILE)), beside=Network(str(other_network)), photos=find_photos(None),
-        max_pixels=50_000_000,
+        network=Network(str(DEFAULT_FILE)), beside=Network(str(other_network)),
+        detector=Detector.from_checkpoint(dense_networks / "detector.safetensors"),
+        segmenter=Segmenter.from_checkpoint(dense_networks / "segmenter.safetensors"),
+        photos=find_photos(None), max_pixels=50_000_000,
     )  # fmt: skip
 
 
@@ -202,6 +225,68 @@ def test_visitors_see_their_own(visit):
     assert "photo=cat.jpg" in one.url
     again = visit("?photo=dog.jpg")
     assert pictures(again, "#affinities") == before[1]
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_detection(visit, stock, tmp_path):
+    page = visit()
+    page.get_by_role("tab", name="Detection").click()
+    shutil.copy(stock.photos["dog.jpg"], tmp_path / "mine.jpg")
+    page.set_input_files("#detect_upload input[type=file]", tmp_path / "mine.jpg")
+    with backend("torch"):
+        found = stock.detector(stock.read(tmp_path / "mine.jpg").image, threshold=0.05)
+    scores = [score for score in found.scores if score >= 0.5]
+    page.wait_for_selector("#detect_picture img")
+    assert shown_scores(page) == pytest.approx(scores, abs=1e-3)
+    assert page.locator("#detect_table tbody tr").first.inner_text().startswith(found.labels[0])
+    (before,) = pictures(page, "#detect_picture")
+
+    page.locator("#threshold input[type=range]").focus()
+    page.keyboard.press("Home")  # the least score, by keyboard
+    wait_for_change(page, "#detect_picture", [before])
+    page.wait_for_function(
+        "count => document.querySelectorAll('#detect_table tbody tr').length === count", arg=len(found.scores)
+    )
+    assert len(scores) < len(found.scores)
+    page.keyboard.press("End")
+    page.get_by_text("No object has a score of 0.95 or more").wait_for()
+
+    (tmp_path / "notes.jpg").write_text("no photo at all")
+    page.set_input_files("#detect_upload input[type=file]", tmp_path / "notes.jpg")
+    page.get_by_text("notes.jpg is no image").first.wait_for()
+    make_image("red", 0).save(tmp_path / "moving.gif", save_all=True, append_images=[make_image("blue", 0)])
+    page.set_input_files("#detect_upload input[type=file]", tmp_path / "moving.gif")
+    page.get_by_text("moving.gif is an animation; this is its first frame").wait_for()
+
+
+def shown_scores(page) -> list[float]:
+    page.wait_for_selector("#detect_table td.number")
+    return [float(cell) for cell in page.locator("#detect_table td.number").all_inner_texts()]
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_segmentation(visit, stock):
+    page = visit()
+    page.get_by_role("tab", name="Segmentation").click()
+    names = list(stock.photos)
+    page.locator("#segment_photos button.thumbnail-item").nth(names.index("cat.jpg")).click()
+    with backend("torch"):
+        shares = stock.segmenter(stock.read_chosen("cat.jpg").image).shares()
+    page.wait_for_selector("#segment_picture img")
+    rows = page.locator("#segment_table tbody tr").all_inner_texts()
+    assert {row.split()[0]: float(row.split()[1]) for row in rows} == pytest.approx(shares, abs=1e-3)
+    before = pictures(page, "#segment_picture")
+    page.locator("#segment_photos button.thumbnail-item").nth(names.index("owl.jpg")).click()
+    wait_for_change(page, "#segment_picture", before)
+
+
+def test_tabs_without_networks_say_how_to_get_some(stock):
+    alone = dataclasses.replace(stock, beside=None, detector=None, segmenter=None)
+    text = str(make_page(alone).get_config_file())
+    for line in ("train small_detect", "overlock demo --detector", "overlock demo --segmenter", "demo --checkpoint"):
+        assert line in text
 
 
 @pytest.mark.slow

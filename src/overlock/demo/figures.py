@@ -28,9 +28,24 @@ def as_grid(title: str, figures: Iterable[Figure]) -> str:
     return f'<section class="figures"><h3>{escape(title)}</h3><div>{cells}</div></section>'
 
 
-def as_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str | float]]) -> str:
-    """Rows under a heading; numbers are written with three digits and stand at the right."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+class Swatch(NamedTuple):
+    """The text of a cell, and the colour that it has in a picture."""
+
+    text: str
+    colour: tuple[int, int, int]
+
+
+Cell = str | float | Swatch
+
+
+def as_table(title: str, head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """Rows under a heading; numbers are written with three digits and stand at the right, as their column's name."""
+    rows = list(rows)
+    numbers = [isinstance(value, float) for value in rows[0]]
+    top = "".join(
+        f'<th scope="col"{_NUMBER if number else ""}>{escape(name)}</th>'
+        for name, number in zip(head, numbers, strict=True)
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return (
         f'<section class="numbers"><h3>{escape(title)}</h3>'
@@ -43,8 +58,15 @@ def as_note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def _cell(value: str | float) -> str:
-    return f'<td class="number">{value:.3f}</td>' if isinstance(value, float) else f"<td>{escape(value)}</td>"
+_NUMBER = ' class="number"'
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, float):
+        return f"<td{_NUMBER}>{value:.3f}</td>"
+    if isinstance(value, Swatch):
+        return f'<td><span class="swatch" style="background-color: rgb{value.colour}"></span>{escape(value.text)}</td>'
+    return f"<td>{escape(value)}</td>"
 
 
 def _as_url(picture: Image.Image) -> str:

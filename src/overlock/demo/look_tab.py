@@ -13,7 +13,7 @@ from overlock.analysis.kernel_picture import Canvas, size_of
 from overlock.analysis.pictures import fit, mark, overlay
 from overlock.demo.figures import Figure, as_grid, as_note, as_table
 from overlock.demo.network import Network
-from overlock.demo.photo_inputs import make_gallery, make_upload
+from overlock.demo.photo_inputs import empty_after, make_gallery, make_upload
 from overlock.demo.stock import QUEUE, Stock, told
 from overlock.demo.uploads import Photo
 from overlock.demo.visit import MIDDLE, OWN, UNIFORM, ZEROS, Point, Seen, Swapped, View
@@ -156,7 +156,7 @@ class LookTab:
         )  # fmt: skip
         sent_prior.success(**swapping).success(**drawing)
         for upload in (self.upload, self.prior_upload):
-            upload.upload(_empty, None, upload, **at_once)  # ready for the next file, whatever comes of this one
+            empty_after(upload)
 
     def look_at_chosen(self, point: Point, block: int, event: gr.SelectData) -> tuple[Any, ...]:
         """One of the page's photos."""
@@ -275,10 +275,6 @@ def _there(seen: Seen | None) -> Seen:
     if seen is None:
         raise gr.Error("choose a photo first, or send one", print_exception=False)
     return seen
-
-
-def _empty() -> None:
-    """The value of a place for files without one."""
 
 
 def _last_layer(network: Network) -> str:
