@@ -179,7 +179,8 @@ def check_graphs(network: OverLoCK, photos: Sequence[Tensor], folder: Path) -> t
     import onnxruntime  # noqa: PLC0415
 
     overview, focus = (onnxruntime.InferenceSession(folder / name) for name in (OVERVIEW, FOCUS))
-    worst, mixings = 0.0, []
+    worst = 0.0
+    mixings: list[Mixing] = []
     for images in photos:
         expected, mixings = record_all(network, images)
         glance = _run(overview, images=images.numpy())
