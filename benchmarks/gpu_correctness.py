@@ -16,6 +16,7 @@ from gpu_run import Row, Run
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.layers.dilated_repconv import branches_of
 from overlock.ops import backend, contmix, depthwise_conv2d, local_conv, response_norm
 from overlock.ops.dispatch import TABLE, why_not
 
@@ -41,6 +42,9 @@ DEPTHWISE = {name: ((shape[0] or 4, *shape[1:]), size) for name, (shape, size) i
 DRY_DEPTHWISE = {"tiny": ((1, 2, 3, 4), 7)}
 NORMS = {"stage1": (4, 256, 56, 56), "stage4": (4, 2048, 7, 7), "odd": (3, 40, 33, 17)}
 DRY_NORMS = {"tiny": (2, 8, 5, 6)}
+REPCONV = {"stage1": 17, "stage4": 7, "odd": 13}
+DRY_REPCONV = {"tiny": 5}
+"""Kernel sizes of a Dilated RepConv, with the shapes of the norms."""
 
 
 class Case(NamedTuple):
@@ -67,7 +71,7 @@ def cases(dry: bool) -> Iterator[Case]:
                 yield Case(f"depthwise {part}", "triton", shape, dtype, dtype, dry)
             yield Case("depthwise_conv2d", "auto", shape, dtype, dtype, dry)
         for shape in norms:
-            for operator in ("response_norm", "local_conv"):
+            for operator in ("response_norm", "local_conv", "dilated_repconv"):
                 yield Case(operator, "auto", shape, dtype, dtype, dry)
             for operator in gpu_fused.OPERATORS:
                 yield Case(operator, "triton", shape, dtype, dtype, dry)
@@ -100,9 +104,21 @@ def _call_of(case: Case, device: str) -> tuple[Callable[..., Tensor], list[Tenso
         return depthwise_conv2d, [images(shape, 0), weight, _draw((shape[1],), 1.0, 2, device).to(dtype)]
     shape = (DRY_NORMS if case.dry else NORMS)[case.shape]
     x, bias = images(shape, 0), _draw((shape[1],), 1.0, 2, device).to(dtype)
+    if case.operator == "dilated_repconv":
+        size = (DRY_REPCONV if case.dry else REPCONV)[case.shape]
+        sizes, dilations = zip((size, 1), *branches_of(size), strict=True)
+        taps = _draw((sum(k * k for k in sizes), shape[1]), 1 / size, 1, device)
+        numbers = [_draw((len(sizes), shape[1]), 1.0, seed, device) for seed in (2, 3)]
+        return partial(_repconv, sizes=list(sizes), dilations=list(dilations)), [x, taps, *numbers]
     if case.operator == "response_norm":
         return partial(response_norm, eps=1e-6), [x, _draw((shape[1],), 1.0, 1, device).to(dtype), bias]
     return partial(local_conv, gelu=True), [x, _draw((shape[1], 1, 3, 3), 0.3, 1, device).to(dtype), bias]
+
+
+def _repconv(
+    x: Tensor, taps: Tensor, scale: Tensor, shift: Tensor, *, sizes: list[int], dilations: list[int]
+) -> Tensor:
+    return torch.ops.overlock.dilated_repconv(x, taps, scale, shift, sizes, dilations, 1e-5)[0]
 
 
 def with_gradients(run: Callable[..., Tensor], inputs: list[Tensor], cotangent: Tensor | None) -> list[Tensor]:

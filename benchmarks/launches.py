@@ -30,7 +30,7 @@ import overlock  # noqa: F401 - registers the models
 from overlock.fused import cuda_layers
 from overlock.fused import fuse as fuse_module
 from overlock.fused.forms import ON_CUDA
-from overlock.ops import backend
+from overlock.ops import backend, dispatch
 
 
 class Image(NamedTuple):
@@ -101,6 +101,8 @@ class _Calls(TorchDispatchMode):
         return result
 
     def _lay(self, x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return tuple(self._lay(item) for item in x)
         if not isinstance(x, Tensor):
             return x
         return Laid(tuple(x.shape), x.stride(), None if x.dtype == self.dtype else x.dtype)
@@ -122,7 +124,7 @@ def calls_of(model: str, image: Image) -> list[Call]:
         network = timm.create_model(model).to(torch.bfloat16, memory_format=torch.channels_last)
         x = torch.empty(image.batch, 3, image.height, image.width, dtype=torch.bfloat16)
     calls = _Calls(torch.bfloat16)
-    with _AsOnCuda(), calls, backend("triton"):
+    with _AsOnCuda(), calls, backend("triton"), patch.object(dispatch, "_triton_trains", lambda _: True):
         result = network(x.contiguous(memory_format=torch.channels_last))
         logits = [result] if isinstance(result, Tensor) else list(result)
         sum(x.sum() for x in logits).backward()  # type: ignore[union-attr]
@@ -186,9 +188,9 @@ def launches_of(call: Call, dtype: torch.dtype, arch: int) -> list[str]:
         return True  # that is, do not compile
 
     def fake(x: Any) -> Any:
-        return (
-            torch.empty_strided(x.shape, x.stride, dtype=x.dtype or dtype, device="cuda") if isinstance(x, Laid) else x
-        )
+        if isinstance(x, Laid):
+            return torch.empty_strided(x.shape, x.stride, dtype=x.dtype or dtype, device="cuda")
+        return [fake(item) for item in x] if isinstance(x, tuple) else x
 
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     with (

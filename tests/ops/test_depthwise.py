@@ -52,6 +52,8 @@ SMALL = {
     "wide loads and bands": Case((2, 8, 20, 19), 17, "channels last"),
     "largest kernel": Case((1, 2, 2, 3), 31),
     "with gaps": Case((2, 8, 9, 10), 3, "channels last", dilation=5),
+    "wide with gaps": Case((2, 8, 9, 10), 5, dilation=2),
+    "nine taps": Case((2, 70, 6, 7), 3, "half of channels last", bias=False),
 }
 LARGE = {
     "stage 3 at 224": Case((16, 640, 14, 14), 13, "channels last"),

@@ -18,7 +18,7 @@ from overlock.layers.conv_norm import (
     move_statistics,
 )
 from overlock.layers.depthwise_conv import DepthwiseConv
-from overlock.ops.dispatch import trains_on_cpu
+from overlock.ops.dispatch import trains_by_kernels
 from overlock.ops.repconv import dilated_repconv
 
 # (kernel size, dilation) of the branches beside each large kernel, as the released weights have them.
@@ -112,7 +112,7 @@ class DilatedRepConv(nn.Module):
             all(type(conv) is DepthwiseConv and conv.bias is None for conv in convs)
             and go_by_batch(norms)
             and not any(map(has_hooks, (*convs, *norms, *branches)))
-            and trains_on_cpu(x, *(conv.weight for conv in convs))
+            and trains_by_kernels(x, *(conv.weight for conv in convs))
         )
 
     def _train(self, x: Tensor) -> Tensor:

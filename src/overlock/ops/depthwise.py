@@ -17,7 +17,7 @@ from torch import Tensor
 
 from overlock.kernels.torch.depthwise import convolve, input_gradient, weight_gradient
 from overlock.ops.checks import FilterInputs, check_gradient
-from overlock.ops.dispatch import AUTO, TABLE, asked_for, choose, exports_to_onnx, trains_on_cpu
+from overlock.ops.dispatch import AUTO, TABLE, asked_for, choose, exports_to_onnx, trains_by_kernels
 from overlock.ops.gradients import call_in_backward, register_autograd, register_plain_autograd
 from overlock.ops.registration import operator_of, register, to_layout_of
 
@@ -31,7 +31,7 @@ _INPUTS = FilterInputs(FORWARD)
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1) -> Tensor:
     """``F.conv2d`` with groups = C and as much padding as keeps the size, by the fastest kernels at hand.
 
-    It is one operator to ``torch.compile`` on CUDA where the filter, dilated, is 7 wide or wider (Triton's kernels, or
+    It is one operator to ``torch.compile`` on CUDA where the filter is dilated, or 7 wide or more (Triton's kernels, or
     PyTorch's where they were measured to be faster), and on CPU where gradients are wanted (numba's). Elsewhere it is
     PyTorch's convolution, which exporters and counters of operations know. Derivatives beyond the first are PyTorch's.
 
@@ -47,9 +47,10 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, dila
     Raises:
         ValueError: where shapes, types or devices do not fit, K is even or ``dilation`` < 1.
     """
-    takes_operator = x.is_cuda and dilation * (weight.shape[3] - 1) >= 6
+    takes_operator = x.is_cuda and (weight.shape[3] >= 7 or dilation > 1)
     if not torch.jit.is_scripting():  # what follows does not script
-        takes_operator = (takes_operator or trains_on_cpu(x, weight, bias)) and not exports_to_onnx()
+        trains = not x.is_cuda and trains_by_kernels(x, weight, bias)
+        takes_operator = (takes_operator or trains) and not exports_to_onnx()
     if takes_operator:
         return torch.ops.overlock.depthwise_conv2d(x, weight, bias, dilation)
     if not torch.jit.is_scripting():

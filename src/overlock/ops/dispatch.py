@@ -24,13 +24,13 @@ from torch import Tensor
 from overlock.kernels.numba import contmix as cpu
 from overlock.kernels.torch import contmix as portable
 from overlock.kernels.torch import depthwise, grn, reference, repconv
+from overlock.kernels.triton.conditions import DTYPES, INTERPRETED
 from overlock.ops.gradients import pull_back
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "OVERLOCK_BACKEND"
 AUTO = "auto"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # which Triton too asks for when it is imported
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -95,6 +95,13 @@ def _numba(forward: str, backward: str | None = None, why_not: Callable[..., str
     return Backend(forward=functions[0], backward=functions[1], why_not=why_not)  # type: ignore[arg-type]
 
 
+def _triton(forward: str, backward: str | None = None) -> Backend:
+    """Functions of Triton's modules, each as module.name, for maps with their channels last."""
+    functions = [None if path is None else on_use(*f"triton.{path}".rsplit(".", 1)) for path in (forward, backward)]
+    reason = _triton_why_not("triton.conditions")
+    return Backend(forward=functions[0], backward=functions[1], why_not=reason)  # type: ignore[arg-type]
+
+
 def _triton_filter(name: str) -> Backend:
     """Triton's depthwise kernels."""
     reason = _triton_why_not("triton.depthwise")
@@ -104,6 +111,12 @@ def _triton_filter(name: str) -> Backend:
         return reason(*arguments[first : first + 2], arguments[-1])
 
     return Backend(forward=on_use("triton.depthwise", name), why_not=why_not)
+
+
+def _local_why_not(x: Tensor, weight: Tensor, *others: Any) -> str | None:
+    """As Triton's, which have filters of 3 x 3 taps."""
+    reason = _triton_why_not("triton.conditions")(x, weight, *others)
+    return reason if weight.shape[-1] == 3 else f"it takes 3 x 3 taps, not {tuple(weight.shape[2:])}"
 
 
 def _repconv_why_not(*call: Any) -> str | None:
@@ -142,15 +155,29 @@ TABLE: dict[str, dict[str, Backend]] = {
         "torch": Backend(forward=depthwise.weight_gradient),
     },
     "local_conv": {
+        "triton": Backend(
+            forward=on_use("triton.local_conv", "forward"),
+            backward=on_use("triton.local_conv", "gradients"),
+            why_not=_local_why_not,
+        ),
         "cpu": _numba("depthwise_gradients.local_conv", "local_gradients.local_gradients"),
         "torch": Backend(forward=depthwise.local_conv, backward=depthwise.local_gradients),
     },
     "dilated_repconv": {
+        "triton": _triton("repconv.forward", "repconv.backward"),
         "cpu": _numba("repconv.forward", "repconv_gradients.backward", _repconv_why_not),
         "torch": Backend(forward=repconv.forward, backward=repconv.backward),
     },
-    "sum_products": {"cpu": _numba("grn.sum_products"), "torch": Backend(forward=grn.sum_products)},
-    "scale_and_add": {"cpu": _numba("grn.scale_and_add"), "torch": Backend(forward=grn.scale_and_add)},
+    "sum_products": {
+        "triton": _triton("channel_scales.sum_products"),
+        "cpu": _numba("grn.sum_products"),
+        "torch": Backend(forward=grn.sum_products),
+    },
+    "scale_and_add": {
+        "triton": _triton("channel_scales.scale_and_add"),
+        "cpu": _numba("grn.scale_and_add"),
+        "torch": Backend(forward=grn.scale_and_add),
+    },
 }
 """Of each operation, or each part of one that is chosen apart, the backends, the preferred first."""
 
@@ -222,15 +249,26 @@ def run(operation: str, asked: str, *call: Any) -> Any:
     return TABLE[operation][choose(operation, asked, *call)].forward(*call)
 
 
-def trains_on_cpu(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a call has a gradient to compute in float32 or bfloat16 on CPU, where the kernels can run.
+def trains_by_kernels(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call has a gradient to compute, where the kernels for it run: CPU in float32 or bfloat16, or CUDA.
 
     An exported or traced graph is to have operations that others know.
     """
     if not torch.is_grad_enabled():
         return False
-    wanted = x.requires_grad or any(other is not None and other.requires_grad for other in others)
-    return wanted and cpu.why_not(x, *others) is None and not _is_exporting()
+    tensors = [x, *(other for other in others if other is not None)]
+    if not any(tensor.requires_grad for tensor in tensors) or _is_exporting():
+        return False
+    if not x.is_cuda:
+        return cpu.why_not(*tensors) is None
+    return x.numel() > 0 and all(tensor.dtype in DTYPES for tensor in tensors) and _triton_trains(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _triton_trains(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a GPU, and no other backend is asked for; a graph keeps the answer."""
+    able = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return able and asked_for() in (AUTO, "triton")
 
 
 _EXPORTS: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7

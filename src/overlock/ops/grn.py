@@ -1,4 +1,4 @@
-"""Global response norm, in training on CPU in two passes over memory forward and two backward."""
+"""Global response norm, in training in two passes over memory forward and two backward."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from overlock.kernels.torch import grn as plain
 from overlock.ops.checks import Inputs
-from overlock.ops.dispatch import asked_for, run, trains_on_cpu
+from overlock.ops.dispatch import asked_for, run, trains_by_kernels
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register, to_layout_of
 
@@ -16,7 +16,7 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     """x + weight * x * n / (mean of n over the channels + eps) + bias, with n the L2 norm of each channel's map.
 
     Norms are summed in float32 or better: a sum of squares over a map overflows float16 at values near 16. Where it
-    trains in float32 or bfloat16 on CPU it is one operator.
+    trains by kernels, on CPU in float32 or bfloat16 or on CUDA, it is one operator.
 
     Args:
         x: (B, C, H, W).
@@ -32,7 +32,7 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     """
     if torch.jit.is_scripting():  # what follows does not script
         return plain.response_norm(x, weight, bias, eps)
-    if trains_on_cpu(x, weight, bias):
+    if trains_by_kernels(x, weight, bias):
         return torch.ops.overlock.global_response_norm(x, weight, bias, eps)
     _check(x, weight, bias, eps)
     return plain.response_norm(x, weight, bias, eps)

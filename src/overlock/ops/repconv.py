@@ -65,7 +65,7 @@ def _forward(x: Tensor, taps: Tensor, *call: Any) -> tuple[Tensor, list[Tensor],
 def _fake(
     x: Tensor, _taps: Tensor, scale: Tensor, _shift: Tensor, sizes: Sequence[int], *_: Any
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    kept = [x.new_empty(plain.kept_shape(x)) for _ in sizes]
+    kept = plain.new_kept(x, len(sizes))
     exact = torch.promote_types(scale.dtype, torch.float32)
     return torch.empty_like(x), kept, torch.empty_like(scale, dtype=exact), torch.empty_like(scale, dtype=exact)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from overlock.kernels.torch import depthwise as plain
 from overlock.ops.checks import FilterInputs
-from overlock.ops.dispatch import TABLE, asked_for, choose, run, trains_on_cpu
+from overlock.ops.dispatch import TABLE, asked_for, choose, run, trains_by_kernels
 from overlock.ops.gradients import register_backward
 from overlock.ops.registration import register, to_layout_of
 
@@ -35,7 +35,7 @@ def local_conv(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = Fals
     """
     if torch.jit.is_scripting():  # what follows does not script
         return plain.local_conv(x, weight, bias, gelu)
-    if trains_on_cpu(x, weight, bias):
+    if trains_by_kernels(x, weight, bias):
         return torch.ops.overlock.local_conv(x, weight, bias, gelu)
     _INPUTS.check_filter(x, weight, bias)
     return plain.local_conv(x, weight, bias, gelu)

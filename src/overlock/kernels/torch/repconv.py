@@ -13,10 +13,15 @@ from overlock.kernels.torch.depthwise import convolve
 KEPT = 16  # channels that lie side by side in what the CPU's kernels keep of a branch
 
 
-def kept_shape(x: Tensor) -> tuple[int, ...]:
-    """Of a branch's result as it is kept for the gradients: (C / 16, B, H, W, 16), from images (B, C, H, W)."""
+def new_kept(x: Tensor, count: int) -> list[Tensor]:
+    """Room for the results of branches, as they are kept for the gradients, from images (B, C, H, W).
+
+    On CPU one (C / 16, B, H, W, 16) for each; on CUDA one (N, B, H, W, C) for all.
+    """
     batch, channels, height, width = x.shape
-    return -(-channels // KEPT), batch, height, width, KEPT
+    if x.device.type != "cpu":
+        return [x.new_empty(count, batch, height, width, channels)]
+    return [x.new_empty(-(-channels // KEPT), batch, height, width, KEPT) for _ in range(count)]
 
 
 def _branches(x: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
@@ -25,10 +30,16 @@ def _branches(x: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence
     return [convolve(x, weight, None, r) for weight, r in zip(filters, dilations, strict=True)]
 
 
-def _keep(branch: Tensor) -> Tensor:
-    blocks, batch, height, width, lanes = kept_shape(branch)
-    padded = F.pad(branch, (0, 0, 0, 0, 0, blocks * lanes - branch.shape[1]))
-    return padded.view(batch, blocks, lanes, height, width).permute(1, 0, 3, 4, 2).contiguous()
+def _keep(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    kept = new_kept(results[0].to(dtype), len(results))
+    for i, result in enumerate(results):
+        if result.device.type != "cpu":
+            kept[0][i] = result.permute(0, 2, 3, 1)
+        else:
+            blocks, batch, height, width, lanes = kept[i].shape
+            padded = F.pad(result, (0, 0, 0, 0, 0, blocks * lanes - result.shape[1]))
+            kept[i].copy_(padded.view(batch, blocks, lanes, height, width).permute(1, 0, 3, 4, 2))
+    return kept
 
 
 def forward(
@@ -43,7 +54,7 @@ def forward(
     y = (shift - mean * factor).sum(0).view(-1, 1, 1)
     for result, weight in zip(results, factor, strict=True):
         y = y + result * weight.view(-1, 1, 1)
-    return y.to(x.dtype), [_keep(result.detach()).to(x.dtype) for result in results], mean, variance
+    return y.to(x.dtype), _keep([result.detach() for result in results], x.dtype), mean, variance
 
 
 def backward(

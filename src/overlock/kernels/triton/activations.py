@@ -15,13 +15,11 @@ NUMBERS = 2048  # of a program
 
 
 @triton.jit
-def gelu(x, exact: tl.constexpr):
-    """x Phi(x). For types of 16 bits by an odd polynomial on [-4, 4], 1.3e-4 off at most: float16 rounds so at 0.5.
+def _normal(x):
+    """Phi(x), the normal distribution, by an odd polynomial on [-4, 4] that gives 0 and 1 at the ends.
 
-    It was fitted to the least of the largest error of the product, and gives 0 and 1 at the ends.
+    It is 3.3e-5 off at most, and was fitted to the least of the largest error of x Phi(x).
     """
-    if exact:
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     y = tl.minimum(tl.maximum(x, -4.0), 4.0)
     z = y * y
     p = 6.7407864e-11 * z - 6.06726092e-09
@@ -32,7 +30,24 @@ def gelu(x, exact: tl.constexpr):
     p = p * z + 0.00981638674
     p = p * z - 0.0663275942
     p = p * z + 0.39890486
-    return x * (0.5 + y * p)
+    return 0.5 + y * p
+
+
+@triton.jit
+def gelu(x, exact: tl.constexpr):
+    """x Phi(x). For types of 16 bits by a polynomial, 1.3e-4 off at most: float16 rounds so at 0.5."""
+    if exact:
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    return x * _normal(x)
+
+
+@triton.jit
+def gelu_slope(x, exact: tl.constexpr):
+    """Derivative of GELU, Phi(x) + x phi(x). For types of 16 bits Phi is the polynomial's."""
+    density = x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    if exact:
+        return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + density
+    return _normal(x) + density
 
 
 @triton.jit

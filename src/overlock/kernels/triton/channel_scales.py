@@ -23,10 +23,10 @@ SMALLEST = 32  # positions of a piece
 
 @triton.jit
 def sum_kernel(
-    x, sums, positions, pieces, x_m,
-    channels: tl.constexpr, unit: tl.constexpr, squares: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+    x, other, sums, positions, pieces, x_m, other_m, channels: tl.constexpr, unit: tl.constexpr,
+    squares: tl.constexpr, products: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program: a piece of an image. ``sums`` is (B, pieces, C), of numbers or of their squares."""
+    """One program: a piece of an image. ``sums`` is (B, pieces, C): of numbers, their squares, or x * other."""
     image = (tl.program_id(0) // pieces).to(tl.int64)
     piece = tl.program_id(0) % pieces
     length = tl.cdiv(positions, pieces)
@@ -37,8 +37,13 @@ def sum_kernel(
     for first in range(piece * length, last, tile):
         position = first + tl.arange(0, tile)
         source = x + (image * positions + position)[:, None] * (x_m * unit) + channel
-        values = tl.load(source, mask=(position < last)[:, None] & known, other=0.0).to(tl.float32)
-        total += values * values if squares else values
+        inside = (position < last)[:, None] & known
+        values = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        if products:
+            source = other + (image * positions + position)[:, None] * (other_m * unit) + channel
+            total += values * tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        else:
+            total += values * values if squares else values
     target = sums + (image * pieces + piece) * channels + tl.arange(0, block)
     tl.store(target, tl.sum(total, 0), mask=tl.arange(0, block) < channels)
 
@@ -86,10 +91,10 @@ def response_kernel(sums, weight, out, pieces, eps, channels: tl.constexpr, bloc
 
 @triton.jit
 def rescale_kernel(
-    x, scale, bias, out, rows, positions, x_m,
-    channels: tl.constexpr, unit: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
+    x, scale, other, term, out, rows, positions, x_m, other_m, term_b,
+    channels: tl.constexpr, unit: tl.constexpr, has_other: tl.constexpr, tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program: x * scale + bias of some positions, the scale by image."""
+    """One program: x * scale + other * term of some positions, or x * scale + term; scale and term by image."""
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     image = row // positions  # of 32 bits: dividing 64 would take longer than all else
     row = row.to(tl.int64)
@@ -97,8 +102,11 @@ def rescale_kernel(
     known = (channel < channels) | (channels == block)
     inside = (row < rows)[:, None] & known
     values = tl.load(x + row[:, None] * (x_m * unit) + channel, mask=inside, other=0.0).to(tl.float32)
-    scales = tl.load(scale + image[:, None] * channels + channel, mask=inside, other=0.0)
-    values = values * scales.to(tl.float32) + tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
+    values *= tl.load(scale + image[:, None] * channels + channel, mask=inside, other=0.0).to(tl.float32)
+    terms = tl.load(term + image[:, None] * term_b + channel, mask=inside, other=0.0).to(tl.float32)
+    if has_other:
+        terms *= tl.load(other + row[:, None] * (other_m * unit) + channel, mask=inside, other=0.0).to(tl.float32)
+    values += terms
     tl.store(out + row[:, None] * channels + channel, values.to(out.dtype.element_ty), mask=inside)
 
 
@@ -107,25 +115,41 @@ def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _step(rows: Tensor) -> dict[str, int]:
-    """Sizes of a step over positions with all their channels."""
-    channels = rows.shape[1]
+def _step(*maps: Tensor) -> dict[str, int]:
+    """Sizes of a step over positions with all their channels, of maps by position."""
+    channels = maps[0].shape[1]
     block = triton.next_power_of_2(channels)
-    unit = 8 if rows.stride(0) % 8 == 0 else 1
+    unit = 8 if all(rows.stride(0) % 8 == 0 for rows in maps) else 1
     return {"channels": channels, "unit": unit, "tile": max(1, NUMBERS // block), "block": block}
 
 
-def _sums(x: Tensor, squares: bool) -> Tensor:
+def _sums(x: Tensor, *, squares: bool = False, times: Tensor | None = None) -> Tensor:
     """(B, C, H, W) -> (B, pieces, C) in float32."""
     batch, channels, height, width = x.shape
     rows, positions = by_position(x), height * width
+    others = rows if times is None else by_position(times)
     pieces = max(1, min(triton.cdiv(2 * MULTIPROCESSORS, batch), positions // SMALLEST))
     sums = torch.empty(batch, pieces, channels, dtype=torch.float32, device=x.device)
-    step = _step(rows)
+    step = _step(rows, others)
     sum_kernel[(batch * pieces,)](
-        rows, sums, positions, pieces, rows.stride(0) // step["unit"], **step, squares=squares, num_warps=4
-    )
+        rows, others, sums, positions, pieces, rows.stride(0) // step["unit"], others.stride(0) // step["unit"],
+        **step, squares=squares, products=times is not None, num_warps=4,
+    )  # fmt: skip
     return sums
+
+
+def _rescale(x: Tensor, scale: Tensor, other: Tensor | None, term: Tensor) -> Tensor:
+    """x * scale + other * term, or + term without other, channels last; maps (B, C, H, W), numbers (B, C)."""
+    batch, channels, height, width = x.shape
+    out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
+    rows = by_position(x)
+    others = rows if other is None else by_position(other)
+    step = _step(rows, others)
+    rescale_kernel[(triton.cdiv(len(rows), step["tile"]),)](
+        rows, scale, others, term, out, len(rows), height * width, rows.stride(0) // step["unit"],
+        others.stride(0) // step["unit"], term.stride(0), **step, has_other=other is not None, num_warps=4,
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
 
 
 def excitation(
@@ -141,7 +165,7 @@ def excitation(
     out = x.new_empty(x.shape[:2])
     block = triton.next_power_of_2(x.shape[1])
     with _on_device(x):
-        sums = _sums(x, squares=False)
+        sums = _sums(x)
         excite_kernel[(len(x),)](
             sums, first_weight.contiguous(), first_bias, second_weight.contiguous(), second_bias, out,
             sums.shape[1], x.shape[2] * x.shape[3], channels=x.shape[1], hidden=len(first_weight), block=block,
@@ -152,17 +176,24 @@ def excitation(
 
 def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The response norm of a map, channels last. See :func:`overlock.ops.response_norm`."""
-    batch, channels, height, width = x.shape
-    out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
+    batch, channels = x.shape[:2]
     scale = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-    rows = by_position(x)
-    step = _step(rows)
     with _on_device(x):
         sums = _sums(x, squares=True)
         response_kernel[(batch,)](
-            sums, weight, scale, sums.shape[1], eps, channels=channels, block=step["block"], num_warps=4
-        )
-        rescale_kernel[(triton.cdiv(len(rows), step["tile"]),)](
-            rows, scale, bias, out, len(rows), height * width, rows.stride(0) // step["unit"], **step, num_warps=4
-        )
-    return out.permute(0, 3, 1, 2)
+            sums, weight, scale, sums.shape[1], eps, channels=channels, block=triton.next_power_of_2(channels),
+            num_warps=4,
+        )  # fmt: skip
+        return _rescale(x, scale, None, bias.expand_as(scale))
+
+
+def sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sums of a * b (B, C, H, W) over the maps, (B, C) in float32."""
+    with _on_device(a):
+        return (_sums(a, squares=True) if a is b else _sums(a, times=b)).sum(1)
+
+
+def scale_and_add(a: Tensor, scale: Tensor, b: Tensor | None, other: Tensor) -> Tensor:
+    """a * scale + b * other, or + other without b, in the dtype of ``a``; maps (B, C, H, W), numbers (B, C)."""
+    with _on_device(a):
+        return _rescale(a, scale.contiguous(), b, other if other.stride(1) == 1 else other.contiguous())

@@ -22,7 +22,7 @@ is the convolution with the taps reversed. The weight's gradient is a product ov
 
 Every sum has one owner and a fixed order. The maps are channels last, others are copied, and a load brings a thread 8
 channels where C is a multiple of 8. float32 is multiplied as three products of its halves in TF32, exact to about
-float32's own rounding.
+float32's own rounding. Filters of 3 x 3 taps, dilated or not, go by small_filters.py.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from overlock.kernels.triton import small_filters
 
 PROGRAMS = 264  # of the weight's gradient, where the images have rows for it: two for each of 132 multiprocessors
 
@@ -73,10 +75,13 @@ def band_kernel(
 @triton.jit
 def conv_kernel(
     x, bands, bias, out, batches, eighths, height, width,
-    size: tl.constexpr, has_bias: tl.constexpr, unit: tl.constexpr, blocks: tl.constexpr,
+    size: tl.constexpr, has_bias: tl.constexpr, adds: tl.constexpr, unit: tl.constexpr, blocks: tl.constexpr,
     window: tl.constexpr, columns: tl.constexpr, rows: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """One program: M ``blocks`` of S ``rows``, J ``columns`` and a ``block`` of channels."""
+    """One program: M ``blocks`` of S ``rows``, J ``columns`` and a ``block`` of channels.
+
+    With ``adds`` on top of what ``out`` holds.
+    """
     taps: tl.constexpr = size + 2 * rows - 2
     reach: tl.constexpr = size // 2
     channels = eighths * unit
@@ -112,7 +117,10 @@ def conv_kernel(
     row, column = first_row + (n // columns)[None, :, None], (first_column + n % columns)[None, :, None]
     target = out + ((batch * height + row) * width + column) * channels + channel[None, None, :]
     inside = (batch < batches) & (row < height) & (column < width) & known[None, None, :]
-    tl.store(target, tl.permute(total, (1, 2, 0)).to(out.dtype.element_ty), mask=inside)
+    result = tl.permute(total, (1, 2, 0))
+    if adds:
+        result += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -218,8 +226,8 @@ def why_not(x: Tensor, weight: Tensor, dilation: int) -> str | None:
         reason = "it needs a GPU of compute capability 8.0 or above"
     elif weight.dtype != x.dtype:
         reason = f"it takes images and weights of one dtype, not {x.dtype} and {weight.dtype}"
-    elif tuple(weight.shape) != (x.shape[1], 1, taps, taps) or size % 2 == 0 or not 7 <= size <= 31:
-        reason = f"it takes weights (C, 1, K, K), K odd and dilated 7 to 31, not {tuple(weight.shape)}"
+    elif tuple(weight.shape) != (x.shape[1], 1, taps, taps) or taps % 2 == 0 or not 3 <= taps <= size <= 31:
+        reason = f"it takes weights (C, 1, K, K), K odd, 3 to 31 and no wider dilated, not {tuple(weight.shape)}"
     elif x.numel() == 0:
         reason = "there is nothing to compute"
     elif x[0].numel() >= 2**31 // 32:
@@ -254,14 +262,21 @@ def _without_gaps(weight: Tensor, dilation: int) -> Tensor:
 
 
 def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, *, reverse: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, dilation: int = 1, *, reverse: bool = False,
+    out: Tensor | None = None, adds: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The convolution, or with ``reverse`` the one with the taps reversed. Channels last, in the dtype of ``x``."""
+    """The convolution, or with ``reverse`` the one with the taps reversed. Channels last, in the dtype of ``x``.
+
+    It is written to ``out``, a map (B, C, H, W) with its channels last, if that is given; with ``adds``, added there.
+    """
+    if weight.shape[-1] == 3:
+        taps = weight.flatten(1).t().contiguous()
+        return small_filters.convolve(x, taps, bias, dilation, reverse=reverse, out=out, adds=adds)
     batch, channels, height, width = x.shape
     weight = _without_gaps(weight, dilation)
     size = weight.shape[-1]
     together = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(together)
+    out = torch.empty_like(together) if out is None else out
     tile = tile_for(size, x.dtype)
     blocks = triton.cdiv(batch * triton.cdiv(height, tile.rows), tile.blocks)
     programs = blocks * triton.cdiv(width, tile.columns) * triton.cdiv(channels, BLOCK)
@@ -274,7 +289,8 @@ def convolve(
         )  # fmt: skip
         conv_kernel[(programs,)](
             together, bands, bands if bias is None else bias, out, **_map_sizes(x), size=size,
-            has_bias=bias is not None, **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=tile.stages,
+            has_bias=bias is not None, adds=adds, **tile.sizes, block=BLOCK, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
 
     _on_device(x, launch)
@@ -288,6 +304,8 @@ def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1) -
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1) -> Tensor:
     """Gradient of the convolution with respect to its weight (C, 1, K, K); of a dilated one, every so many taps."""
+    if weight.shape[-1] == 3:
+        return small_filters.weight_gradient(grad, x, dilation).t().reshape(weight.shape).to(weight.dtype)
     batch, channels, height, width = x.shape
     size = dilation * (weight.shape[-1] - 1) + 1
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))

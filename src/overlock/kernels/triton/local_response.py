@@ -39,10 +39,11 @@ def _known(channel, channels, inside):
 
 
 @triton.jit
-def _value(x, column, width, exists, channel, channels, exact: tl.constexpr):
+def _value(x, column, width, exists, channel, channels, with_gelu: tl.constexpr, exact: tl.constexpr):
     """GELU of a block of channels at one position; GELU(0) = 0, so that the zeros around the map stay zeros."""
     inside = exists & (column >= 0) & (column < width)
-    return gelu(tl.load(x, mask=_known(channel, channels, inside), other=0.0).to(tl.float32), exact)
+    values = tl.load(x, mask=_known(channel, channels, inside), other=0.0).to(tl.float32)
+    return gelu(values, exact) if with_gelu else values
 
 
 @triton.jit
@@ -71,11 +72,11 @@ def _finish(out, total, column, width, is_ours, channel, channels):
 @triton.jit
 def filter_kernel(
     x, weight, bias, out, sums, x_b, x_h, x_w, out_b, out_h, out_w, channels, height, width, rows,
-    block: tl.constexpr, exact: tl.constexpr,
+    with_gelu: tl.constexpr, with_sums: tl.constexpr, block: tl.constexpr, exact: tl.constexpr,
 ):  # fmt: skip
     """One program: ``rows`` rows of four columns and a block of channels of one image.
 
-    ``sums`` is (B, parts, C), a part for each four columns and piece of rows.
+    ``sums`` is (B, parts, C), a part for each four columns and piece of rows; without ``with_sums`` it stays as it is.
     """
     channel_blocks, tiles, pieces = tl.cdiv(channels, block), tl.cdiv(width, 4), tl.cdiv(height, rows)
     program = tl.program_id(0)
@@ -101,12 +102,12 @@ def filter_kernel(
     for row in range(first - 1, last + 1):
         exists = (row >= 0) & (row < height)
         source = x + row * x_h
-        a = _value(source - x_w, column - 1, width, exists, channel, channels, exact)
-        b = _value(source, column, width, exists, channel, channels, exact)
-        c = _value(source + x_w, column + 1, width, exists, channel, channels, exact)
-        d = _value(source + 2 * x_w, column + 2, width, exists, channel, channels, exact)
-        e = _value(source + 3 * x_w, column + 3, width, exists, channel, channels, exact)
-        f = _value(source + 4 * x_w, column + 4, width, exists, channel, channels, exact)
+        a = _value(source - x_w, column - 1, width, exists, channel, channels, with_gelu, exact)
+        b = _value(source, column, width, exists, channel, channels, with_gelu, exact)
+        c = _value(source + x_w, column + 1, width, exists, channel, channels, with_gelu, exact)
+        d = _value(source + 2 * x_w, column + 2, width, exists, channel, channels, with_gelu, exact)
+        e = _value(source + 3 * x_w, column + 3, width, exists, channel, channels, with_gelu, exact)
+        f = _value(source + 4 * x_w, column + 4, width, exists, channel, channels, with_gelu, exact)
         target, is_ours = out + (row - 1) * out_h, row > first
         squares += _finish(target, above0 + _product(low, a, b, c) + offset, column, width, is_ours, channel, channels)
         squares += _finish(
@@ -122,8 +123,9 @@ def filter_kernel(
         above1, here1 = here1 + _product(centre, b, c, d), _product(top, b, c, d)
         above2, here2 = here2 + _product(centre, c, d, e), _product(top, c, d, e)
         above3, here3 = here3 + _product(centre, d, e, f), _product(top, d, e, f)
-    target = sums + (batch * tiles * pieces + part) * channels + channel
-    tl.store(target, squares, mask=known)
+    if with_sums:
+        target = sums + (batch * tiles * pieces + part) * channels + channel
+        tl.store(target, squares, mask=known)
 
 
 # Triton interprets instead of compiling if TRITON_INTERPRET was set before this module was imported.
@@ -132,6 +134,41 @@ INTERPRETED = not isinstance(filter_kernel, triton.JITFunction)
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(2), x.stride(3)
+
+
+def pieces_of(height: int, programs: int) -> tuple[int, int]:
+    """Rows of a program, and how many such pieces a map has, where its whole height makes so many programs."""
+    rows = min(ROWS, height)
+    while rows > 7 and programs * triton.cdiv(height, rows) < PROGRAMS:
+        rows = triton.cdiv(rows, 2)
+    return rows, triton.cdiv(height, rows)
+
+
+def run_filter(x: Tensor, taps: Tensor, bias: Tensor, with_gelu: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
+    """The filter of x, or of GELU(x), channels last, in the dtype of ``x``, and its sums of squares.
+
+    Args:
+        x: (B, C, H, W), channels last.
+        taps: (9, C).
+        bias: (C,).
+        with_gelu: whether GELU comes first.
+        with_sums: whether squares are summed.
+
+    Returns:
+        (B, C, H, W), and sums (B, parts, C) in float32, with no parts if they are not wanted.
+    """
+    batch, channels, height, width = x.shape
+    out = torch.empty_like(x)
+    tiles, block = triton.cdiv(width, COLUMNS), min(BLOCK, triton.next_power_of_2(channels))
+    columns = batch * tiles * triton.cdiv(channels, block)
+    rows, pieces = pieces_of(height, columns)
+    sums = torch.empty(batch, tiles * pieces if with_sums else 0, channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        filter_kernel[(columns * pieces,)](
+            x, taps, bias, out, sums, *_strides(x), *_strides(out), channels, height, width, rows,
+            with_gelu=with_gelu, with_sums=with_sums, block=block, exact=x.dtype == torch.float32, num_warps=1,
+        )  # fmt: skip
+    return out, sums
 
 
 def filter_and_scale(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,24 +184,13 @@ def filter_and_scale(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tenso
     Returns:
         y (B, C, H, W) and scales (B, C), both in the dtype of ``x``. Sums are kept in float32.
     """
-    batch, channels, height, width = x.shape
-    x = x.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
-    tiles, rows = triton.cdiv(width, COLUMNS), min(ROWS, height)
-    columns = batch * tiles * triton.cdiv(channels, BLOCK)
-    while rows > 7 and columns * triton.cdiv(height, rows) < PROGRAMS:
-        rows = triton.cdiv(rows, 2)
-    pieces = triton.cdiv(height, rows)
-    sums = torch.empty(batch, tiles * pieces, channels, dtype=torch.float32, device=x.device)
-    scale = x.new_empty(batch, channels)
+    batch, channels = x.shape[:2]
     taps = weight.flatten(1).t().contiguous()
+    out, sums = run_filter(x.contiguous(memory_format=torch.channels_last), taps, bias, with_gelu=True, with_sums=True)
+    scale = x.new_empty(batch, channels)
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        filter_kernel[(columns * pieces,)](
-            x, taps, bias, out, sums, *_strides(x), *_strides(out), channels, height, width, rows,
-            block=BLOCK, exact=x.dtype == torch.float32, num_warps=1,
-        )  # fmt: skip
         response_kernel[(batch,)](
-            sums, norm_weight, scale, tiles * pieces, eps, channels=channels, block=triton.next_power_of_2(channels),
+            sums, norm_weight, scale, sums.shape[1], eps, channels=channels, block=triton.next_power_of_2(channels),
             num_warps=8,
         )  # fmt: skip
     return out, scale
