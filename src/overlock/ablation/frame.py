@@ -18,6 +18,7 @@ class Frame(nn.Module):
 
     Args:
         head: called with the last feature; has ``fc`` and ``reset``, as those of timm.
+        head_width: inputs of the classifier.
         widths: channels of the four features.
         modules: names of the modules that give them.
         in_chans: channels of the images.
@@ -26,14 +27,14 @@ class Frame(nn.Module):
     """
 
     def __init__(
-        self, *, head: nn.Module, widths: tuple[int, ...], modules: tuple[str, ...], in_chans: int, num_classes: int,
-        stem_stride: int,
+        self, *, head: nn.Module, head_width: int, widths: tuple[int, ...], modules: tuple[str, ...], in_chans: int,
+        num_classes: int, stem_stride: int,
     ):  # fmt: skip
         super().__init__()
         self.head: Any = head
         self.in_chans, self.num_classes = in_chans, num_classes
         self.smallest_image = 8 * stem_stride
-        self.num_features, self.head_hidden_size = widths[-1], head.num_features
+        self.num_features, self.head_hidden_size = widths[-1], head_width
         self.feature_info = [
             dict(num_chs=width, reduction=stem_stride * 2**i, module=module)
             for i, (width, module) in enumerate(zip(widths, modules, strict=True))

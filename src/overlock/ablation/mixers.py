@@ -87,8 +87,9 @@ class MixerNet(Frame):
             raise ValueError(f"size must be one of {', '.join(SHAPES)}, got {size!r}")
         check_rate("drop_path_rate", drop_path_rate)
         dims, depths = SHAPES[size]
+        head = ClassifierHead(dims[3], num_classes, pool_type=global_pool, drop_rate=drop_rate)
         super().__init__(
-            head=ClassifierHead(dims[3], num_classes, pool_type=global_pool, drop_rate=drop_rate), widths=dims,
+            head=head, head_width=dims[3] * head.global_pool.feat_mult(), widths=dims,
             modules=("stages.0", "stages.1", "stages.2", "norm"), in_chans=in_chans, num_classes=num_classes,
             stem_stride=stem_stride,
         )  # fmt: skip

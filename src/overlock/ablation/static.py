@@ -71,8 +71,8 @@ class StageNet(Frame):
             shape.dims[3], shape.head_width, num_classes, global_pool=global_pool, drop_rate=drop_rate
         )
         super().__init__(
-            head=head, widths=shape.dims, modules=modules, in_chans=in_chans, num_classes=num_classes,
-            stem_stride=stem_stride,
+            head=head, head_width=head.num_features, widths=shape.dims, modules=modules, in_chans=in_chans,
+            num_classes=num_classes, stem_stride=stem_stride,
         )  # fmt: skip
         self.shape, self.stem_stride, self.make_block, self.deploy = shape, stem_stride, make_block, deploy
         self.rates = calculate_drop_path_rates(drop_path_rate, list(shape.depths), stagewise=True)
