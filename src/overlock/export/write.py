@@ -28,11 +28,13 @@ SPEC_METHOD = f"{KEY}_spec"
 
 def write_onnx(program: Program, spec: Spec, path: Path) -> None:
     needs("onnxscript", "onnx")
+    free = "size" in spec.dynamic
     model: Any = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=["images"], output_names=output_names(program, spec),
-        opset_version=OPSET, optimize=False,
+        opset_version=OPSET, optimize=not free,
     )  # fmt: skip
-    simplify(model.model)
+    if free:
+        simplify(model.model)
     model.model.metadata_props[KEY] = spec.to_json()
     model.save(path, external_data=False)
 
@@ -40,7 +42,8 @@ def write_onnx(program: Program, spec: Spec, path: Path) -> None:
 def simplify(model: Any) -> None:
     """Fold the constants of onnxscript's model and take out what is there twice or for nothing.
 
-    Its own optimizer also looks for patterns to rewrite, which takes most of its time; ONNX Runtime does so itself.
+    Its own optimizer also looks for patterns to rewrite. In the large graphs of a free size that takes as long as all
+    else, and most patterns are of known shapes.
     """
     from onnx_ir.passes import common  # noqa: PLC0415
     from onnxscript import optimizer  # noqa: PLC0415
