@@ -213,7 +213,7 @@ def _print_classifiers(results: Sequence[Classification], data: ImageData, conso
         table.add_column(title, justify="right")
     for result in results:
         table.add_row(
-            result.name, f"{result.params / 1e6:.2f}", f"{100 * result.top1:.2f}", f"{100 * result.top5:.2f}",
+            result.name, _millions(result.params), f"{100 * result.top1:.2f}", f"{100 * result.top5:.2f}",
             f"{result.speed:.0f}", f"{result.speed_with_loading:.0f}",
         )  # fmt: skip
     console.print(table)
@@ -334,7 +334,7 @@ def _print_measures(results: Sequence[Evaluation], measure: str, console: Consol
 
     columns = (Column(result.name, justify="right", overflow="fold") for result in results)
     table = Table("metric", *columns, title=f"{results[0].images} images")
-    table.add_row("parameters, M", *(f"{result.params / 1e6:.2f}" for result in results))
+    table.add_row("parameters, M", *(_millions(result.params) for result in results))
     for name in results[0].measures:
         table.add_row(f"{name}, %", *(percent(result.measures[name]) for result in results))
     for name in results[0].classes:
@@ -344,6 +344,11 @@ def _print_measures(results: Sequence[Evaluation], measure: str, console: Consol
     console.print(table)
     for note in results[0].notes:
         console.print(note)
+
+
+def _millions(params: int) -> str:
+    """Of parameters, which exported files do not tell."""
+    return f"{params / 1e6:.2f}" if params else "-"
 
 
 COMMAND = Command("Accuracy and speed of classifiers, ours and timm's, of detectors and segmenters.", add_options, run)

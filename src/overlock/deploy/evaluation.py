@@ -53,7 +53,7 @@ class Evaluation:
     name: str
     """Of the model or its file."""
     params: int
-    """Parameters of the network as it runs, folded."""
+    """Parameters of the network as it runs, folded; 0 for an exported file, which does not tell."""
     images: int
     """Images that could be read."""
     unreadable: tuple[str, ...]
