@@ -31,6 +31,7 @@ PARTS = {
 }
 CHANGED = "([what, before]) => document.querySelector(what)?.src !== before"
 LONGEST = 120_000  # milliseconds to wait for anything
+SETTLING = 2000  # milliseconds before the first click, in which the last pictures are drawn
 
 
 def free_port() -> int:
@@ -95,7 +96,7 @@ def measure(address: str, visits: int, clicks: int) -> dict[str, list[float]]:
             page.set_default_timeout(LONGEST)
             for name, passed in visit(page, address).items():
                 seconds.setdefault(name, []).append(passed)
-            page.wait_for_load_state("networkidle")
+            page.wait_for_timeout(SETTLING)
             for i in range(clicks):
                 place = (i + 0.5) / clicks
                 seconds.setdefault("click", []).append(click(page, place, 1 - place))
