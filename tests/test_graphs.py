@@ -123,6 +123,7 @@ def test_compile_of_a_training_step():
         assert (gradients[1][name] - expected).abs().max() <= 1e-3 * scale + 1e-5, name
 
 
+@pytest.mark.slow
 def test_compile_dynamic():
     """One graph for all sizes."""
     model = FORMS["training form"]()

@@ -73,7 +73,9 @@ def test_windows_are_shifted_in_every_second_block():
     assert shifts == [0, 3]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=pytest.mark.slow if row in ("contmix", "dcnv3") else ()) for row in ROWS]
+)
 def test_learns(row):
     """A few steps lower the loss, and all parameters take part."""
     torch.manual_seed(0)

@@ -209,7 +209,7 @@ def test_a_map_of_zeros_gives_finite_derivatives():
     assert all(y.isfinite().all() for y in of_penalty(call, [x, weight.float(), bias.float()]))
 
 
-@pytest.mark.parametrize("case", ["contmix", "response_norm", "region_centres"])
+@pytest.mark.parametrize("case", [pytest.param("contmix", marks=pytest.mark.slow), "response_norm", "region_centres"])
 def test_second_derivatives_of_bfloat16(case):
     """Of the operators that run in it on CPU."""
     call, plain, inputs = CASES[case]

@@ -259,7 +259,7 @@ def test_triton_in_the_interpreter():
     interpreter's do.
     """
     pytest.importorskip("triton", minversion="3.3")
-    run_interpreted(__file__, "-m", "not slow and not gpu", "-k", "not float16 and not again or bfloat16")
+    run_interpreted(__file__, "-m", "not slow and not gpu", "-k", "not float16 and not again or bfloat16 and named")
 
 
 @outside

@@ -27,7 +27,7 @@ print(held, resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="for glibc on Linux")
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("keep", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_freed_memory_stays(keep):
     """200 MB stay with the process, where they went back to the system before."""
     command = [sys.executable, "-c", SCRIPT.format(keep=keep)]
