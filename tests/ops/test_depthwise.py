@@ -170,7 +170,7 @@ def test_triton_why_not(triton_only):
     weight = torch.zeros(4, 1, 7, 7)
     for words, x, w in (
         ("not float64", torch.zeros(1, 4, 9, 9, dtype=torch.float64), weight),
-        ("K odd and dilated 7 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
+        ("K odd, 3 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
         ("one dtype", torch.zeros(1, 4, 9, 9), weight.bfloat16()),
         ("nothing to compute", torch.zeros(0, 4, 9, 9), weight),
     ):
