@@ -170,13 +170,13 @@ def test_triton_why_not(triton_only):
     weight = torch.zeros(4, 1, 7, 7)
     for words, x, w in (
         ("not float64", torch.zeros(1, 4, 9, 9, dtype=torch.float64), weight),
-        ("K odd, 3 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
+        ("K odd and dilated 3 to 31", torch.zeros(1, 4, 9, 9), torch.zeros(4, 1, 8, 8)),
         ("one dtype", torch.zeros(1, 4, 9, 9), weight.bfloat16()),
         ("nothing to compute", torch.zeros(0, 4, 9, 9), weight),
     ):
         assert words in dispatch.why_not("depthwise_conv2d", "triton", x, w, None, 1)
     x = torch.zeros(1, 4, 9, 9)
-    assert "dilated 7 to 31" in dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 6)
+    assert "dilated 3 to 31" in dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 6)
     assert dispatch.why_not("depthwise_conv2d", "triton", x, weight, None, 5) is None
     for part, call in zip(PARTS, ((x, weight, None, 1), (x, x, weight, 1), (x, x, weight, 1)), strict=True):
         assert dispatch.why_not(part, "triton", *call) is None

@@ -227,7 +227,8 @@ def why_not(x: Tensor, weight: Tensor, dilation: int) -> str | None:
     elif weight.dtype != x.dtype:
         reason = f"it takes images and weights of one dtype, not {x.dtype} and {weight.dtype}"
     elif tuple(weight.shape) != (x.shape[1], 1, taps, taps) or taps % 2 == 0 or not 3 <= taps <= size <= 31:
-        reason = f"it takes weights (C, 1, K, K), K odd, 3 to 31 and no wider dilated, not {tuple(weight.shape)}"
+        given = f"{tuple(weight.shape)} dilated by {dilation}"
+        reason = f"it takes weights (C, 1, K, K), K odd and dilated 3 to 31, not {given}"
     elif x.numel() == 0:
         reason = "there is nothing to compute"
     elif x[0].numel() >= 2**31 // 32:
