@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,6 +182,14 @@ class LookTab:
         look = self.network.look(photo.image)
         seen = Seen(photo=photo, look=look, chosen=chosen)
         return seen, dict(look.classes), photo.note, *self.draw(seen, None, point, block)
+
+    def warm_up(self) -> None:
+        """Look at the first photo, so that no visitor waits for what a process does once: imports, memory, fonts."""
+        for name in list(self.stock.photos)[:1]:
+            with contextlib.suppress(gr.Error):  # a visitor who chooses it is told
+                seen, *_ = self._look(self.stock.read_chosen(name), name, MIDDLE, 0)
+                for _ in self.draw_maps(seen):
+                    pass
 
     def draw_maps(self, seen: Seen) -> Iterator[dict[Any, Any]]:
         """The activation maps, one after the other as they come."""

@@ -25,7 +25,7 @@ SYSTEM_FONTS = ("system-ui", "sans-serif")
 
 
 def make_page(stock: Stock) -> gr.Blocks:
-    """The page of networks and photos."""
+    """The page of networks and photos, which has seen the first photo."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT // 4, KEPT)) as page:
         gr.Markdown(
             f"# {TITLE}\nWhat [OverLoCK](https://arxiv.org/abs/2502.20087) sees in a photo. All is computed by the "
@@ -41,6 +41,7 @@ def make_page(stock: Stock) -> gr.Blocks:
             with gr.Tab("Compare", id="compare"):
                 lay_out_comparison(stock)
         look.connect(page)
+    look.warm_up()
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
