@@ -124,6 +124,19 @@ def test_dilated_repconv(shape, kernel_size, device):
         assert torch.equal(found[name], again[name]), name
 
 
+@interpreted
+def test_what_kernels_refuse_on_cpu():
+    """Reasons in words, the same forward and backward; PyTorch's own operations run then. (``cpu``: for -k.)"""
+    x, taps = torch.zeros(1, 4, 9, 9), torch.zeros(35 * 35, 4)
+    numbers = torch.zeros(1, 4)
+    for call in ((numbers, numbers, [35], [1], 1e-5), (numbers, [x], numbers, numbers, [35], [1], 1e-5, True, True)):
+        assert "reach over 31 positions, not 35" in dispatch.why_not("dilated_repconv", "triton", x, taps, *call)
+        assert dispatch.choose("dilated_repconv", "triton", x, taps, *call) == "torch"
+    assert "3 x 3 taps" in dispatch.why_not("local_conv", "triton", x, torch.zeros(4, 1, 5, 5), None, False)
+    assert "not float64" in dispatch.why_not("sum_products", "triton", x.double(), x.double())
+    assert "nothing to compute" in dispatch.why_not("sum_products", "triton", x[:0], x[:0])
+
+
 @pytest.mark.skipif(INTERPRETED, reason="Triton's kernels are taken")
 @pytest.mark.parametrize(
     ("why", "taken"),

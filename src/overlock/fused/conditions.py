@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
@@ -11,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from overlock.kernels.numba.contmix import numba_installed
-from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx
+from overlock.ops.dispatch import AUTO, asked_for, exports_to_onnx, triton_installed
 
 # Dictionaries that PyTorch fills in place. (Its own function for this question is not in PyTorch 2.6.)
 GLOBAL_HOOKS = (
@@ -66,11 +65,6 @@ def _triton_is_wanted(on_cuda: bool) -> bool:
     """Whether Triton is there, and a GPU or its interpreter, and no other backend asked for."""
     runs = on_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return runs and triton_installed() and asked_for() in (AUTO, "triton")
-
-
-def triton_installed() -> bool:
-    """Triton comes with PyTorch for CUDA on Linux, and not elsewhere."""
-    return importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result

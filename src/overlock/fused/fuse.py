@@ -20,11 +20,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from overlock.fused.conditions import triton_installed, why_not_bf16
+from overlock.fused.conditions import why_not_bf16
 from overlock.fused.flat_parameters import Packed
 from overlock.fused.forms import FOLDED, ON_CPU, ON_CUDA, Table
 from overlock.fused.structure import Reason
 from overlock.kernels.numba.contmix import numba_installed
+from overlock.ops.dispatch import triton_installed
 
 logger = logging.getLogger(__name__)
 

@@ -76,13 +76,19 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def triton_installed() -> bool:
+    """Triton comes with PyTorch for CUDA on Linux, and not elsewhere."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_why_not(module: str) -> Callable[..., str | None]:
     """Why Triton's kernels cannot run a call with a tensor first: no GPU, no triton, or what the module itself says."""
 
     def why_not(*call: Any) -> str | None:
         if not (call[0].is_cuda or INTERPRETED):
             return f"it needs tensors on a CUDA device, not on {call[0].device.type}"
-        if importlib.util.find_spec("triton") is None:
+        if not triton_installed():
             return "triton is not installed"
         return on_use(module, "why_not")(*call)
 
@@ -95,10 +101,10 @@ def _numba(forward: str, backward: str | None = None, why_not: Callable[..., str
     return Backend(forward=functions[0], backward=functions[1], why_not=why_not)  # type: ignore[arg-type]
 
 
-def _triton(forward: str, backward: str | None = None) -> Backend:
-    """Functions of Triton's modules, each as module.name, for maps with their channels last."""
+def _triton(forward: str, backward: str | None = None, conditions: str = "conditions") -> Backend:
+    """Functions of Triton's modules, each as module.name, and the module that knows why they cannot run a call."""
     functions = [None if path is None else on_use(*f"triton.{path}".rsplit(".", 1)) for path in (forward, backward)]
-    reason = _triton_why_not("triton.conditions")
+    reason = _triton_why_not(f"triton.{conditions}")
     return Backend(forward=functions[0], backward=functions[1], why_not=reason)  # type: ignore[arg-type]
 
 
@@ -113,12 +119,6 @@ def _triton_filter(name: str) -> Backend:
     return Backend(forward=on_use("triton.depthwise", name), why_not=why_not)
 
 
-def _local_why_not(x: Tensor, weight: Tensor, *others: Any) -> str | None:
-    """As Triton's, which have filters of 3 x 3 taps."""
-    reason = _triton_why_not("triton.conditions")(x, weight, *others)
-    return reason if weight.shape[-1] == 3 else f"it takes 3 x 3 taps, not {tuple(weight.shape[2:])}"
-
-
 def _repconv_why_not(*call: Any) -> str | None:
     """As numba's, which have room for eight branches."""
     sizes = next(x for x in call if isinstance(x, list | tuple) and isinstance(x[0], int))
@@ -126,11 +126,7 @@ def _repconv_why_not(*call: Any) -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
-    "triton": Backend(
-        forward=on_use("triton.contmix", "forward"),
-        backward=on_use("triton.contmix", "backward"),
-        why_not=_triton_why_not("triton.contmix"),
-    ),
+    "triton": _triton("contmix.forward", "contmix.backward", "contmix"),
     "cpu": Backend(forward=cpu.forward, backward=on_use("numba.contmix_gradients", "backward"), why_not=cpu.why_not),
     "torch": Backend(forward=portable.forward, backward=portable.backward),
     "reference": Backend(forward=reference.contmix, backward=_reference_backward),
@@ -155,16 +151,12 @@ TABLE: dict[str, dict[str, Backend]] = {
         "torch": Backend(forward=depthwise.weight_gradient),
     },
     "local_conv": {
-        "triton": Backend(
-            forward=on_use("triton.local_conv", "forward"),
-            backward=on_use("triton.local_conv", "gradients"),
-            why_not=_local_why_not,
-        ),
+        "triton": _triton("local_conv.forward", "local_conv.gradients", "local_conv"),
         "cpu": _numba("depthwise_gradients.local_conv", "local_gradients.local_gradients"),
         "torch": Backend(forward=depthwise.local_conv, backward=depthwise.local_gradients),
     },
     "dilated_repconv": {
-        "triton": _triton("repconv.forward", "repconv.backward"),
+        "triton": _triton("repconv.forward", "repconv.backward", "repconv"),
         "cpu": _numba("repconv.forward", "repconv_gradients.backward", _repconv_why_not),
         "torch": Backend(forward=repconv.forward, backward=repconv.backward),
     },
@@ -267,8 +259,7 @@ def trains_by_kernels(x: Tensor, *others: Tensor | None) -> bool:
 @torch.compiler.assume_constant_result
 def _triton_trains(device: torch.device) -> bool:
     """Whether Triton's kernels run on a GPU, and no other backend is asked for; a graph keeps the answer."""
-    able = importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
-    return able and asked_for() in (AUTO, "triton")
+    return asked_for() in (AUTO, "triton") and triton_installed() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 _EXPORTS: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # of PyTorch 2.7

@@ -30,15 +30,16 @@ def _branches(x: Tensor, taps: Tensor, sizes: Sequence[int], dilations: Sequence
     return [convolve(x, weight, None, r) for weight, r in zip(filters, dilations, strict=True)]
 
 
-def _keep(results: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    kept = new_kept(results[0].to(dtype), len(results))
-    for i, result in enumerate(results):
-        if result.device.type != "cpu":
-            kept[0][i] = result.permute(0, 2, 3, 1)
-        else:
-            blocks, batch, height, width, lanes = kept[i].shape
-            padded = F.pad(result, (0, 0, 0, 0, 0, blocks * lanes - result.shape[1]))
-            kept[i].copy_(padded.view(batch, blocks, lanes, height, width).permute(1, 0, 3, 4, 2))
+def _keep(x: Tensor, results: Sequence[Tensor]) -> list[Tensor]:
+    """Results as the kernels for the device of ``x`` keep them, in its dtype."""
+    kept = new_kept(x, len(results))
+    if x.device.type != "cpu":
+        kept[0].copy_(torch.stack([result.permute(0, 2, 3, 1) for result in results]))
+        return kept
+    blocks, batch, height, width, lanes = kept[0].shape
+    for target, result in zip(kept, results, strict=True):
+        padded = F.pad(result, (0, 0, 0, 0, 0, blocks * lanes - result.shape[1]))
+        target.copy_(padded.view(batch, blocks, lanes, height, width).permute(1, 0, 3, 4, 2))
     return kept
 
 
@@ -54,7 +55,7 @@ def forward(
     y = (shift - mean * factor).sum(0).view(-1, 1, 1)
     for result, weight in zip(results, factor, strict=True):
         y = y + result * weight.view(-1, 1, 1)
-    return y.to(x.dtype), _keep([result.detach() for result in results], x.dtype), mean, variance
+    return y.to(x.dtype), _keep(x, [result.detach() for result in results]), mean, variance
 
 
 def backward(

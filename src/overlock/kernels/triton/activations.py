@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import by_position
 
 NUMBERS = 2048  # of a program
@@ -81,7 +80,7 @@ def add_bias(x: Tensor, bias: Tensor, with_gelu: bool) -> Tensor:
     out = torch.empty_like(rows)
     block = triton.next_power_of_2(channels)
     tile = max(1, NUMBERS // block)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         bias_kernel[(triton.cdiv(len(rows), tile),)](
             rows, bias, out, len(rows), channels=channels, with_gelu=with_gelu,
             exact=x.dtype == torch.float32, tile=tile, block=block, num_warps=4,

@@ -8,13 +8,12 @@ up in a fixed order and makes the scales. No sum has two owners.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import MULTIPROCESSORS, by_position
 
 NUMBERS = 4096  # of a step of a program's loop
@@ -110,11 +109,6 @@ def rescale_kernel(
     tl.store(out + row[:, None] * channels + channel, values.to(out.dtype.element_ty), mask=inside)
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _step(*maps: Tensor) -> dict[str, int]:
     """Sizes of a step over positions with all their channels, of maps by position."""
     channels = maps[0].shape[1]
@@ -164,7 +158,7 @@ def excitation(
     """
     out = x.new_empty(x.shape[:2])
     block = triton.next_power_of_2(x.shape[1])
-    with _on_device(x):
+    with on_device_of(x):
         sums = _sums(x)
         excite_kernel[(len(x),)](
             sums, first_weight.contiguous(), first_bias, second_weight.contiguous(), second_bias, out,
@@ -178,7 +172,7 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
     """The response norm of a map, channels last. See :func:`overlock.ops.response_norm`."""
     batch, channels = x.shape[:2]
     scale = torch.empty(batch, channels, dtype=torch.float32, device=x.device)
-    with _on_device(x):
+    with on_device_of(x):
         sums = _sums(x, squares=True)
         response_kernel[(batch,)](
             sums, weight, scale, sums.shape[1], eps, channels=channels, block=triton.next_power_of_2(channels),
@@ -189,11 +183,11 @@ def response_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 def sum_products(a: Tensor, b: Tensor) -> Tensor:
     """Sums of a * b (B, C, H, W) over the maps, (B, C) in float32."""
-    with _on_device(a):
+    with on_device_of(a):
         return (_sums(a, squares=True) if a is b else _sums(a, times=b)).sum(1)
 
 
 def scale_and_add(a: Tensor, scale: Tensor, b: Tensor | None, other: Tensor) -> Tensor:
     """a * scale + b * other, or + other without b, in the dtype of ``a``; maps (B, C, H, W), numbers (B, C)."""
-    with _on_device(a):
+    with on_device_of(a):
         return _rescale(a, scale.contiguous(), b, other if other.stride(1) == 1 else other.contiguous())

@@ -1,7 +1,8 @@
-"""Which calls the kernels for CUDA take."""
+"""Which calls the kernels for CUDA take, and where they launch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -25,6 +26,11 @@ def why_not(*call: object) -> str | None:
         reason = "it needs a GPU of compute capability 8.0 or above"
     elif first.numel() == 0:
         reason = "there is nothing to compute"
-    elif first.numel() // len(first) * min(len(first), 128) >= 2**31:
-        reason = "its maps have more numbers than 32 bits can count"
+    elif first[0].numel() >= 2**31:
+        reason = "an image has more numbers than 32 bits can count"
     return reason
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import by_position
 
 NUMBERS = 2048  # of a program
@@ -61,7 +60,7 @@ def join_context(
     block = triton.next_power_of_2(both)
     tile = max(1, NUMBERS // block)
     scales = (x, x, x) if alpha is None else (alpha, beta, bias)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         join_kernel[(triton.cdiv(len(maps[0]), tile),)](
             *maps, *scales, out, len(maps[0]), *(m.stride(0) // unit for m in maps),
             channels=channels, context_channels=context.shape[1], unit=unit, updates=alpha is not None,

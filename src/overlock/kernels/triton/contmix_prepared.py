@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.contmix_kernels import prepare_kernel
 
 PROGRAMS = 1056  # fewer leave a large GPU idle: eight for each of 132 multiprocessors
@@ -91,7 +92,7 @@ class Prepared:
 
     def device(self) -> contextlib.AbstractContextManager:
         """Triton launches on the current device, which need not be the tensors'."""
-        return torch.cuda.device(self.value.device) if self.value.is_cuda else contextlib.nullcontext()
+        return on_device_of(self.value)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.value.device)

@@ -27,7 +27,6 @@ float32's own rounding. Filters of 3 x 3 taps, dilated or not, go by small_filte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overlock.kernels.triton import small_filters
+from overlock.kernels.triton import conditions, small_filters
 
 PROGRAMS = 264  # of the weight's gradient, where the images have rows for it: two for each of 132 multiprocessors
 
@@ -197,6 +196,8 @@ class Tile(NamedTuple):
 
 
 BLOCK = 8  # channels of a program: one load of 16-bit numbers
+LARGEST = 31  # filter, dilated
+LARGEST_IMAGE = 2**31 // 32  # numbers of one: 32 bits count those of 32 images
 
 
 def tile_for(size: int, dtype: torch.dtype) -> Tile:
@@ -217,32 +218,17 @@ def why_not(x: Tensor, weight: Tensor, dilation: int) -> str | None:
     """Reason why the kernels cannot run a convolution, or None."""
     taps = weight.shape[-1]
     size = dilation * (taps - 1) + 1
-    reason = None
-    if not (x.is_cuda or INTERPRETED.value):
-        reason = f"it needs tensors on a CUDA device, not on {x.device.type}"
-    elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reason = f"it takes float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    elif x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-        reason = "it needs a GPU of compute capability 8.0 or above"
-    elif weight.dtype != x.dtype:
+    reason = conditions.why_not(x)
+    if reason is not None:
+        return reason
+    if weight.dtype != x.dtype:
         reason = f"it takes images and weights of one dtype, not {x.dtype} and {weight.dtype}"
-    elif tuple(weight.shape) != (x.shape[1], 1, taps, taps) or taps % 2 == 0 or not 3 <= taps <= size <= 31:
+    elif tuple(weight.shape) != (x.shape[1], 1, taps, taps) or taps % 2 == 0 or not 3 <= taps <= size <= LARGEST:
         given = f"{tuple(weight.shape)} dilated by {dilation}"
-        reason = f"it takes weights (C, 1, K, K), K odd and dilated 3 to 31, not {given}"
-    elif x.numel() == 0:
-        reason = "there is nothing to compute"
-    elif x[0].numel() >= 2**31 // 32:
+        reason = f"it takes weights (C, 1, K, K), K odd and dilated 3 to {LARGEST}, not {given}"
+    elif x[0].numel() >= LARGEST_IMAGE:
         reason = "32 images have more numbers than 32 bits can count"
     return reason
-
-
-def _on_device(x: Tensor, launch: Callable[[], object]) -> None:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            launch()
-    else:
-        launch()
 
 
 def _map_sizes(x: Tensor) -> dict[str, int]:
@@ -283,7 +269,7 @@ def convolve(
     programs = blocks * triton.cdiv(width, tile.columns) * triton.cdiv(channels, BLOCK)
     bands = torch.empty(channels, tile.window, size + 2 * tile.rows - 2, tile.columns, dtype=x.dtype, device=x.device)
 
-    def launch() -> None:
+    with conditions.on_device_of(x):
         band_kernel[(channels * tile.window // 8,)](
             weight.contiguous(), bands, size=size, reverse=reverse, window=tile.window, columns=tile.columns,
             rows=tile.rows, padded=triton.next_power_of_2(bands[0, 0].numel()), num_warps=4,
@@ -293,8 +279,6 @@ def convolve(
             has_bias=bias is not None, adds=adds, **tile.sizes, block=BLOCK, num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
-
-    _on_device(x, launch)
     return out
 
 
@@ -321,13 +305,11 @@ def weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int = 1) 
     shape = (parts, channels, groups, tile.window, tile.rows, tile.columns)
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
 
-    def launch() -> None:
+    with conditions.on_device_of(x):
         weight_kernel[(programs * parts,)](
             grad, x, sums, **_map_sizes(x), places=places, image_parts=image_parts, size=size, height_p=height_p,
             **tile.sizes, block=BLOCK, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
-
-    _on_device(x, launch)
     taps = _sum_diagonals(sums, size)[:, ::dilation, ::dilation]
     return taps.reshape(weight.shape).to(weight.dtype)
 

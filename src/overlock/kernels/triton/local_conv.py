@@ -15,14 +15,14 @@ gradient stay in registers until the end; what the programs found is added up in
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton import conditions
 from overlock.kernels.triton.activations import gelu, gelu_slope
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.local_response import COLUMNS, PROGRAMS, pieces_of, run_filter
 
 BLOCK = 64  # channels of a program: two a lane, for which 60 numbers each are kept
@@ -193,11 +193,18 @@ def gradient_kernel(  # noqa: PLR0915 - its registers, by name
     tl.store(target + 9 * channels, t9, mask=known)
 
 
+def why_not(x: Tensor, weight: Tensor, *call: object) -> str | None:
+    """Reason why the kernels cannot run a call, or None."""
+    if tuple(weight.shape[1:]) != (1, 3, 3):
+        return f"it takes 3 x 3 taps, not {tuple(weight.shape[2:])}"
+    return conditions.why_not(x, weight, *call)
+
+
 def _with_residual(weight: Tensor) -> Tensor:
     """(C, 1, 3, 3) -> taps (9, C) in float32, one more in the middle."""
-    middle = torch.zeros(9, 1, device=weight.device)
-    middle[4] = 1
-    return (weight.flatten(1).t() + middle).contiguous()
+    taps = weight.flatten(1).t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    taps[4] += 1
+    return taps
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, with_gelu: bool) -> Tensor:
@@ -219,7 +226,7 @@ def gradients(grad: Tensor, x: Tensor, weight: Tensor, with_gelu: bool) -> tuple
     rows, pieces = pieces_of(height, batch * tiles * blocks)
     parts = min(batch, triton.cdiv(PROGRAMS, blocks * tiles * pieces))
     sums = torch.empty(parts * pieces * tiles, 10, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         gradient_kernel[(len(sums) * blocks,)](
             x, grad, _with_residual(weight), of_x, sums, batch, height, width, rows, parts, channels=channels,
             with_gelu=with_gelu, exact=x.dtype == torch.float32, block=block, num_warps=1,

@@ -8,14 +8,13 @@ loads of a number, memory serves one.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from overlock.kernels.triton.activations import gelu
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import by_position
 
 NUMBERS = 2048  # of a program: 16 a thread, nine loads of which are under way at once
@@ -70,7 +69,7 @@ def _launch(
     norm_weight, norm_bias, eps = (bias, bias, 0.0) if norm is None else norm
     block = triton.next_power_of_2(channels)
     tile = max(1, NUMBERS // block)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         local_kernel[(triton.cdiv(len(rows), tile),)](
             rows, weight.flatten(1).t().contiguous(), bias, norm_weight, norm_bias, out, after,
             len(rows), height, width, eps, rows.stride(0) // unit,

@@ -14,8 +14,6 @@ computed for six columns where four are written, and not nine times a number.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from overlock.kernels.triton.activations import gelu
 from overlock.kernels.triton.channel_scales import response_kernel
+from overlock.kernels.triton.conditions import on_device_of
 
 BLOCK = 128  # channels of a program: four a lane
 COLUMNS = 4  # as written out below
@@ -163,7 +162,7 @@ def run_filter(x: Tensor, taps: Tensor, bias: Tensor, with_gelu: bool, with_sums
     columns = batch * tiles * triton.cdiv(channels, block)
     rows, pieces = pieces_of(height, columns)
     sums = torch.empty(batch, tiles * pieces if with_sums else 0, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         filter_kernel[(columns * pieces,)](
             x, taps, bias, out, sums, *_strides(x), *_strides(out), channels, height, width, rows,
             with_gelu=with_gelu, with_sums=with_sums, block=block, exact=x.dtype == torch.float32, num_warps=1,
@@ -188,7 +187,7 @@ def filter_and_scale(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tenso
     taps = weight.flatten(1).t().contiguous()
     out, sums = run_filter(x.contiguous(memory_format=torch.channels_last), taps, bias, with_gelu=True, with_sums=True)
     scale = x.new_empty(batch, channels)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         response_kernel[(batch,)](
             sums, norm_weight, scale, sums.shape[1], eps, channels=channels, block=triton.next_power_of_2(channels),
             num_warps=8,

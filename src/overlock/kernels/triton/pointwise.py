@@ -15,13 +15,14 @@ made the product four times as long. float32 is multiplied as three products of 
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from overlock.kernels.triton.conditions import on_device_of
 
 MULTIPROCESSORS = 132  # of an H100: fewer programs than these leave some idle
 
@@ -153,7 +154,7 @@ def pointwise(
     images, positions = (1, batch * height * width) if scale is None else (batch, height * width)
     tile = tile_for(images, positions, channels, outputs, x.dtype == torch.float32)
     tiles = images * triton.cdiv(positions, tile.block_m) * triton.cdiv(outputs, tile.block_n)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         pointwise_kernel[(tiles,)](
             x_rows, gate_rows, out if scale is None else scale.contiguous(), weight.contiguous(), bias,
             residual_rows, bias if residual_scale is None else residual_scale, out,

@@ -17,7 +17,6 @@ the map, so that a large mean costs no digits.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overlock.kernels.triton import depthwise, small_filters
+from overlock.kernels.triton import conditions, depthwise, small_filters
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import MULTIPROCESSORS, by_position
 
 TILE, BLOCK = 32, 64  # positions and channels of a program
@@ -69,17 +69,24 @@ def sum_kernel(
 
 
 @triton.jit
-def add_kernel(
-    results, factor, shift, out, rows, count: tl.constexpr, channels: tl.constexpr,
-    tile: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    """One program: the sum over branches of z * factor (N, C), plus shift (C,), of some positions and channels."""
+def _places(rows, channels: tl.constexpr, tile: tl.constexpr, block: tl.constexpr):
+    """A program's channels, which of them exist, its places in a map, and which of these exist."""
     blocks: tl.constexpr = (channels + block - 1) // block
     channel = (tl.program_id(0) % blocks * block + tl.arange(0, block))[None, :]
     known = (channel < channels) | (channels % block == 0)
     row = tl.program_id(0) // blocks * tile + tl.arange(0, tile)
     inside = (row < rows)[:, None] & known
     at = row.to(tl.int64)[:, None] * channels + channel
+    return channel, known, at, inside
+
+
+@triton.jit
+def add_kernel(
+    results, factor, shift, out, rows, count: tl.constexpr, channels: tl.constexpr,
+    tile: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One program: the sum over branches of z * factor (N, C), plus shift (C,), of some positions and channels."""
+    channel, known, at, inside = _places(rows, channels, tile, block)
     total = tl.load(shift + channel, mask=known, other=0.0).broadcast_to(tile, block)
     for n in tl.static_range(count):
         values = tl.load(results + at, mask=inside, other=0.0).to(tl.float32)
@@ -94,12 +101,7 @@ def gradient_kernel(
     tile: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """One program: a g + b z + c for each branch, of some positions and channels; ``factors`` is (3, N, C)."""
-    blocks: tl.constexpr = (channels + block - 1) // block
-    channel = (tl.program_id(0) % blocks * block + tl.arange(0, block))[None, :]
-    known = (channel < channels) | (channels % block == 0)
-    row = tl.program_id(0) // blocks * tile + tl.arange(0, tile)
-    inside = (row < rows)[:, None] & known
-    at = row.to(tl.int64)[:, None] * channels + channel
+    channel, known, at, inside = _places(rows, channels, tile, block)
     values = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     for n in tl.static_range(count):
         source = factors + n * channels + channel
@@ -113,9 +115,18 @@ def gradient_kernel(
         out += rows.to(tl.int64) * channels
 
 
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def why_not(x: Tensor, taps: Tensor, *call: object) -> str | None:
+    """Reason why the kernels cannot run a call, forward or backward, or None."""
+    reason = conditions.why_not(x, taps)
+    if reason is not None:
+        return reason
+    sizes, dilations = (
+        numbers for numbers in call if isinstance(numbers, list | tuple) and isinstance(numbers[0], int)
+    )
+    reach = max(r * (k - 1) + 1 for k, r in zip(sizes, dilations, strict=True))
+    if reach > depthwise.LARGEST:
+        return f"it takes branches that reach over {depthwise.LARGEST} positions, not {reach}"
+    return "32 images have more numbers than 32 bits can count" if x[0].numel() >= depthwise.LARGEST_IMAGE else None
 
 
 def _tiles(channels: int) -> dict[str, int]:
@@ -130,7 +141,7 @@ def _sums(kept: Tensor, centre: Tensor, grad: Tensor | None) -> Tensor:
     blocks = triton.cdiv(channels, sizes["block"])
     parts = min(triton.cdiv(rows, TILE), triton.cdiv(WAVES * MULTIPROCESSORS, count * blocks))
     sums = torch.empty(count, parts, 2, channels, dtype=torch.float32, device=kept.device)
-    with _on_device(kept):
+    with on_device_of(kept):
         sum_kernel[(count * parts * blocks,)](
             kept, centre, kept if grad is None else grad, sums, rows, parts, has_grad=grad is not None, **sizes,
             num_warps=4,
@@ -161,7 +172,7 @@ def forward(
     out = torch.empty(batch, height, width, channels, dtype=x.dtype, device=x.device)
     tiles = _tiles(channels)
     programs = triton.cdiv(rows, TILE) * triton.cdiv(channels, tiles["block"])
-    with _on_device(x):
+    with on_device_of(x):
         add_kernel[(programs,)](
             kept, factor, (shift - mean * factor).sum(0), out, rows, count=len(sizes), **tiles, num_warps=4
         )
@@ -186,7 +197,7 @@ def backward(
         of_results = torch.empty_like(results)
         tiles = _tiles(channels)
         programs = triton.cdiv(rows, TILE) * triton.cdiv(channels, tiles["block"])
-        with _on_device(x):
+        with on_device_of(x):
             gradient_kernel[(programs,)](
                 results, grads, torch.stack((of_grad, of_result, constant)), of_results, rows, count=len(sizes),
                 **tiles, num_warps=4,

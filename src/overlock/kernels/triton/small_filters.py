@@ -11,13 +11,12 @@ positions, and what the programs found is added up in a fixed order.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from overlock.kernels.triton.conditions import on_device_of
 from overlock.kernels.triton.pointwise import MULTIPROCESSORS, by_position
 
 TILE, BLOCK = 32, 64  # positions and channels of a program
@@ -115,7 +114,7 @@ def convolve(
     target = torch.empty_like(rows) if out is None else by_position(out)
     block = _block(channels)
     programs = triton.cdiv(len(rows), TILE) * triton.cdiv(channels, block)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         filter_kernel[(programs,)](
             rows, taps, taps if bias is None else bias, target, len(rows), height, width, dilation,
             channels=channels, reverse=reverse, has_bias=bias is not None, adds=adds,
@@ -132,7 +131,7 @@ def weight_gradient(grad: Tensor, x: Tensor, dilation: int) -> Tensor:
     blocks = triton.cdiv(channels, block)
     parts = min(triton.cdiv(len(rows), TILE), triton.cdiv(WAVES * MULTIPROCESSORS, 3 * blocks))
     sums = torch.empty(parts, 9, channels, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         weight_kernel[(3 * blocks * parts,)](
             grads, rows, sums, len(rows), height, width, dilation, parts,
             channels=channels, tile=TILE, block=block, num_warps=4,
