@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from overlock.checkpoints import MODEL_FILE, Record, load_classifier, save_model
-from overlock.cli import main
+from overlock.cli import main, make_parser
+from overlock.cli.lists import join_lists
 from overlock.weights import to_official
 
 PREPROCESSING = dict(
@@ -452,3 +453,22 @@ def test_summary_of_dense_models(capsys, task, table):
     out = succeeds(capsys, "summary", "overlock_t", "--task", task)
     assert f"paper, Table {table}" in out
     assert "backbone" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (("export", "default", "--format", "onnx", "--images", "a photo.jpg", "b"), "images", ["a photo.jpg", "b"]),
+        (("export", "default", "--images", "[a,b]", "--format", "onnx"), "images", ["a", "b"]),
+        (("export", "default", "--images=a=1", "--format", "onnx"), "images", ["a=1"]),
+        (("predict", "--scales", "0.5", "1", "a.jpg", "--flip"), "scales", [0.5, 1.0]),
+        (("evaluate", "runs/a", "--data", "a", "--scales", "[0.5,1]"), "scales", [0.5, 1.0]),
+        (("train", "finetune", "--freeze", "base_net", "--data", "a"), "freeze", ("base_net",)),
+        (("train", "small_detect", "--data", "a", "--categories", "1", "2"), "categories", ("1", "2")),
+        (("train", "cifar10", "--data", "a", "--optim.milestones", "0.5", "0.7"), "optim.milestones", (0.5, 0.7)),
+    ],
+)
+def test_lists_are_words_one_after_another(words, name, value):
+    parser, subparsers = make_parser(words)
+    options = parser.parse_args(join_lists(words, subparsers[words[0]]))
+    assert options[words[0]][name] == value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from overlock.checkpoints.record import save_model
 from overlock.cli import main
 from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.detectors import PlainHeads, PlainProposals, detect, suppress
-from overlock.export.find import find_in_file
+from overlock.export.find import find_in_file, with_preparation
 from overlock.export.parity import PHOTO, in_order_of
 from overlock.tasks.detection import find_objects
 
@@ -54,6 +55,22 @@ def test_no_objects():
         shapes = [tuple(part.shape) for part in detect(network.eval(), images(1, 3, 64, 96))]
     assert shapes == [(0, 4), (0,), (0,), (0, 1, 28, 28)]
     assert suppress(torch.zeros(0, 4), torch.zeros(0), 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("head", ["faster_rcnn", "cascade_mask_rcnn"])
+def test_limits_are_the_network_s_own(head):
+    network, record = make_detector(head)
+    limits = dict(score_thresh=0.2, nms_thresh=0.4, detections_per_img=7)
+    vars(getattr(network.roi_heads, "stages", [network.roi_heads])[-1]).update(limits)
+    record = with_preparation(network, record)
+    assert limits.items() <= record.preprocessing.items()
+    spec = Spec(record=record, format="onnx", task="detect", image_size=(224, 224))
+    file = SimpleNamespace(path="detector.onnx", spec=Spec.from_json(spec.to_json()))
+    assert find_in_file(file, [], threshold=0.2, max_detections=7) == []
+    with pytest.raises(ValueError, match=r"threshold cannot be so .* keeps up to 7 objects, of scores above 0\.2;"):
+        find_in_file(file, [], threshold=0.1)
+    with pytest.raises(ValueError, match="max_detections cannot be so"):
+        find_in_file(file, [], max_detections=8)
 
 
 def test_objects_are_matched_by_class_and_place():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
 import pytest
 import torch
 from helpers import FEWEST, images, randomise, relative_error, tiny
+from pictures import make_classes
 from torch import nn
 
 import overlock
@@ -18,6 +20,7 @@ from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.contmix import Places, PlainContMix
 from overlock.export.parity import PHOTO
 from overlock.export.plain import plain_form
+from overlock.export.runtimes import OPENERS
 from overlock.segmentation import upernet
 
 PACKAGES = dict(onnx=("onnxscript", "onnxruntime"), openvino=("openvino",), executorch=("executorch",))
@@ -152,9 +155,18 @@ def test_commands(tmp_path, capsys, monkeypatch):
         assert main(["predict", photo, "--checkpoint", checkpoint, "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out)[0])
     assert shown[0]["labels"] == shown[1]["labels"]
-    table = tmp_path / "speed.csv"
-    assert main(["benchmark", str(file), "default", "--rounds", "2", "--save", str(table)]) == 0
-    assert [line.split(",")[1] for line in table.read_text().splitlines()] == ["runtime", "openvino", "pytorch"]
+    table, opened = tmp_path / "speed.csv", []
+    opener = OPENERS["openvino"]
+    monkeypatch.setitem(OPENERS, "openvino", lambda *words: opened.append(words) or opener(*words))
+    data = make_classes(tmp_path / "data" / "val", 2, colours=("red", "green")).parent
+    for colour, name in (("red", "airplane"), ("green", "frog")):
+        (data / "val" / colour).rename(data / "val" / name)
+    words = ("--rounds", "2", "--data", str(data), "--save", str(table))
+    assert main(["benchmark", str(file), "default", *words]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [row["runtime"] for row in rows] == ["openvino", "pytorch"]
+    assert rows[0]["top1"] == rows[1]["top1"] != ""
+    assert len(opened) == 1  # for both the timing and the accuracy
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def _measure(options: Namespace) -> list[Timing]:
     from overlock.deploy.evaluate_classification import evaluate_classifier  # noqa: PLC0415
 
     data = load_test_data(options.data)
-    shares = [evaluate_classifier(source, data).top1 for source in options.sources]
+    shares = [evaluate_classifier(one.source, data).top1 for one in contenders]
     return [dataclasses.replace(one, top1=share) for one, share in zip(timings, shares, strict=True)]
 
 

@@ -55,7 +55,8 @@ def add_averaging(parser: ArgumentParser) -> None:
         "--scales",
         type=list[float] | None,
         default=None,
-        help="segment: scales to average over, such as [0.5,1,1.5]; 1 unless given.",
+        metavar="SCALE ...",
+        help="segment: scales to average over, such as 0.5 1 1.5; 1 unless given.",
     )
     parser.add_argument("--flip", action="store_true", help="segment: average over the mirrored image too.")
     parser.add_argument("--window", type=int | None, default=None, help="segment: side of a sliding window in pixels.")

@@ -57,8 +57,9 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="Height and width of the images; those that the checkpoint was trained at unless given.",
     )  # fmt: skip
     parser.add_argument(
-        "--images", type=list[str], default=[], metavar="[FILE,FOLDER]",
-        help="Images that the file is compared with PyTorch on; a photograph of the package unless given.",
+        "--images", type=list[str], default=[], metavar="IMAGE ...",
+        help="Images, or folders of such, that the file is compared with PyTorch on, and int8 is calibrated on; a "
+        "photograph of the package unless given.",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=str | None, default=None, metavar="FILE", help="File to write; beside the checkpoint's name."

@@ -39,6 +39,7 @@ from overlock.cli import (
 from overlock.cli import compile as compile_
 from overlock.cli import export as export_
 from overlock.cli.faults import command_of, explain, last_sentence
+from overlock.cli.lists import join_lists
 from overlock.settings import renew_options
 from overlock.version import __version__
 
@@ -89,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tell = partial(errors.print, "note:", markup=False)
         arguments = train.renew_config(renew_options(words, tell), tell)
         parser, subparsers = make_parser(arguments)
-        options = parser.parse_args(arguments)
+        subparser = subparsers.get(command_of(arguments) or "")
+        options = parser.parse_args(arguments if subparser is None else join_lists(arguments, subparser))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' notes to programmers
             return COMMANDS[options.subcommand].run(options[options.subcommand], console) or 0

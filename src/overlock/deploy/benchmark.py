@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.checkpoints import Record
-from overlock.deploy.models import is_file, load_network, load_untrained
+from overlock.deploy.models import Source, is_file, load_network, load_untrained
 from overlock.deploy.runtime import choose_device, inference_copy
 from overlock.export.runtimes import ExportedNetwork
 from overlock.export.timing import interleave
@@ -65,6 +65,11 @@ class Contender:
     @property
     def precision(self) -> str:
         return self.module.spec.precision if isinstance(self.module, ExportedNetwork) else "fp32"
+
+    @property
+    def source(self) -> Source:
+        """What an evaluation takes: a file that is open already, else the name."""
+        return self.module if isinstance(self.module, ExportedNetwork) else self.name
 
 
 def open_contender(source: str, *, batch: int, image_size: tuple[int, int] | None = None) -> Contender:

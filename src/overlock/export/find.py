@@ -16,23 +16,25 @@ from overlock.export.detectors import OUTPUTS
 from overlock.export.runtimes import ExportedNetwork
 from overlock.tasks.detection import StripTransform, as_result, check_limits
 
-LEAST_SCORE, MOST = 0.05, 100
-"""What torchvision's heads, and so all files, leave of the objects of an image."""
-
 
 def with_preparation(network: nn.Module, record: Record) -> Record:
-    """The record of a detector, which prepares images by itself, with how it does.
+    """The record of a detector, which prepares images and chooses objects by itself, with how it does.
 
-    Its preprocessing has mean, std, min_size (what the short side is brought to, in pixels) and max_size (what the long
-    one may be at most).
+    Its preprocessing has mean, std, min_size (what the short side is brought to, in pixels), max_size (what the long
+    one may be at most), and what the last heads leave of the objects of an image: those of scores above score_thresh,
+    without the less sure of two of a class that overlap by more than nms_thresh, and the surest detections_per_img.
     """
     own: Any = network
     least = own.transform.min_size
+    heads = getattr(own.roi_heads, "stages", [own.roi_heads])[-1]
     prepared = dict(
         mean=tuple(own.transform.image_mean),
         std=tuple(own.transform.image_std),
         min_size=least[-1] if isinstance(least, Sequence) else least,
         max_size=own.transform.max_size,
+        score_thresh=heads.score_thresh,
+        nms_thresh=heads.nms_thresh,
+        detections_per_img=heads.detections_per_img,
     )
     return replace(record, preprocessing={**record.preprocessing, **prepared})
 
@@ -50,8 +52,8 @@ def find_in_file(
     Args:
         exported: the file.
         images: (C, H, W) each, of 0 to 1.
-        threshold: score from which on an object counts, from LEAST_SCORE on.
-        max_detections: objects of an image, the surest; up to MOST.
+        threshold: score from which on an object counts, from the file's own on.
+        max_detections: objects of an image, the surest; up to the file's own number.
         nms_iou: only None, since it is fixed in the file.
 
     Raises:
@@ -60,15 +62,17 @@ def find_in_file(
     check_limits(0 if threshold is None else threshold, max_detections, nms_iou)
     if exported.spec.task != "detect":
         raise ValueError(f"{exported.path}: a file of --task {exported.spec.task}; objects need one of --task detect")
+    own = exported.spec.record.preprocessing
+    least, most = own["score_thresh"], own["detections_per_img"]
     fixed = dict(
         nms_iou=nms_iou is not None,
-        threshold=threshold is not None and threshold < LEAST_SCORE,
-        max_detections=max_detections is not None and max_detections > MOST,
+        threshold=threshold is not None and threshold < least,
+        max_detections=max_detections is not None and max_detections > most,
     )
     for name in (name for name, is_fixed in fixed.items() if is_fixed):
         raise ValueError(
-            f"{name} cannot be so with an exported file, which keeps {MOST} objects, of scores from {LEAST_SCORE} "
-            f"on; leave it out, or take the checkpoint"
+            f"{name} cannot be so with an exported file, which keeps up to {most} objects, of scores above "
+            f"{least:g}; leave it out, or take the checkpoint"
         )
     transform = _make_transform(exported)
     results = []
