@@ -14,6 +14,7 @@ from pictures import make_image
 
 from overlock.checkpoints import MODEL_FILE, Record, load_classifier, save_model
 from overlock.cli import main, make_parser
+from overlock.cli.lists import join_lists
 from overlock.deploy.writers import FORMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,8 +140,8 @@ def test_commands_parse(line, tmp_path, monkeypatch):
         file = tmp_path / words[words.index("--config") + 1]
         file.parent.mkdir(parents=True)
         file.write_text("data: photos\n")
-    parser, _ = make_parser(words)
-    parser.parse_args(words)
+    parser, subparsers = make_parser(words)
+    parser.parse_args(join_lists(words, subparsers[words[0]]))
 
 
 @pytest.mark.parametrize("line", COMMANDS)
