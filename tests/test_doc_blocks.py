@@ -28,7 +28,7 @@ ELSEWHERE = {
     "architecture.md": "a CUDA graph needs a GPU: benchmarks/captured.py captures one",
     "detection_segmentation.md": "tests/network/test_output_stride.py trains that network",
     "embeddings.md": "tests/embeddings/test_docs_embeddings.py",
-    "export.md": "tests/export makes the same calls",
+    "export.md": "tests/export makes the same calls, or runs them",
     "frameworks.md": "tests/integrations",
 }
 """What runs the blocks of Python of other texts, or why nothing does."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +171,24 @@ def test_commands(tmp_path, capsys, monkeypatch):
     assert [row["runtime"] for row in rows] == ["openvino", "pytorch"]
     assert rows[0]["top1"] == rows[1]["top1"] != ""
     assert len(opened) == 1  # for both the timing and the accuracy
+
+
+@pytest.mark.slow
+def test_by_onnx_runtime_alone(tmp_path, capsys, monkeypatch):
+    """The lines in docs/export.md give the class that the command gives."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("OVERLOCK_BACKEND", "torch")
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    (command,) = re.findall(r"`overlock (export default .* --with_preprocessing .*)`", text)
+    (code,) = re.findall(r"^```python\n(import json.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    assert main(command.split()) == 0
+    copyfile(PHOTO, "cat.jpg")
+    names: dict[str, Any] = {}
+    exec(compile(code, "export.md", "exec"), names)
+    capsys.readouterr()
+    assert main(["predict", "cat.jpg", "--checkpoint", "default", "--json"]) == 0
+    assert names["label"] == json.loads(capsys.readouterr().out)[0]["labels"][0]
 
 
 @pytest.mark.slow
