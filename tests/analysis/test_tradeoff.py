@@ -157,8 +157,11 @@ def test_published_mode(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "tradeoff.csv").open()))
     assert next(row for row in rows if row["method"] == "OverLoCK-B")["fronts"] == "macs_of_paper params_of_paper"
     with Image.open(tmp_path / "tradeoff.png") as drawn:
-        assert drawn.width > 2 * 500
-    assert main(["tradeoff", "--published", "--task", "upernet", "--output", str(tmp_path)]) == 0
+        both = drawn.width
+    assert both > 2 * 500
+    assert main(["tradeoff", "--published", "--task", "upernet", "--costs", "macs", "--output", str(tmp_path)]) == 0
+    with Image.open(tmp_path / "tradeoff.png") as drawn:
+        assert drawn.width == both / 2
     assert "OverLoCK-T (969: 50.3)" in " ".join(capsys.readouterr().out.split())
 
 
@@ -192,6 +195,7 @@ def test_measured(tmp_path, capsys):
     [
         (("convnext_tinny",), "did you mean 'convnext_tiny'"),
         (("--task", "upernet"), "add --published"),
+        (("--published", "--costs", "latency"), "--published measures no latency"),
         (("--batch", 0), "--batch must be at least 1"),
         (("--runtimes", "tensorrt"), "--runtimes must be"),
         (("convnext_atto", "--runtimes", "fused"), "runs in no runtime"),

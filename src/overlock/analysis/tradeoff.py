@@ -96,6 +96,8 @@ class Axis:
     title: str
     points: tuple[Point, ...]
     cost: Callable[[Point], float]
+    is_measured: bool = False
+    """Whether the cost was measured here."""
 
     def front(self) -> list[Point]:
         """The Pareto front of all points, the cheapest first; see :func:`pareto_front`."""
@@ -140,6 +142,7 @@ def make_axes(points: Iterable[Point]) -> list[Axis]:
                 title="latency of one image, ms" if batch == 1 else f"time of an image, in batches of {batch}, ms",
                 points=tuple(point for point in scored if point.batch == batch),
                 cost=lambda point: point.milliseconds_an_image,
+                is_measured=True,
             )
         )
     return axes

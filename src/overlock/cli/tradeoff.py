@@ -22,20 +22,27 @@ if TYPE_CHECKING:
 MODELS = (
     "overlock_xt", "overlock_t", "overlock_s", "overlock_b", "convnext_nano", "convnext_tiny", "convnext_small",
     "convnext_base", "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224", "pvt_v2_b2",
-    "focalnet_tiny_lrf", "inception_next_tiny", "mambaout_tiny", "caformer_s18", "repvit_m2_3",
+    "focalnet_tiny_lrf", "inception_next_tiny", "mambaout_tiny", "caformer_s18", "caformer_s36", "efficientvit_b2",
+    "efficientvit_b3", "efficientvit_l1", "efficientvit_l2", "repvit_m2_3",
 )  # fmt: skip
-"""Measured unless others are named: networks of the paper that timm has too, and some others."""
+"""Measured unless others are named: networks of the paper that timm has too, and those nearest to the fronts."""
+CostName = Literal["macs", "params", "latency"]
+COSTS: tuple[CostName, ...] = ("macs", "params", "latency")
 RuntimeName = Literal["eager", "fused", "compile", "onnxruntime", "openvino"]
 ALL: tuple[RuntimeName, ...] = ("eager", "fused", "compile", "onnxruntime", "openvino")
 TABLE, PICTURE = "tradeoff.csv", "tradeoff.png"
 CLASSIFY = "classify"
+SHOWN = {
+    "method": "method", "top-1": "score", "G": "macs", "M": "params", "batch": "batch", "runtime": "runtime",
+    "ms": "milliseconds", "spread, %": "spread", "images/s": "images_per_second",
+}  # fmt: skip
+"""Columns of the table for people, and their names in the CSV."""
 
 
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "models", nargs="*", type=str, metavar="MODEL", default=list(MODELS),
-        help="Models of timm's or ours to measure, with random weights; sixteen of the paper's and others unless "
-        "given.",
+        help="Models of timm's or ours to measure, with random weights; 21 of the paper's and others unless given.",
     )  # fmt: skip
     parser.add_argument(
         "--published", action="store_true", help="Measure nothing: published accuracy, multiply-adds and parameters."
@@ -56,6 +63,9 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
         help="Side in pixels; that of a model's published accuracy unless given, mostly 224.",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="Turns of each model in the last, interleaved run.")
+    parser.add_argument(
+        "--costs", type=CostName, nargs="+", default=list(COSTS), help="Panels of the picture: all, or those named."
+    )
     parser.add_argument("--device", type=str | None, default=None, help="cpu, cuda, ...; a GPU if there is one.")
     parser.add_argument(
         "--output", type=str, default="runs/tradeoff",
@@ -72,6 +82,8 @@ def run(options: Namespace, console: Console) -> None:
 
     if options.task != CLASSIFY and not options.published:
         raise ValueError(f"--task {options.task} has no networks to measure; add --published")
+    if options.published and set(options.costs) == {"latency"}:
+        raise ValueError("--published measures no latency; leave it out, or name other --costs")
     for name in ("batch", "rounds", "image_size"):
         values = options[name] if isinstance(options[name], list) else [options[name] or 1]
         if min(values) < 1:
@@ -86,16 +98,22 @@ def run(options: Namespace, console: Console) -> None:
     if measured:
         title += f", and latency on {next(iter(measured.values())).machine}"
     write_atomically(output / TABLE, as_csv(rows))
-    write_atomically(output / PICTURE, draw_tradeoff(axes, score=SCORES[options.task][1], title=title))
+    drawn = [axis for axis in axes if axis.name.partition("_")[0] in options.costs]
+    write_atomically(output / PICTURE, draw_tradeoff(drawn, score=SCORES[options.task][1], title=title))
     if options.json:
         fronts = {axis.name: {"all": _names(axis.front()), "paper": _names(axis.paper_front())} for axis in axes}
         console.print_json(json.dumps(dict(rows=rows, fronts=fronts)))
         return
     if measured:
-        shown = ("model", "score", "macs", "params", "batch", "runtime", "milliseconds", "spread", "images_per_second")
+        several = len({subject.batch for subject in measured}) > 1
+        shown = {title: name for title, name in SHOWN.items() if several or name not in ("batch", "images_per_second")}
         print_rows(
             console,
-            [{name: "" if row[name] is None else row[name] for name in shown} for row in rows if row["batch"]],
+            [
+                {title: "" if row[name] is None else row[name] for title, name in shown.items()}
+                for row in rows
+                if row["batch"]
+            ],
             title="each model in its fastest runtime",
         )
     _tell_fronts(axes, console)
