@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from overlock.extras import needing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -15,13 +17,11 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches.
 
     Raises:
-        ValueError: without matplotlib.
+        ImportError: without matplotlib.
     """
-    try:
+    with needing("a picture needs matplotlib", "train"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("a picture needs matplotlib; install it with: pip install 'overlock[train]'") from None
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -148,6 +148,20 @@ def test_an_unreadable_image(checkpoint, tmp_path, capsys):
     bad = rows(tmp_path / "out")[4]
     assert (bad["id"], bad["vector"], bad["width"]) == ("green/1.png", None, None)
     assert bad["error"].startswith("not an image")
+    assert embed(images, tmp_path / "out", checkpoint) == 1  # though nothing was left to do
+    assert "1 of 9 images have no vector" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_ends_no_other_process(checkpoint, tmp_path, monkeypatch, capsys):
+    """A launcher ends all processes where one returns another code than 0."""
+    images = make_classes(tmp_path / "images", 3)
+    (images / "green" / "1.png").write_bytes(b"no image")
+    with monkeypatch.context() as patched:
+        for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, TORCHELASTIC_RUN_ID="none").items():
+            patched.setenv(name, str(value))
+        assert embed(images, tmp_path / "out", checkpoint) == 0
+    assert "process 0 of 2: 1 of 8 images have no vector" in capsys.readouterr().err
+    assert embed(images, tmp_path / "out", checkpoint) == 1
 
 
 def test_none_readable(checkpoint, tmp_path):
@@ -189,6 +203,42 @@ def test_other_embeddings_are_not_replaced_unasked(images, checkpoint, whole, tm
     assert contents(tmp_path) == whole
     assert main([*words(images, tmp_path, checkpoint), "--shard_images", "4", "--workers", "0", "--overwrite"]) == 0
     assert len(contents(tmp_path)) == 6
+
+
+def test_added_images_are_told(checkpoint, tmp_path, capsys):
+    images = make_classes(tmp_path / "images", 3)
+    assert embed(images, tmp_path / "out", checkpoint) == 0
+    make_image("red", 9).save(images / "red" / "9.png")
+    assert embed(images, tmp_path / "out", checkpoint) == 2
+    assert "made with another number of images, list of images" in capsys.readouterr().err
+
+
+def test_another_run_that_began_meanwhile(images, checkpoint, whole, tmp_path, monkeypatch, capsys):
+    """Of another batch size: its shard is told, and stays."""
+    (last := tmp_path / "another").mkdir()
+    assert main([*words(images, last, checkpoint), "--batch_size", "2", "--workers", "0"]) == 0
+    name, content = list(contents(last).items())[2]
+    read = ImageList.read
+
+    def read_one(self, index):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+        return read(self, index)
+
+    monkeypatch.setattr(ImageList, "read", read_one)
+    assert embed(images, tmp_path / "out", checkpoint) == 2
+    assert f"{name}: these embeddings were made with another batch_size" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == {name: content}
+
+
+def test_what_killed_and_damaged_runs_left(images, checkpoint, whole, tmp_path):
+    """A file half written, and a damaged one of another number of shards, which only --overwrite removes."""
+    for name in (f".{next(iter(whole))}.k1ll3d_x", "embeddings-00001-of-00009.parquet"):
+        (tmp_path / name).write_bytes(b"half")
+    assert embed(images, tmp_path, checkpoint) == 0
+    assert contents(tmp_path) == whole | {"embeddings-00001-of-00009.parquet": b"half"}
+    assert embed(images, tmp_path, checkpoint, "--overwrite") == 0
+    assert contents(tmp_path) == whole
 
 
 @pytest.mark.parametrize(
@@ -245,7 +295,7 @@ def test_killed_under_torchrun(checkpoint, tmp_path):
     subprocess.run([sys.executable, *line, "--out", str(tmp_path / "out")], env=environment, check=True)
     whole = contents(tmp_path / "whole")
     assert len(whole) == 23
-    assert {name: content for name, content in contents(tmp_path / "out").items() if name in whole} == whole
+    assert contents(tmp_path / "out") == whole
 
 
 def test_what_a_network_gives_and_keeps(checkpoint, tmp_path):

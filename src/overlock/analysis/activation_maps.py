@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from overlock.analysis.backbones import stage_indices
+from overlock.extras import needing
 from overlock.network import OverLoCK
 from overlock.tasks.features import find_backbone
 
@@ -133,10 +134,8 @@ def activation_map(
 
 
 def _library() -> Any:
-    try:
+    with needing("class activation maps need grad-cam", "cam"):
         import pytorch_grad_cam  # noqa: PLC0415
-    except ImportError:
-        raise ImportError("class activation maps need grad-cam: pip install 'overlock[cam]'") from None
     return pytorch_grad_cam
 
 

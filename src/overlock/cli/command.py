@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from overlock.extras import missing_extra
 from overlock.files import Outputs
 
 NOUNS = dict(classify="classifier", detect="detector", segment="segmenter")
@@ -114,14 +115,12 @@ def needing_training() -> Iterator[None]:
     """Inside, an import of what training needs.
 
     Raises:
-        ValueError: where a package is not installed, with what to do.
+        ImportError: where a package is not installed, with what to do.
     """
     try:
         yield
     except ImportError as error:
-        raise ValueError(
-            f"training needs a package that is not installed ({error.name}); run: pip install 'overlock[train]'"
-        ) from None
+        raise missing_extra(f"training needs a package that is not installed ({error.name})", "train") from None
 
 
 def add_overwrite(parser: ArgumentParser) -> None:

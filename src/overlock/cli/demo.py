@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from overlock.cli.command import Command, add_overwrite, add_runtime
+from overlock.extras import missing_extra
 from overlock.files import Outputs
 
 HOST, PORT = "127.0.0.1", 7860
@@ -96,9 +97,7 @@ def open_page(options: Namespace, console: Console) -> None:
     try:
         from overlock.demo.page import make_page, serve  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(
-            f"the page needs a package that is not installed ({error.name}); run: pip install 'overlock[demo]'"
-        ) from None
+        raise missing_extra(f"the page needs a package that is not installed ({error.name})", "demo") from None
     from overlock.demo.network import Network, Runtime  # noqa: PLC0415
     from overlock.demo.stock import Stock  # noqa: PLC0415
     from overlock.demo.uploads import find_photos  # noqa: PLC0415

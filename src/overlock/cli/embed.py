@@ -91,12 +91,12 @@ def run(options: Namespace, console: Console) -> int:
     else:
         for line in _lines(report, options.out):
             console.print(place + line)
-    if not report.failures:
+    failed = len(report.failures) + len(report.kept_failures)
+    if failed:
+        tell(f"{place}{failed} of {report.own_images} images have no vector; see the column error")
+    if not failed or process.world > 1:  # where one process fails, launchers end the others
         return 0
-    tell(
-        f"{place}{len(report.failures)} of {report.images + len(report.failures)} images skipped; see the column error"
-    )
-    return SOME_FAILED if report.images else ALL_FAILED
+    return SOME_FAILED if failed < report.own_images else ALL_FAILED
 
 
 def _must_compile(embedder: Embedder) -> bool:

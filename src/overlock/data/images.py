@@ -16,6 +16,7 @@ from PIL import Image
 from overlock.data.duplicates import tell_duplicates
 from overlock.data.files import images_in, is_image, is_rubbish, read_image, subfolders, tell_left_out
 from overlock.data.parts import find_parts
+from overlock.extras import needing
 from overlock.files import write_atomically
 
 Sample = tuple["Path | Image.Image", int]
@@ -246,10 +247,8 @@ def held_out(labels: Sequence[int], classes: Sequence[str], where: object, seed:
 
 def load_digits(*, seed: int) -> ImageData:
     """Scikit-learn's handwritten digits, dark background, a fifth of each held out."""
-    try:
+    with needing("the digits need scikit-learn", "train"):
         from sklearn import datasets  # noqa: PLC0415
-    except ImportError:
-        raise ValueError("the digits come with scikit-learn; install it with: pip install 'overlock[train]'") from None
     digits = datasets.load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
     samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]

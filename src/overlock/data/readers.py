@@ -26,6 +26,7 @@ from timm.data.readers import create_reader
 from overlock.data.files import IMAGE_SUFFIXES, SIDECARS, is_rubbish, read_image, tell_left_out, to_rgb
 from overlock.data.images import ImageData, held_out, match_classes, read_classes, tell_held_out
 from overlock.data.parts import TEST_PARTS, TRAIN_PARTS, find_parts
+from overlock.extras import missing_extra
 
 SCANNED = 10 * 1024**3  # bytes of tars that are looked through for files that are no images
 EXTRA = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
@@ -109,8 +110,8 @@ def _create(kind: str, root: str, split: str, **options: Any) -> Any:
         raise ValueError(f"{kind}:{root}: {' '.join(str(error).split())[:300]}") from None
 
 
-def _missing(kind: str) -> ValueError:
-    return ValueError(f"{kind}: data need {EXTRA[kind]}; install it with: pip install 'overlock[data]'")
+def _missing(kind: str) -> ImportError:
+    return missing_extra(f"{kind}: data need {EXTRA[kind]}", "data")
 
 
 @contextmanager

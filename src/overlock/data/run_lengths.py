@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from overlock.extras import needing
+
 Array = np.ndarray[Any, Any]
 
 
 def import_coco() -> Any:
     """pycocotools' functions of masks. Raises ImportError, saying what to install, without it."""
-    try:
+    with needing("masks need pycocotools", "detect"):
         from pycocotools import mask  # noqa: PLC0415
-    except ImportError:
-        raise ImportError("masks need pycocotools: pip install 'overlock[detect]'") from None
     return mask
 
 

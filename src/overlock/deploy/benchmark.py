@@ -143,7 +143,7 @@ def draw_timings(timings: Sequence[Timing], path: Path) -> None:
     """Median latencies as bars, up to the 90th percentile as lines.
 
     Raises:
-        ValueError: without matplotlib.
+        ImportError: without matplotlib.
     """
     figure = new_figure(8, 1.2 + 0.4 * len(timings))
     axes = figure.subplots()

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from overlock.deploy.inputs import Failure
 from overlock.deploy.results import LabelMap, Objects, Prediction, Result
+from overlock.extras import needing
 from overlock.files import unwritable
 
 ROW_GROUP = 4096
@@ -172,17 +173,14 @@ class ParquetFile:
     """A Parquet file with the rows of :func:`rows_of`, written in groups.
 
     Raises:
-        ValueError: without pyarrow, or where the file cannot be written.
+        ImportError: without pyarrow.
+        ValueError: where the file cannot be written.
     """
 
     def __init__(self, path: Path, task: str):
-        try:
+        with needing(f"{path}: Parquet needs pyarrow", "parquet"):
             import pyarrow  # noqa: PLC0415
             from pyarrow import parquet  # noqa: PLC0415
-        except ImportError:
-            raise ValueError(
-                f"{path}: Parquet needs pyarrow; install it with: pip install 'overlock[parquet]'"
-            ) from None
         self.schema = pyarrow.schema([*COLUMNS[task].items(), ("error", "string")])
         self.make = pyarrow.Table.from_pylist
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from overlock.extras import needing
 from overlock.files import unwritable
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -37,7 +38,7 @@ def read_frames(path: Path, *, every: int = 1) -> Iterator[tuple[int, Image.Imag
 
     Raises:
         DamagedVideoError: where it cannot be decoded.
-        ValueError: without PyAV.
+        ImportError: without PyAV.
     """
     av = _import(path)
     number = -1
@@ -65,7 +66,7 @@ def frame_rate(path: Path) -> Fraction:
     """Frames a second of a video; the usual 25 where it does not say.
 
     Raises:
-        ValueError: without PyAV.
+        ImportError: without PyAV.
     """
     av = _import(path)
     try:
@@ -82,7 +83,8 @@ class VideoFile:
         path: of the file, in the form that its ending says.
 
     Raises:
-        ValueError: without PyAV, or where the file cannot be written.
+        ImportError: without PyAV.
+        ValueError: where the file cannot be written.
     """
 
     def __init__(self, path: Path):
@@ -126,9 +128,7 @@ class VideoFile:
 
 
 def _import(path: Path) -> ModuleType:
-    try:
+    with needing(f"{path}: videos need PyAV", "video"):
         import av  # noqa: PLC0415
-    except ImportError:
-        raise ValueError(f"{path}: videos need PyAV: pip install 'overlock[video]'") from None
     module: ModuleType = av
     return module

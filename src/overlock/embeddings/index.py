@@ -109,10 +109,8 @@ class Index:
     def _inverted_lists(self, nlist: int) -> Any:
         """Those of the folder, trained where they are not there yet."""
         origin = self.embeddings.origin
-        digest = hashlib.blake2b(origin.to_json().encode(), digest_size=8)
-        path = (
-            self.embeddings.folder / f"_ivf-{nlist}-{digest.hexdigest()}.faiss"
-        )  # readers of Parquet skip names with _
+        digest = hashlib.blake2b(self.embeddings.vectors.data, digest_size=8).hexdigest()
+        path = self.embeddings.folder / f"_ivf-{nlist}-{digest}.faiss"  # readers of Parquet skip names with _
         if path.is_file():
             return self.faiss.deserialize_index(np.frombuffer(path.read_bytes(), dtype=np.uint8))
         quantizer = self.faiss.IndexFlatIP(origin.dim)

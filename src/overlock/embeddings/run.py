@@ -20,7 +20,7 @@ from overlock.deploy.embedder import Embedder
 from overlock.deploy.evaluate_classification import measure_speed
 from overlock.deploy.runtime import not_finite
 from overlock.embeddings.processes import Process
-from overlock.embeddings.shards import PATTERN, Origin, Row, Vectors, read_origin, write_shard
+from overlock.embeddings.shards import PARTIAL, PATTERN, Origin, Row, Vectors, read_origin, read_problems, write_shard
 from overlock.embeddings.sources import ImageList
 from overlock.settings import check_number
 
@@ -61,10 +61,14 @@ class Report:
     """Written now."""
     kept: int
     """There already."""
+    own_images: int
+    """In both."""
     images: int
     """Embedded now."""
     failures: tuple[str, ...]
     """Images without a vector, and why: of the shards written now."""
+    kept_failures: tuple[str, ...]
+    """Likewise, of those that were there already."""
     seconds: float
     """From the first image to the last file."""
     bare_speed: float
@@ -121,19 +125,33 @@ def find_missing(folder: Path, origin: Origin, *, process: Process, overwrite: b
     Raises:
         ValueError: for a folder with embeddings of another origin, unless these are to be replaced.
     """
-    for path in sorted(folder.glob(PATTERN)):
+    if not overwrite:
+        refuse_others(folder, origin, set())
+    elif process.rank == 0:
+        names = {origin.path(folder, shard).name for shard in range(origin.shards)}
+        for path in folder.glob(PATTERN):
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+    own = range(process.rank, origin.shards, process.world)
+    missing = {
+        origin.path(folder, shard).name: shard for shard in own if not _is_done(origin.path(folder, shard), origin)
+    }
+    for path in folder.glob(PARTIAL):
+        if path.stem.removeprefix(".") in missing:
+            path.unlink(missing_ok=True)
+    return list(missing.values())
+
+
+def refuse_others(folder: Path, origin: Origin, known: set[Path]) -> None:
+    """Raise ValueError where shards of a folder, but for those known before, are of another origin."""
+    for path in sorted(set(folder.glob(PATTERN)) - known):
+        known.add(path)
         found = read_origin(path)
-        if found is None or not (changed := origin.differing(found)):
-            continue
-        if not overwrite:
+        if found is not None and (changed := origin.differing(found)):
             raise ValueError(
                 f"{path}: these embeddings were made with another {', '.join(changed)}; choose another --out, repeat "
                 "the command that made them, or pass --overwrite to replace them"
             )
-        if process.rank == 0 and found.shards != origin.shards:
-            path.unlink(missing_ok=True)
-    own = range(process.rank, origin.shards, process.world)
-    return [shard for shard in own if not _is_done(origin.path(folder, shard), origin)]
 
 
 def _is_done(path: Path, origin: Origin) -> bool:
@@ -161,9 +179,12 @@ def embed(
         watch: passes the batches through, of which there are so many: for a progress bar.
 
     Raises:
-        ValueError: where a shard cannot be written, or would replace another's.
+        ValueError: where a shard cannot be written, or another run, which began meanwhile, writes others here.
     """
     missing = find_missing(folder, origin, process=process, overwrite=options.overwrite)
+    own = range(process.rank, origin.shards, process.world)
+    kept = sorted({*own} - {*missing})
+    kept_failures = tuple(chain.from_iterable(read_problems(origin.path(folder, shard)) for shard in kept))
     places = {shard: list(origin.batches(shard)) for shard in missing}
     loader = ImageLoader(
         ImageDataset(images, _Prepare(embedder.transform)), batch_sampler=list(chain(*places.values())),
@@ -171,6 +192,7 @@ def embed(
         prefetch_factor=PREFETCH if options.workers else None,
     )  # fmt: skip
     failures: list[str] = []
+    seen: set[Path] = set()
     example: Tensor | None = None
     started = time.perf_counter()
     with loader.batches() as loaded:
@@ -185,17 +207,19 @@ def embed(
             failures += problems
             for problem in problems:
                 tell(problem)
+            if not options.overwrite:
+                refuse_others(folder, origin, seen)
             write_shard(origin.path(folder, shard), rows, origin)
         next(batches, None)  # which ends the progress bar
     seconds = time.perf_counter() - started
     bare = float("nan")
     if example is not None:  # at a tenth of the time at most
         bare = measure_speed(embedder.embed, example.to(embedder.device), seconds=min(1.0, seconds / 10))
-    count = sum(len(place) for place in chain(*places.values()))
-    own = range(process.rank, origin.shards, process.world)
+    count = sum(map(len, chain(*places.values())))
     return Report(
-        origin=origin, shards=len(missing), kept=len(own) - len(missing), images=count - len(failures),
-        failures=tuple(failures), seconds=seconds, bare_speed=bare,
+        origin=origin, shards=len(missing), kept=len(kept),
+        own_images=sum(len(batch) for shard in own for batch in origin.batches(shard)), images=count - len(failures),
+        failures=tuple(failures), kept_failures=kept_failures, seconds=seconds, bare_speed=bare,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from overlock.extras import needing
 from overlock.files import write_atomically
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 
 METADATA_KEY = b"overlock"
 PATTERN = "embeddings-*-of-*.parquet"
+PARTIAL = f".{PATTERN}.*"
+"""Of files that a killed process was writing."""
 PLACES = ("source", "checkpoint")
 """Fields of an origin that say where something lies, and not what it is."""
+CALLED = dict(images="number of images", digest="list of images", dim="length of vectors")
+"""What messages call fields of an origin whose names say too little."""
 Vectors = np.ndarray[Any, Any]
 
 
@@ -30,13 +35,11 @@ def import_package(module: str) -> Any:
     """A package of the extra ``embed``, with a module of it.
 
     Raises:
-        ValueError: where it is not installed.
+        ImportError: where it is not installed.
     """
     package = module.partition(".")[0]
-    try:
+    with needing(f"embeddings need {package}", "embed"):
         importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"embeddings need {package}; install it with: pip install 'overlock[embed]'") from None
     return sys.modules[package]
 
 
@@ -85,9 +88,9 @@ class Origin:
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
 
     def differing(self, other: Origin) -> list[str]:
-        """Names of the fields in which another origin differs; images and network may have moved to another place."""
+        """In what another origin differs; images and network may have moved to another place."""
         ours, theirs = json.loads(self.to_json()), json.loads(other.to_json())
-        return [name for name in ours if ours[name] != theirs[name] and name not in PLACES]
+        return [CALLED.get(name, name) for name in ours if ours[name] != theirs[name] and name not in PLACES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +142,14 @@ def read_origin(path: Path) -> Origin | None:
         return Origin(**json.loads(metadata[METADATA_KEY]))
     except (OSError, KeyError, TypeError, ValueError):  # pyarrow's own errors are of the first and last kind
         return None
+
+
+def read_problems(path: Path) -> list[str]:
+    """The images of a shard that have no vector, and why."""
+    pa = import_package("pyarrow.parquet")
+    table = pa.parquet.read_table(path, columns=["id", "error"])
+    rows = table.filter(table.column("error").is_valid()).to_pylist()
+    return [f"{row['id']}: {row['error']}" for row in rows]
 
 
 class Embeddings:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from overlock.data.label_values import IGNORED
 from overlock.data.run_lengths import Masks, from_tensor
+from overlock.extras import needing
 
 Result = dict[str, Any]
 # What torchmetrics' precisions end in, and ours: at all overlaps, at 0.5 and 0.75, of small, medium and large objects.
@@ -85,10 +86,8 @@ class DetectionMetrics:
     """
 
     def __init__(self, *, masks: bool = False, by_class: bool = False):
-        try:
+        with needing("detection scores need torchmetrics", "detect"):
             from torchmetrics.detection import MeanAveragePrecision  # noqa: PLC0415
-        except ImportError:
-            raise ImportError("detection scores need torchmetrics: pip install 'overlock[detect]'") from None
         self.kinds = ("bbox", "segm") if masks else ("bbox",)
         # COCO's own thresholds: torchmetrics' are rounded to float32, which decides where an overlap is just 0.6.
         self.metric: Any = MeanAveragePrecision(

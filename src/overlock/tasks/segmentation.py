@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from overlock.data.label_values import IGNORED
+from overlock.extras import needing
 from overlock.layers import BatchNorm2d
 from overlock.tasks.features import make_features
 
@@ -72,11 +73,9 @@ def _enlarge(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def _heads() -> tuple[Any, Any, Any]:
-    try:
+    with needing("UperNet needs transformers", "segment"):
         from transformers import UperNetConfig  # noqa: PLC0415
         from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead  # noqa: PLC0415
-    except ImportError:
-        raise ImportError("UperNet needs transformers: pip install 'overlock[segment]'") from None
     return UperNetConfig, UperNetHead, UperNetFCNHead
 
 

@@ -7,8 +7,10 @@ imports it, can be trained further and exported by ``yolo`` as any other.
 from importlib.util import find_spec
 from pathlib import Path
 
+from overlock.extras import missing_extra
+
 if find_spec("ultralytics") is None:
-    raise ImportError("rows of YOLO files need ultralytics: pip install 'overlock[yolo]'")
+    raise missing_extra("rows of YOLO files need ultralytics", "yolo")
 
 from overlock.integrations.ultralytics.registration import register
 from overlock.integrations.ultralytics.rows import (
