@@ -56,6 +56,30 @@ def test_segmentation_models_pytorch():
     assert [tuple(x.shape) for x in names["pixels"]] == [(2, 3, 128, 160)] * 2
 
 
+def strides_of_decoders() -> list[tuple[str, int]]:
+    """The table of docs/frameworks.md."""
+    section = next(section for section in SECTIONS if section.startswith("segmentation_models_pytorch"))
+    rows = re.findall(r"^\| (`.+`) \| ([\d, ]+)", section, flags=re.MULTILINE)
+    return [
+        (name, int(stride))
+        for names, strides in rows
+        for name in re.findall(r"\w+", names)
+        for stride in strides.split(",")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoder", "stride"), strides_of_decoders())
+def test_output_strides_of_decoders(decoder, stride):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    named = {"encoder_output_stride": stride} if decoder in ("DeepLabV3", "DeepLabV3Plus", "PAN") else {}
+    model = getattr(smp, decoder)("tu-overlock_atto", encoder_weights=None, classes=3, **named)
+    model(torch.rand(2, 3, 128, 160)).square().mean().backward()
+    assert has_trained(model)
+    with torch.no_grad():
+        assert model.encoder(torch.rand(1, 3, 128, 160))[-1].shape[2:] == (128 // stride, 160 // stride)
+
+
 def test_lightning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run("Lightning")

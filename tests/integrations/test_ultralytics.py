@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +173,20 @@ def make_data(folder) -> str:
     file = folder / "boxes.yaml"
     file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {{0: box}}\n")
     return str(file)
+
+
+@pytest.mark.slow
+def test_example(tmp_path):
+    """That of docs/frameworks.md, as it stands."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "frameworks.md").read_text()
+    example = re.search(r"```python\n(from ultralytics.*?)```", text, flags=re.DOTALL)
+    assert example is not None
+    (tmp_path / "boxes.yaml").symlink_to(make_data(tmp_path / "data"))
+    (tmp_path / "image.png").symlink_to(tmp_path / "data" / "images" / "val" / "0.png")
+    begin = f"from ultralytics import settings; settings.update(runs_dir={str(tmp_path / 'runs')!r})\n"
+    environment = os.environ | {"YOLO_CONFIG_DIR": str(tmp_path)}  # where these settings are kept
+    subprocess.run([sys.executable, "-c", begin + example[1]], check=True, cwd=tmp_path, env=environment)
+    assert list((tmp_path / "runs").rglob("best.pt"))
 
 
 @pytest.mark.slow
