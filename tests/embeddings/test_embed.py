@@ -246,7 +246,7 @@ def test_what_killed_and_damaged_runs_left(images, checkpoint, whole, tmp_path):
     [
         (["--batch_size", "0"], "batch_size must be a finite number at least 1"),
         (["--shard_images", "0"], "shard_images must be a finite number at least 1"),
-        (["--shard_images", "10"], "multiple of batch_size 4"),
+        (["--shard_images", "10"], "multiple of batch_size 4, so that a shard is whole batches; give 8"),
         (["--workers=-1"], "workers must be a finite number at least 0"),
     ],
 )

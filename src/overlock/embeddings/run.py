@@ -46,9 +46,10 @@ class EmbedOptions:
         for name, least in (("batch_size", 1), ("shard_images", 1), ("workers", 0)):
             check_number(name, getattr(self, name), least)
         if self.shard_images % self.batch_size:
+            near = max(1, self.shard_images // self.batch_size) * self.batch_size
             raise ValueError(
                 f"shard_images {self.shard_images} must be a multiple of batch_size {self.batch_size}, so that a shard "
-                "is whole batches"
+                f"is whole batches; give {near}"
             )
 
 
