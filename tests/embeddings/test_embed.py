@@ -231,6 +231,22 @@ def test_another_run_that_began_meanwhile(images, checkpoint, whole, tmp_path, m
     assert contents(tmp_path / "out") == {name: content}
 
 
+def test_a_lost_process_of_loading(images, checkpoint, whole, tmp_path, monkeypatch, capsys):
+    parent, read = os.getpid(), ImageList.read
+
+    def read_or_die(self, index):
+        if index == 12 and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageList, "read", read_or_die)
+        assert embed(images, tmp_path, checkpoint, workers=1) == 2
+    assert "a process that loads images was lost" in capsys.readouterr().err
+    assert embed(images, tmp_path, checkpoint, workers=1) == 0
+    assert contents(tmp_path) == whole
+
+
 def test_what_killed_and_damaged_runs_left(images, checkpoint, whole, tmp_path):
     """A file half written, and a damaged one of another number of shards, which only --overwrite removes."""
     for name in (f".{next(iter(whole))}.k1ll3d_x", "embeddings-00001-of-00009.parquet"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -180,7 +181,8 @@ def embed(
         watch: passes the batches through, of which there are so many: for a progress bar.
 
     Raises:
-        ValueError: where a shard cannot be written, or another run, which began meanwhile, writes others here.
+        ValueError: where a shard cannot be written, another run, which began meanwhile, writes others here, or a
+            process that loads images was lost.
     """
     missing = find_missing(folder, origin, process=process, overwrite=options.overwrite)
     own = range(process.rank, origin.shards, process.world)
@@ -196,7 +198,7 @@ def embed(
     seen: set[Path] = set()
     example: Tensor | None = None
     started = time.perf_counter()
-    with loader.batches() as loaded:
+    with telling_of_lost_workers(), loader.batches() as loaded:
         batches = watch(loaded, len(loader))  # type: ignore[arg-type]
         for shard in missing:
             rows: list[Row] = []
@@ -222,6 +224,20 @@ def embed(
         own_images=sum(len(batch) for shard in own for batch in origin.batches(shard)), images=count - len(failures),
         failures=tuple(failures), kept_failures=kept_failures, seconds=seconds, bare_speed=bare,
     )  # fmt: skip
+
+
+@contextmanager
+def telling_of_lost_workers() -> Iterator[None]:
+    """Inside, PyTorch's error of a loading process that was killed becomes a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            "a process that loads images was lost, perhaps for want of memory; repeat the command, and with fewer "
+            f"--workers if it happens again ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _rows(embedder: Embedder, images: ImageList, places: Sequence[int], batch: _Batch) -> list[Row]:
