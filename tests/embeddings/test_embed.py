@@ -210,7 +210,7 @@ def test_added_images_are_told(checkpoint, tmp_path, capsys):
     assert embed(images, tmp_path / "out", checkpoint) == 0
     make_image("red", 9).save(images / "red" / "9.png")
     assert embed(images, tmp_path / "out", checkpoint) == 2
-    assert "made with another number of images, list of images" in capsys.readouterr().err
+    assert "made with another list of images, number of images" in capsys.readouterr().err
 
 
 def test_another_run_that_began_meanwhile(images, checkpoint, whole, tmp_path, monkeypatch, capsys):
