@@ -175,7 +175,7 @@ def test_unfinished_and_mixed(tmp_path):
     make_embeddings(tmp_path / "b", draw(25, 5))
     middle = "embeddings-00001-of-00003.parquet"
     (tmp_path / "a" / middle).write_bytes((tmp_path / "b" / middle).read_bytes())
-    with pytest.raises(ValueError, match=f"{middle}: this shard is of another dim"):
+    with pytest.raises(ValueError, match=f"{middle}: this shard is of another length of vectors"):
         Embeddings(tmp_path / "a")
     (tmp_path / "a" / middle).unlink()
     with pytest.raises(ValueError, match="1 of 3 shards are not there yet"):

@@ -64,7 +64,7 @@ class Report:
     kept: int
     """There already."""
     own_images: int
-    """In both."""
+    """In the shards of both kinds."""
     images: int
     """Embedded now."""
     failures: tuple[str, ...]
@@ -185,9 +185,7 @@ def embed(
             process that loads images was lost.
     """
     missing = find_missing(folder, origin, process=process, overwrite=options.overwrite)
-    own = range(process.rank, origin.shards, process.world)
-    kept = sorted({*own} - {*missing})
-    kept_failures = tuple(chain.from_iterable(read_problems(origin.path(folder, shard)) for shard in kept))
+    kept = sorted({*range(process.rank, origin.shards, process.world)} - {*missing})
     places = {shard: list(origin.batches(shard)) for shard in missing}
     loader = ImageLoader(
         ImageDataset(images, _Prepare(embedder.transform)), batch_sampler=list(chain(*places.values())),
@@ -215,14 +213,12 @@ def embed(
             write_shard(origin.path(folder, shard), rows, origin)
         next(batches, None)  # which ends the progress bar
     seconds = time.perf_counter() - started
-    bare = float("nan")
-    if example is not None:  # at a tenth of the time at most
-        bare = measure_speed(embedder.embed, example.to(embedder.device), seconds=min(1.0, seconds / 10))
-    count = sum(map(len, chain(*places.values())))
+    count, kept_count = (sum(map(origin.length, shards)) for shards in (missing, kept))
     return Report(
-        origin=origin, shards=len(missing), kept=len(kept),
-        own_images=sum(len(batch) for shard in own for batch in origin.batches(shard)), images=count - len(failures),
-        failures=tuple(failures), kept_failures=kept_failures, seconds=seconds, bare_speed=bare,
+        origin=origin, shards=len(missing), kept=len(kept), own_images=count + kept_count,
+        images=count - len(failures), failures=tuple(failures),
+        kept_failures=tuple(chain(*(read_problems(origin.path(folder, shard)) for shard in kept))),
+        seconds=seconds, bare_speed=_bare_speed(embedder, example, seconds),
     )  # fmt: skip
 
 
@@ -238,6 +234,13 @@ def telling_of_lost_workers() -> Iterator[None]:
             "a process that loads images was lost, perhaps for want of memory; repeat the command, and with fewer "
             f"--workers if it happens again ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _bare_speed(embedder: Embedder, images: Tensor | None, seconds: float) -> float:
+    """Images a second through the network alone, measured in a tenth of the run's time at most; NaN of none."""
+    if images is None:
+        return float("nan")
+    return measure_speed(embedder.embed, images.to(embedder.device), seconds=min(1.0, seconds / 10))
 
 
 def _rows(embedder: Embedder, images: ImageList, places: Sequence[int], batch: _Batch) -> list[Row]:

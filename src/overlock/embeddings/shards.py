@@ -78,10 +78,15 @@ class Origin:
         """Of a shard's file."""
         return folder / f"embeddings-{shard:05d}-of-{self.shards:05d}.parquet"
 
+    def length(self, shard: int) -> int:
+        """Images in a shard."""
+        return min(self.shard_images, self.images - shard * self.shard_images)
+
     def batches(self, shard: int) -> Iterator[range]:
         """The places of a shard's images, batch by batch."""
-        end = min((shard + 1) * self.shard_images, self.images)
-        for start in range(shard * self.shard_images, end, self.batch_size):
+        first = shard * self.shard_images
+        end = first + self.length(shard)
+        for start in range(first, end, self.batch_size):
             yield range(start, min(start + self.batch_size, end))
 
     def to_json(self) -> str:
