@@ -305,7 +305,10 @@ def test_killed_under_torchrun(checkpoint, tmp_path):
     while not list((tmp_path / "out").glob("*.parquet")):
         time.sleep(0.05)
         assert process.poll() is None
-    os.killpg(process.pid, signal.SIGKILL)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], stdout=subprocess.PIPE, check=True)
+    for own in map(int, listed.stdout.split()):  # torchrun gives each a session of its own
+        os.kill(own, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert 0 < len(list((tmp_path / "out").glob("*.parquet"))) < 23
     subprocess.run([sys.executable, *line, "--out", str(tmp_path / "out")], env=environment, check=True)
