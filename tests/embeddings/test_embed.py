@@ -285,6 +285,12 @@ def test_bad_places(make, told, checkpoint, tmp_path, capsys):
     assert told in capsys.readouterr().err
 
 
+def test_results_in_a_file(images, checkpoint, tmp_path, capsys):
+    (tmp_path / "out").write_text("text")
+    assert embed(images, tmp_path / "out", checkpoint) == 2
+    assert "out: this is a file; choose the name of a folder" in capsys.readouterr().err
+
+
 def test_a_damaged_tar(checkpoint, tmp_path, capsys):
     (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
     assert embed(tmp_path / "a.tar", tmp_path / "out", checkpoint) == 2

@@ -103,6 +103,8 @@ def test_probe_of_separate_classes(tmp_path):
     vectors, labels = clusters(spread=0.1)
     result = probe(make_embeddings(tmp_path, vectors, labels=labels), neighbours=5)
     assert (result.classes, result.train + result.test) == (3, 60)
+    few = probe(Embeddings(tmp_path), neighbours=1000).accuracies[0]
+    assert few.name == f"{result.train} nearest neighbours"
     for accuracy in result.accuracies:
         assert accuracy.accuracy == 1
         assert accuracy.low < accuracy.high == 1
@@ -179,4 +181,8 @@ def test_unfinished_and_mixed(tmp_path):
         Embeddings(tmp_path / "a")
     (tmp_path / "a" / middle).unlink()
     with pytest.raises(ValueError, match="1 of 3 shards are not there yet"):
+        Embeddings(tmp_path / "a")
+    first = tmp_path / "a" / "embeddings-00000-of-00003.parquet"
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{first.name}: this shard is damaged"):
         Embeddings(tmp_path / "a")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from overlock.cli.command import Command, add_overwrite, add_runtime, ended_by_sigterm
+from overlock.files import Outputs
 
 if TYPE_CHECKING:
     from overlock.deploy import Embedder
@@ -70,6 +71,7 @@ def run(options: Namespace, console: Console) -> int:
         overwrite=options.overwrite,
     )  # fmt: skip
     process = this_process()
+    folder = Outputs(overwrite=True).claim_folder(options.out)  # before the work; what lies in it is looked at later
     images = ImageList(Path(options.images))
     for note in images.notes:
         tell(note)
@@ -82,7 +84,7 @@ def run(options: Namespace, console: Console) -> int:
     origin = make_origin(embedder, images, options.checkpoint, settings)
     with ended_by_sigterm():
         report = embed(
-            embedder, images, Path(options.out), origin, settings, process=process,
+            embedder, images, folder, origin, settings, process=process,
             tell=lambda problem: tell(f"skipped {problem}"), watch=_with_progress,
         )  # fmt: skip
     place = f"process {process.rank} of {process.world}: " if process.world > 1 else ""

@@ -115,6 +115,7 @@ class Index:
             return self.faiss.deserialize_index(np.frombuffer(path.read_bytes(), dtype=np.uint8))
         quantizer = self.faiss.IndexFlatIP(origin.dim)
         index = self.faiss.IndexIVFFlat(quantizer, origin.dim, nlist, self.faiss.METRIC_INNER_PRODUCT)
+        index.cp.min_points_per_centroid = 1  # of few vectors no warning: the recall says what they do
         index.train(self.embeddings.vectors)
         index.add(self.embeddings.vectors)
         write_atomically(path, self.faiss.serialize_index(index).tobytes())

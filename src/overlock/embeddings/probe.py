@@ -92,7 +92,7 @@ def probe(
 
     Args:
         embeddings: with labels.
-        neighbours: that vote, each by its cosine.
+        neighbours: that vote, each by its cosine; all images of the training part where these are fewer.
         test_size: share of the images to test on, where the data have no parts of their own.
         threshold: cosine above which two images are near-duplicates.
         seed: of the split.
@@ -119,6 +119,7 @@ def probe(
     if absent:
         raise ValueError(f"{embeddings.folder}: no image of class {classes[absent[0]]!r} is left to train on")
     strength, linear = _linear_predictions(embeddings.vectors, targets, split, seed)
+    neighbours = min(neighbours, len(split.train))
     predictions = {
         f"{neighbours} nearest neighbours": _neighbour_predictions(embeddings.vectors, targets, split, neighbours),
         "linear probe": linear,
@@ -141,8 +142,7 @@ def score(name: str, right: int, images: int) -> Accuracy:
 def _neighbour_predictions(vectors: Any, targets: Any, split: Split, neighbours: int) -> Any:
     from sklearn.neighbors import KNeighborsClassifier  # noqa: PLC0415
 
-    count = min(neighbours, len(split.train))
-    classifier = KNeighborsClassifier(count, metric="cosine", algorithm="brute", weights=_by_cosine)
+    classifier = KNeighborsClassifier(neighbours, metric="cosine", algorithm="brute", weights=_by_cosine)
     return classifier.fit(vectors[split.train], targets[split.train]).predict(vectors[split.test])
 
 

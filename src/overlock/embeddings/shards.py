@@ -170,14 +170,17 @@ class Embeddings:
     def __init__(self, folder: Path):
         pa = import_package("pyarrow.parquet")
         paths = sorted(folder.glob(PATTERN))
-        origin = read_origin(paths[0]) if paths else None
-        if origin is None:
+        if not paths:
             raise ValueError(f"{folder}: no embeddings here; make them with: overlock embed IMAGES --out {folder}")
-        for path in paths:
-            own = read_origin(path)
-            if own is None or own.differing(origin):
-                why = "damaged" if own is None else f"of another {', '.join(own.differing(origin))} than the first"
+        origins = {path: read_origin(path) for path in paths}
+        origin = next((own for own in origins.values() if own is not None), None)
+        for path, own in origins.items():
+            if own is None or origin is None:
+                raise ValueError(f"{path}: this shard is damaged; embed the images again with --overwrite")
+            if changed := own.differing(origin):
+                why = f"of another {', '.join(changed)} than the first"
                 raise ValueError(f"{path}: this shard is {why}; embed the images again with --overwrite")
+        assert origin is not None  # as there are paths
         absent = [path for i in range(origin.shards) if not (path := origin.path(folder, i)).is_file()]
         if absent:
             raise ValueError(
