@@ -224,15 +224,16 @@ def embed(
 
 @contextmanager
 def telling_of_lost_workers() -> Iterator[None]:
-    """Inside, PyTorch's error of a loading process that was killed becomes a ValueError."""
+    """Inside, the errors of a loading process that was killed, also while it passed a batch on, become a ValueError."""
     try:
         yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             "a process that loads images was lost, perhaps for want of memory; repeat the command, and with fewer "
-            f"--workers if it happens again ({str(error).splitlines()[0]})"
+            f"--workers if it happens again ({reason})"
         ) from None
 
 
