@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ from overlock.analysis.published import find_published, read_published
 from overlock.analysis.runtime_study import Study, Subject, try_runtimes
 from overlock.analysis.runtimes import RUNTIMES, Runtime
 from overlock.analysis.tradeoff import Point, pareto_front
+from overlock.checkpoints import load_model
 from overlock.cli import main
 from overlock.cli.tradeoff import ALL, MODELS
+from overlock.data import load_test_data
+from overlock.deploy.evaluate_classification import evaluate_classifier
 
 CPU = torch.device("cpu")
 
@@ -188,6 +192,26 @@ def test_measured(tmp_path, capsys):
     assert (tmp_path / "latency.csv").read_bytes() == kept
     (tmp_path / "latency.csv").write_bytes(kept.replace(b"CPU with", b"CPU without"))
     assert "measured on CPU without" in fails(capsys, *words[1:])
+
+
+def test_trained_networks(default_file, tmp_path, capsys):
+    """Their accuracy is measured on given images, and nothing published stands beside it."""
+    for part, name in product(("train", "val"), ("cat", "ship")):
+        folder = tmp_path / "photos" / part / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), "navy").save(folder / "a.png")
+    words = ["tradeoff", default_file, "--data", tmp_path / "photos", "--runtimes", "eager", "--rounds", "1"]
+    assert main([*map(str, words), "--output", str(tmp_path / "out"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["model"] == "overlock_atto"
+    assert row["image_size"] == 32
+    assert row["score"] in (0, 50, 100)
+    assert row["score"] == 100 * evaluate_classifier(default_file, load_test_data(str(tmp_path / "photos"))).top1
+    network, _ = load_model(default_file)
+    assert row["params"] < sum(p.numel() for p in network.parameters()) / 1e6  # merged
+    assert row["fronts"] == "macs params latency_batch1"
+    assert "takes trained networks alone" in fails(capsys, "convnext_tiny", *words[2:])
+    assert "--published measures nothing" in fails(capsys, "--published", *words[2:])
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from overlock.analysis.cost import count_call, count_network
 from overlock.analysis.latency import TOLERANCE, describe_machine, deviation_of, take_turns
 from overlock.analysis.published import find_published
-from overlock.analysis.runtimes import PREFIX, RUNTIMES, Call, Forms, make_forms
+from overlock.analysis.runtimes import PREFIX, RUNTIMES, Call, Forms, architecture_of, make_forms, record_of
 from overlock.checkpoints import build
 from overlock.export.write import quietly
 from overlock.files import write_atomically
@@ -34,7 +33,7 @@ class Subject(NamedTuple):
     """A network at a size of images and of the batch."""
 
     model: str
-    """timm's name."""
+    """timm's name, or a run's folder or file of weights."""
     image_size: int
     batch: int
 
@@ -74,7 +73,7 @@ class Study:
     models: Sequence[str]
     batches: Sequence[int]
     image_size: int | None
-    """Side in pixels; for None that of a model's published accuracy, or 224."""
+    """Side in pixels; for None that of a model's training or published accuracy, or 224."""
     runtimes: Sequence[str]
     """Names in ``RUNTIMES``."""
     device: torch.device
@@ -86,12 +85,20 @@ class Study:
         return [Subject(model, self._size(model), batch) for batch in self.batches for model in self.models]
 
     def _size(self, model: str) -> int:
-        published = find_published(model)
-        return self.image_size or (published and published.image_size) or USUAL_SIZE
+        if self.image_size is not None:
+            return self.image_size
+        record, published = record_of(model), find_published(model)
+        if record is None:
+            return published.image_size if published and published.image_size else USUAL_SIZE
+        height, width = record.preprocessing["input_size"][1:]
+        if height != width:
+            raise ValueError(f"{model}: its images have {height} x {width} pixels; give the side of square ones")
+        return int(height)
 
     def exports(self, subject: Subject) -> Path:
         """Folder for the files of a network, so that going on need not export again; removed in the end."""
-        return self.folder / EXPORTS / f"{subject.model}_{subject.image_size}_batch{subject.batch}"
+        name = "_".join(Path(subject.model).parts).replace("/", "")
+        return self.folder / EXPORTS / f"{name}_{subject.image_size}_batch{subject.batch}"
 
     def read(self, name: str) -> list[Trial]:
         """The trials in a file of the folder.
@@ -153,7 +160,8 @@ def try_runtimes(study: Study, tell: Tell, tick: Tell) -> dict[Subject, tuple[Tr
         tick(f"{subject.model}, batch {subject.batch}")
         tried = {trial.runtime for trial in done if trial.subject == subject}
         left = [name for name in study.runtimes if name not in tried]
-        left = [name for name in left if RUNTIMES[name].why_not(subject.model, study.device) is None]
+        architecture = architecture_of(subject.model)
+        left = [name for name in left if RUNTIMES[name].why_not(architecture, study.device) is None]
         calls: dict[str, Call] = {}
         if left:
             new, calls = _try(study, subject, left)
@@ -173,7 +181,8 @@ def try_runtimes(study: Study, tell: Tell, tick: Tell) -> dict[Subject, tuple[Tr
 
 def _try(study: Study, subject: Subject, runtimes: Sequence[str]) -> tuple[list[Trial], dict[str, Call]]:
     """Trials, and the calls of those that count."""
-    forms, images = make_forms(subject.model, study.device), _images(study, subject)
+    forms = make_forms(subject.model, study.device)
+    images = _images(study, subject, forms.record.channels)
     with torch.inference_mode():
         reference = forms.plain(images)
     known: dict[str, Any] = dict(**subject._asdict(), machine=describe_machine(study.device))
@@ -204,9 +213,9 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def _images(study: Study, subject: Subject) -> torch.Tensor:
+def _images(study: Study, subject: Subject, channels: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    size = (subject.batch, 3, subject.image_size, subject.image_size)
+    size = (subject.batch, channels, subject.image_size, subject.image_size)
     return torch.randn(size, generator=generator).to(study.device)
 
 
@@ -235,9 +244,7 @@ def measure_latency(
         calls = {}
         for subject, (trial, call) in fastest.items():
             tick(f"{subject.model}, {trial.runtime}: made ready")
-            calls[subject, trial.runtime] = call or prepare(
-                make_forms(subject.model, study.device), _images(study, subject), trial.runtime, study.exports(subject)
-            )
+            calls[subject, trial.runtime] = call or _prepare_again(study, subject, trial.runtime)
         timings = take_turns(calls, study.device, rounds=study.rounds, tick=lambda: tick("measuring, in turns"))
         kept = {key: Trial(**(asdict(wanted[key]) | asdict(timing))) for key, timing in timings.items()}
         study.write(LATENCY, list(kept.values()))
@@ -245,13 +252,22 @@ def measure_latency(
     return {subject: trial for (subject, _), trial in kept.items()}
 
 
+def _prepare_again(study: Study, subject: Subject, runtime: str) -> Call:
+    """What an earlier process tried."""
+    forms = make_forms(subject.model, study.device)
+    return prepare(forms, _images(study, subject, forms.record.channels), runtime, study.exports(subject))
+
+
 def count(subject: Subject) -> tuple[float, float]:
     """Multiply-adds in G and parameters in M, counted: of ours merged, of others as timm builds them."""
-    size = subject.image_size, subject.image_size
-    if subject.model.startswith(PREFIX):
+    size, record, architecture = (subject.image_size,) * 2, record_of(subject.model), architecture_of(subject.model)
+    arguments = {} if record is None else record.model_args
+    channels = 3 if record is None else record.channels
+    if architecture.startswith(PREFIX):
         with torch.device("meta"):
-            cost = count_network(build(subject.model, deploy=True).eval(), image_size=size)
+            network = build(architecture, **{**arguments, "deploy": True}).eval()
+            cost = count_network(network, image_size=size, in_chans=channels)
     else:
-        network: nn.Module = build(subject.model).eval()
-        cost = count_call("total", [network], network, torch.zeros(1, 3, *size))
+        network = build(architecture, **arguments).eval()
+        cost = count_call("total", [network], network, torch.zeros(1, channels, *size))
     return cost.macs / 1e9, cost.params / 1e6

@@ -6,6 +6,7 @@ merged, channels last. ONNX Runtime and OpenVINO run the files of :mod:`overlock
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ import timm.utils
 import torch
 from torch import Tensor, nn
 
-from overlock.checkpoints import Record, build, default_classes, default_preprocessing
+from overlock.checkpoints import Record, build, default_classes, default_preprocessing, load_model, load_record
 from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.spec import ENDINGS, Format
 from overlock.fused.fuse import fuse
@@ -52,36 +53,63 @@ class Runtime(NamedTuple):
     ours_only: bool = False
     cpu_only: bool = False
 
-    def why_not(self, model: str, device: torch.device) -> str | None:
-        """Why it cannot run a model; None where it can be tried."""
+    def why_not(self, architecture: str, device: torch.device) -> str | None:
+        """Why it cannot run a model of timm's; None where it can be tried."""
         missing = [package for package in self.packages if find_spec(package) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
-        if self.ours_only and not model.startswith(PREFIX):
+        if self.ours_only and not architecture.startswith(PREFIX):
             return "for OverLoCK alone"
         return "runs on CPU alone here" if self.cpu_only and device.type != "cpu" else None
 
 
-def make_forms(model: str, device: torch.device) -> Forms:
-    """A model of timm's with random weights, always the same.
-
-    Layer scales start so near to zero that blocks would not count in a comparison of logits; they are set to 0.1.
+@functools.cache
+def record_of(model: str) -> Record | None:
+    """Of a run's folder or file of weights; None of a name of timm's.
 
     Raises:
-        ValueError: for an unknown model.
+        ValueError: for what is no classifier, and a damaged or foreign file.
     """
-    torch.manual_seed(0)
-    network: Any = build(model).eval().requires_grad_(False)
-    for parameter in network.parameters():
-        if parameter.abs().max() < TINY and (parameter == parameter.flatten()[0]).all() and parameter.any():
-            parameter.fill_(0.1)
-    network = network.to(device).to(memory_format=torch.channels_last)
-    preprocessing = default_preprocessing(network, in_chans=3)
-    record = Record(model=model, classes=default_classes(network.num_classes), preprocessing=preprocessing)
-    if model.startswith(PREFIX):
+    if not Path(model).exists():
+        return None
+    record = load_record(model)
+    if record.task != "classify":
+        raise ValueError(f"{model}: this is a {record.name}, of the task {record.task}, and not a classifier")
+    return record
+
+
+def architecture_of(model: str) -> str:
+    """timm's name of a network."""
+    record = record_of(model)
+    return model if record is None else record.model
+
+
+def make_forms(model: str, device: torch.device) -> Forms:
+    """A trained network, or by timm's name one with random weights, always the same.
+
+    Raises:
+        ValueError: for an unknown model, and a damaged or foreign file.
+    """
+    network, record = load_model(model) if record_of(model) else _draw_network(model)
+    network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+    if record.model.startswith(PREFIX):
         merged, fused = fuse(network, kernels=False), fuse(network)
         return Forms(plain=network, merged=merged, fused=fused, record=record)
     return Forms(plain=network, merged=timm.utils.reparameterize_model(network), fused=None, record=record)
+
+
+def _draw_network(model: str) -> tuple[nn.Module, Record]:
+    """With random weights. Layer scales, which start too near to zero for a comparison of logits, are set to 0.1."""
+    torch.manual_seed(0)
+    network: Any = build(model)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.abs().max() < TINY and (parameter == parameter.flatten()[0]).all() and parameter.any():
+                parameter.fill_(0.1)
+    preprocessing = default_preprocessing(network, in_chans=3)
+    return network, Record(
+        model=model, classes=default_classes(network.num_classes), preprocessing=preprocessing
+    )  # fmt: skip
 
 
 def _eager(forms: Forms, images: Tensor, _: Path) -> Call:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from overlock.analysis.published import PublishedModel, find_published, read_published
 from overlock.analysis.runtime_study import Subject, Trial, count
-from overlock.analysis.runtimes import PREFIX
+from overlock.analysis.runtimes import PREFIX, architecture_of
 
 DISTILLED = "distilled"
 
@@ -58,8 +59,19 @@ class Point:
         return self.note == DISTILLED
 
 
-def make_points(task: str, measured: Mapping[Subject, Trial]) -> list[Point]:
-    """A point for each published network of a task, then one for each that was measured, of any task's classifiers."""
+def make_points(
+    task: str, measured: Mapping[Subject, Trial], accuracies: Mapping[str, float] | None = None
+) -> list[Point]:
+    """A point for each published network of a task, then one for each that was measured, of any task's classifiers.
+
+    Args:
+        task: a name in ``SCORES``.
+        measured: by :func:`overlock.analysis.runtime_study.measure_latency`.
+        accuracies: of the models that were measured, in percent of some images; then the published networks, whose
+            accuracies are of others, are left out.
+    """
+    if accuracies is not None:
+        return [_trained(subject, trial, accuracies[subject.model]) for subject, trial in measured.items()]
     points = [_published(row) for row in read_published() if row.task == task]
     return points + [_measured(subject, trial) for subject, trial in measured.items()]
 
@@ -79,11 +91,16 @@ def _measured(subject: Subject, trial: Trial) -> Point:
             method=row.method, score=row.score, macs=row.macs, params=row.params, note=row.note, source=row.source,
             **known,
         )  # fmt: skip
-    macs, params = count(subject)
     note = "no published accuracy" + (f" at {subject.image_size} pixels" if row is not None else "")
+    point = _trained(subject, trial, None, note)
+    return point if row is None else replace(point, method=row.method)
+
+
+def _trained(subject: Subject, trial: Trial, score: float | None, note: str = "") -> Point:
+    macs, params = count(subject)
     return Point(
-        method=row.method if row else subject.model, score=None, macs=macs, params=params, note=note,
-        source="counted", **known,
+        method=Path(subject.model).name, model=architecture_of(subject.model), image_size=subject.image_size,
+        score=score, macs=macs, params=params, trial=trial, note=note, source="counted",
     )  # fmt: skip
 
 
@@ -128,14 +145,18 @@ def _score(point: Point) -> float:
 
 
 def make_axes(points: Iterable[Point]) -> list[Axis]:
-    """Multiply-adds and parameters of all that is published; latency, for each batch, of what was measured."""
+    """Multiply-adds and parameters of all that is published, or else was measured; latency, for each batch, of what was
+    measured.
+    """
     scored = [point for point in points if point.score is not None]
-    published = tuple(point for point in scored if point.trial is None)
+    batches = list(dict.fromkeys(point.batch for point in scored if point.trial is not None))
+    published = [point for point in scored if point.trial is None]
+    known = tuple(published or (point for point in scored if point.batch == batches[0]))
     axes = [
-        Axis(name="macs", title="multiply-adds, G", points=published, cost=lambda point: point.macs),
-        Axis(name="params", title="parameters, M", points=published, cost=lambda point: point.params),
+        Axis(name="macs", title="multiply-adds, G", points=known, cost=lambda point: point.macs),
+        Axis(name="params", title="parameters, M", points=known, cost=lambda point: point.params),
     ]
-    for batch in dict.fromkeys(point.batch for point in scored if point.trial is not None):
+    for batch in batches:
         axes.append(
             Axis(
                 name=f"latency_batch{batch}",

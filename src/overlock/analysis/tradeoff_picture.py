@@ -49,6 +49,8 @@ def _draw_panel(panel: Any, axis: Axis) -> None:
     panel.grid(alpha=0.3, which="both")
     for group, colour in COLOURS.items():
         shown = [point for point in axis.points if _group(point) == group]
+        if not shown:
+            continue
         places = [axis.cost(point) for point in shown], [point.score for point in shown]
         faces = ["none" if point.is_distilled else colour for point in shown]
         panel.scatter(*places, s=20, facecolors=faces, edgecolors=colour, label=group, zorder=3)
@@ -60,6 +62,8 @@ def _draw_panel(panel: Any, axis: Axis) -> None:
         (axis.paper_front(), ":", "front of the paper's"),
         (axis.front(), "--", "front of all"),
     ):
+        if not front:
+            continue
         places = [axis.cost(point) for point in front], [point.score for point in front]
         panel.step(*places, where="post", color="gray", linewidth=1, linestyle=style, label=label, zorder=2)
 

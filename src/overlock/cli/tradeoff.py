@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
+from rich.progress import track
 
 from overlock.cli.command import Command
 from overlock.cli.subjects import as_csv, print_rows
@@ -42,11 +43,16 @@ SHOWN = {
 def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     parser.add_argument(
         "models", nargs="*", type=str, metavar="MODEL", default=list(MODELS),
-        help="Models of timm's or ours to measure, with random weights; 21 of the paper's and others unless given.",
+        help="Models of timm's or ours to measure, with random weights, or runs' folders and files of weights; 21 of "
+        "the paper's networks and others unless given.",
     )  # fmt: skip
     parser.add_argument(
         "--published", action="store_true", help="Measure nothing: published accuracy, multiply-adds and parameters."
     )
+    parser.add_argument(
+        "--data", type=str | None, default=None,
+        help="Labelled images that the accuracy of trained networks is measured on, in place of published ones.",
+    )  # fmt: skip
     parser.add_argument(
         "--task", type=Literal["classify", "mask_rcnn", "cascade_mask_rcnn", "upernet"], default=CLASSIFY,
         help="With --published: the tables of another task.",
@@ -60,7 +66,7 @@ def add_options(parser: ArgumentParser, _: Sequence[str]) -> None:
     )
     parser.add_argument(
         "--image_size", type=int | None, default=None,
-        help="Side in pixels; that of a model's published accuracy unless given, mostly 224.",
+        help="Side in pixels; that of a model's training or published accuracy unless given, mostly 224.",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="Turns of each model in the last, interleaved run.")
     parser.add_argument(
@@ -82,6 +88,8 @@ def run(options: Namespace, console: Console) -> None:
 
     if options.task != CLASSIFY and not options.published:
         raise ValueError(f"--task {options.task} has no networks to measure; add --published")
+    if options.published and options.data is not None:
+        raise ValueError("--published measures nothing; leave out it or --data")
     if options.published and set(options.costs) == {"latency"}:
         raise ValueError("--published measures no latency; leave it out, or name other --costs")
     for name in ("batch", "rounds", "image_size"):
@@ -90,16 +98,17 @@ def run(options: Namespace, console: Console) -> None:
             raise ValueError(f"--{name} must be at least 1, got {min(values)}")
     output = Outputs(overwrite=True).check_folder(options.output)
     told = Console(stderr=True, soft_wrap=True, highlight=False, markup=False) if options.json else console
+    accuracies = None if options.data is None else _evaluate(options)
     measured: dict[Subject, Trial] = {} if options.published else _measure(options, output, told)
-    points = make_points(options.task, measured)
+    points = make_points(options.task, measured, accuracies)
     axes = make_axes(points)
     rows = make_rows(points, axes)
-    title = "published figures"
-    if measured:
-        title += f", and latency on {next(iter(measured.values())).machine}"
+    score = SCORES[options.task][1] if accuracies is None else f"top-1 on {Path(options.data).name}, %"
+    title = "published figures, and latency" if accuracies is None else "latency"
+    title = f"{title} on {next(iter(measured.values())).machine}" if measured else "published figures"
     write_atomically(output / TABLE, as_csv(rows))
     drawn = [axis for axis in axes if axis.name.partition("_")[0] in options.costs]
-    write_atomically(output / PICTURE, draw_tradeoff(drawn, score=SCORES[options.task][1], title=title))
+    write_atomically(output / PICTURE, draw_tradeoff(drawn, score=score, title=title))
     if options.json:
         fronts = {axis.name: {"all": _names(axis.front()), "paper": _names(axis.paper_front())} for axis in axes}
         console.print_json(json.dumps(dict(rows=rows, fronts=fronts)))
@@ -127,8 +136,23 @@ def _names(points: Sequence[Point]) -> list[str]:
 def _tell_fronts(axes: Sequence[Axis], console: Console) -> None:
     for axis in axes:
         for front, of in ((axis.paper_front(), "the paper's methods"), (axis.front(), "all")):
-            named = ", ".join(f"{point.method} ({axis.cost(point):.4g}: {point.score})" for point in front)
+            if not front:
+                continue
+            named = ", ".join(f"{point.method} ({axis.cost(point):.4g}: {point.score:.4g})" for point in front)
             console.print(f"Pareto front of {of} by {axis.title}: {named}")
+
+
+def _evaluate(options: Namespace) -> dict[str, float]:
+    """Top-1 of each model, in percent."""
+    from overlock.data import load_test_data  # noqa: PLC0415
+    from overlock.deploy.evaluate_classification import evaluate_classifier  # noqa: PLC0415
+
+    for model in options.models:
+        if not Path(model).exists():
+            raise ValueError(f"{model}: no such file or folder; --data takes trained networks alone")
+    data, bar = load_test_data(options.data), Console(stderr=True)
+    models = track(options.models, "evaluate", console=bar, transient=True, disable=not bar.is_terminal)
+    return {model: 100 * evaluate_classifier(model, data).top1 for model in models}
 
 
 def _measure(options: Namespace, output: Path, told: Console) -> dict[Subject, Trial]:
@@ -138,7 +162,8 @@ def _measure(options: Namespace, output: Path, told: Console) -> dict[Subject, T
     from overlock.deploy.runtime import choose_device  # noqa: PLC0415
 
     for model in options.models:
-        check_model_name(model)
+        if not Path(model).exists():
+            check_model_name(model)
     device = choose_device(options.device)
     study = Study(
         models=tuple(dict.fromkeys(options.models)), batches=tuple(dict.fromkeys(options.batch)),
