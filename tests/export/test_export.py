@@ -187,7 +187,7 @@ def test_by_onnx_runtime_alone(tmp_path, capsys, monkeypatch):
     names: dict[str, Any] = {}
     exec(compile(code, "export.md", "exec"), names)
     capsys.readouterr()
-    assert main(["predict", "cat.jpg", "--checkpoint", "default", "--json"]) == 0
+    assert main(["predict", "cat.jpg", "--json"]) == 0  # by the same network
     assert names["label"] == json.loads(capsys.readouterr().out)[0]["labels"][0]
 
 
