@@ -71,6 +71,9 @@ def test_limits_are_the_network_s_own(head):
         find_in_file(file, [], threshold=0.1)
     with pytest.raises(ValueError, match="max_detections cannot be so"):
         find_in_file(file, [], max_detections=8)
+    del file.spec.record.preprocessing["score_thresh"]
+    with pytest.raises(ValueError, match=r"detector\.onnx: written before .* export it anew"):
+        find_in_file(file, [])
 
 
 def test_objects_are_matched_by_class_and_place():

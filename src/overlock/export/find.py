@@ -63,6 +63,8 @@ def find_in_file(
     if exported.spec.task != "detect":
         raise ValueError(f"{exported.path}: a file of --task {exported.spec.task}; objects need one of --task detect")
     own = exported.spec.record.preprocessing
+    if "score_thresh" not in own:
+        raise ValueError(f"{exported.path}: written before files held the limits of their objects; export it anew")
     least, most = own["score_thresh"], own["detections_per_img"]
     fixed = dict(
         nms_iou=nms_iou is not None,
