@@ -74,10 +74,10 @@ def test_output_strides_of_decoders(decoder, stride):
     smp = pytest.importorskip("segmentation_models_pytorch")
     named = {"encoder_output_stride": stride} if decoder in ("DeepLabV3", "DeepLabV3Plus", "PAN") else {}
     model = getattr(smp, decoder)("tu-overlock_atto", encoder_weights=None, classes=3, **named)
-    model(torch.rand(2, 3, 128, 160)).square().mean().backward()
+    model(torch.rand(2, 3, 256, 320)).square().mean().backward()
     assert has_trained(model)
     with torch.no_grad():
-        assert model.encoder(torch.rand(1, 3, 128, 160))[-1].shape[2:] == (128 // stride, 160 // stride)
+        assert model.encoder(torch.rand(1, 3, 256, 320))[-1].shape[2:] == (256 // stride, 320 // stride)
 
 
 def test_lightning(tmp_path, monkeypatch):
