@@ -41,10 +41,11 @@ def draw_tradeoff(axes: Sequence[Axis], *, score: str, title: str) -> bytes:
 
 
 def _draw_panel(panel: Any, axis: Axis) -> None:
-    panel.set_xscale("log")
     costs = [axis.cost(point) for point in axis.points]
+    if max(costs) > 3 * min(costs):
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_formatter(_label_some if max(costs) < 10 * min(costs) else "")
     panel.xaxis.set_major_formatter("{x:g}")
-    panel.xaxis.set_minor_formatter(_label_some if max(costs) < 10 * min(costs) else "")
     panel.set_xlabel(axis.title)
     panel.grid(alpha=0.3, which="both")
     for group, colour in COLOURS.items():
