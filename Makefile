@@ -10,6 +10,8 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 UV := uv==0.13.9
 RUN := runs/quickstart
+# Where Python keeps no bytecode, each of the many processes of the tests would compile PyTorch and timm anew, in 20 s.
+COMPILE = test -z "$$PYTHONDONTWRITEBYTECODE" || $(BIN)/python -m compileall -qq -j 2 $(VENV)/lib > /dev/null || true
 # Each process keeps to the files next to one another, whose fixtures they share, until it has none left.
 ORDINARY := -n 2 --dist worksteal -m "not slow and not gpu"
 
@@ -46,6 +48,7 @@ $(VENV)/.installed $(VENV)/.installed-dev: $(VENV)/.installed%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet $(UV)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".$(if $*,[$(*:-%=%)])"
+	$(if $*,$(COMPILE))
 	touch $@
 
 # pip takes the newest versions only, so that uv resolves these. Without [data], whose readers need the newest timm. The
