@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 UV := uv==0.13.9
 RUN := runs/quickstart
 # Where Python keeps no bytecode, each of the many processes of the tests would compile PyTorch and timm anew, in 20 s.
+# Some packages carry files that do not compile, which is no fault.
 COMPILE = test -z "$$PYTHONDONTWRITEBYTECODE" || $(BIN)/python -m compileall -qq -j 2 $(VENV)/lib > /dev/null || true
 # Each process keeps to the files next to one another, whose fixtures they share, until it has none left.
 ORDINARY := -n 2 --dist worksteal -m "not slow and not gpu"

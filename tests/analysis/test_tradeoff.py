@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -211,7 +213,33 @@ def test_trained_networks(default_file, tmp_path, capsys):
     assert row["params"] < sum(p.numel() for p in network.parameters()) / 1e6  # merged
     assert row["fronts"] == "macs params latency_batch1"
     assert "takes trained networks alone" in fails(capsys, "convnext_tiny", *words[2:])
+    assert "runs/typo: no such file or folder" in fails(capsys, "runs/typo")
     assert "--published measures nothing" in fails(capsys, "--published", *words[2:])
+
+
+def test_accuracy_at_the_size_that_is_timed(default_file, tmp_path, monkeypatch):
+    found = SimpleNamespace(top1=0.5)
+    asked: list[int | None] = []
+    monkeypatch.setattr(
+        "overlock.deploy.evaluate_classification.evaluate_classifier",
+        lambda *_, image_size: asked.append(image_size) or found,
+    )
+    monkeypatch.setattr("overlock.data.load_test_data", lambda _: None)
+    words = ["tradeoff", default_file, "--data", "photos", "--image-size", 40, "--runtimes", "eager", "--rounds", 1]
+    assert main([*map(str, words), "--output", str(tmp_path)]) == 0
+    assert asked == [40]
+    (trial,) = csv.DictReader((tmp_path / "latency.csv").open())
+    assert (trial["image_size"], trial["architecture"]) == ("40", "overlock_atto")
+
+
+def test_another_network_in_the_same_folder(default_file, tmp_path):
+    """Its old times do not count."""
+    plan = replace(study(tmp_path, "eager"), models=(str(default_file),))
+    try_runtimes(plan, lambda _: None, lambda _: None)
+    path = tmp_path / "runtimes.csv"
+    path.write_text(path.read_text().replace(",overlock_atto,", ",overlock_nano,"))
+    with pytest.raises(ValueError, match="was overlock_nano and is overlock_atto now"):
+        plan.read("runtimes.csv")
 
 
 @pytest.mark.parametrize(

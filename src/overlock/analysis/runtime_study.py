@@ -54,6 +54,8 @@ class Trial:
     """Of its logits from those of the eager network as it is built, over the largest of these."""
     fault: str = ""
     """Why it does not count; empty where it does."""
+    architecture: str
+    """timm's name of the network: a run's folder may hold another one since."""
     machine: str
 
     @property
@@ -104,7 +106,8 @@ class Study:
         """The trials in a file of the folder.
 
         Raises:
-            ValueError: for a file that this command has not written, or that another machine has.
+            ValueError: for a file that this command has not written, or that another machine has, or that tells of
+                another network.
         """
         path = self.folder / name
         if not path.exists():
@@ -117,6 +120,10 @@ class Study:
         for trial in trials:
             if trial.machine != here:
                 raise ValueError(f"{path}: measured on {trial.machine}, and this is {here}; choose another --output")
+            if trial.model in self.models and trial.architecture != (now := architecture_of(trial.model)):
+                raise ValueError(
+                    f"{path}: {trial.model} was {trial.architecture} and is {now} now; choose another --output"
+                )
         return trials
 
     def write(self, name: str, trials: Sequence[Trial]) -> None:
@@ -185,7 +192,9 @@ def _try(study: Study, subject: Subject, runtimes: Sequence[str]) -> tuple[list[
     images = _images(study, subject, forms.record.channels)
     with torch.inference_mode():
         reference = forms.plain(images)
-    known: dict[str, Any] = dict(**subject._asdict(), machine=describe_machine(study.device))
+    known: dict[str, Any] = dict(
+        **subject._asdict(), architecture=forms.record.model, machine=describe_machine(study.device)
+    )
     trials, calls = [], {}
     for name in runtimes:
         try:

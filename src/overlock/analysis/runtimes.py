@@ -6,7 +6,6 @@ merged, channels last. ONNX Runtime and OpenVINO run the files of :mod:`overlock
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -63,7 +62,6 @@ class Runtime(NamedTuple):
         return "runs on CPU alone here" if self.cpu_only and device.type != "cpu" else None
 
 
-@functools.cache
 def record_of(model: str) -> Record | None:
     """Of a run's folder or file of weights; None of a name of timm's.
 

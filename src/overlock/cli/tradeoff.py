@@ -98,6 +98,8 @@ def run(options: Namespace, console: Console) -> None:
             raise ValueError(f"--{name} must be at least 1, got {min(values)}")
     output = Outputs(overwrite=True).check_folder(options.output)
     told = Console(stderr=True, soft_wrap=True, highlight=False, markup=False) if options.json else console
+    if not options.published:
+        _check_models(options)
     accuracies = None if options.data is None else _evaluate(options)
     measured: dict[Subject, Trial] = {} if options.published else _measure(options, output, told)
     points = make_points(options.task, measured, accuracies)
@@ -142,28 +144,35 @@ def _tell_fronts(axes: Sequence[Axis], console: Console) -> None:
             console.print(f"Pareto front of {of} by {axis.title}: {named}")
 
 
+def _check_models(options: Namespace) -> None:
+    from overlock.checkpoints.record import check_model_name  # noqa: PLC0415
+    from overlock.deploy.models import is_file  # noqa: PLC0415
+
+    for model in options.models:
+        if is_file(model):
+            if not Path(model).exists():
+                raise ValueError(f"{model}: no such file or folder")
+        elif options.data is not None:
+            raise ValueError(f"{model}: no such file or folder; --data takes trained networks alone")
+        else:
+            check_model_name(model)
+
+
 def _evaluate(options: Namespace) -> dict[str, float]:
     """Top-1 of each model, in percent."""
     from overlock.data import load_test_data  # noqa: PLC0415
     from overlock.deploy.evaluate_classification import evaluate_classifier  # noqa: PLC0415
 
-    for model in options.models:
-        if not Path(model).exists():
-            raise ValueError(f"{model}: no such file or folder; --data takes trained networks alone")
     data, bar = load_test_data(options.data), Console(stderr=True)
     models = track(options.models, "evaluate", console=bar, transient=True, disable=not bar.is_terminal)
-    return {model: 100 * evaluate_classifier(model, data).top1 for model in models}
+    return {model: 100 * evaluate_classifier(model, data, image_size=options.image_size).top1 for model in models}
 
 
 def _measure(options: Namespace, output: Path, told: Console) -> dict[Subject, Trial]:
     from overlock.analysis.runtime_study import Study, measure_latency, try_runtimes  # noqa: PLC0415
     from overlock.analysis.runtimes import RUNTIMES  # noqa: PLC0415
-    from overlock.checkpoints.record import check_model_name  # noqa: PLC0415
     from overlock.deploy.runtime import choose_device  # noqa: PLC0415
 
-    for model in options.models:
-        if not Path(model).exists():
-            check_model_name(model)
     device = choose_device(options.device)
     study = Study(
         models=tuple(dict.fromkeys(options.models)), batches=tuple(dict.fromkeys(options.batch)),

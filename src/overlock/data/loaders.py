@@ -163,6 +163,25 @@ def collate_testing(samples: list[Sample], *, join: Join = stack) -> Batch:
     return Batch(*join(good), bad)
 
 
+WORKER_ERRORS = (RuntimeError, ConnectionError, EOFError)
+"""What a loader raises where one of its processes is killed: while it waits for a batch, and while one is passed on."""
+
+
+def lost_worker(error: Exception, mend: str) -> ValueError | None:
+    """What to raise in place of a loader's error; None where that is not of a process that was lost.
+
+    Args:
+        error: one of ``WORKER_ERRORS``.
+        mend: what to do: 'repeat the command, and with fewer --workers'.
+    """
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        return None
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return ValueError(
+        f"a process that loads images was lost, perhaps for want of memory; {mend} if it happens again ({reason})"
+    )
+
+
 class ImageLoader(DataLoader[Any]):
     """A DataLoader whose processes are gone when its batches are no longer wanted, whatever ends their use.
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from overlock.data.datasets import ImageDataset, Sample
-from overlock.data.loaders import PREFETCH, ImageLoader
+from overlock.data.loaders import PREFETCH, WORKER_ERRORS, ImageLoader, lost_worker
 from overlock.deploy.embedder import Embedder
 from overlock.deploy.evaluate_classification import measure_speed
 from overlock.deploy.runtime import not_finite
@@ -227,14 +227,8 @@ def telling_of_lost_workers() -> Iterator[None]:
     """Inside, the errors of a loading process that was killed, also while it passed a batch on, become a ValueError."""
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            "a process that loads images was lost, perhaps for want of memory; repeat the command, and with fewer "
-            f"--workers if it happens again ({reason})"
-        ) from None
+    except WORKER_ERRORS as error:
+        raise lost_worker(error, "repeat the command, and with fewer --workers") or error from None
 
 
 def _bare_speed(embedder: Embedder, images: Tensor | None, seconds: float) -> float:

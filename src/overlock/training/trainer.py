@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from overlock.data.datasets import derive_seed
-from overlock.data.loaders import Batch, ImageLoader, TrainBatches
+from overlock.data.loaders import WORKER_ERRORS, Batch, ImageLoader, TrainBatches, lost_worker
 from overlock.settings import renew
 from overlock.training.config import RunConfig
 from overlock.training.reports import RunLog, Unreadable
@@ -37,6 +37,7 @@ from overlock.training.runtime import gathered
 from overlock.training.state import CheckpointStore, Progress, check_archive
 from overlock.training.stop import RunStoppedError, StopRequest
 
+LOST = "repeat with --resume, and with fewer runtime.workers"
 SYNC_EVERY = 10  # steps between the agreements of several processes to save or stop
 
 
@@ -147,13 +148,8 @@ class Trainer:
                     self.roll_back()
                     continue
                 self.finish_epoch()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ValueError(
-                "a process that loads images was lost, perhaps for want of memory; repeat with --resume, and with "
-                f"fewer runtime.workers if it happens again ({str(error).splitlines()[0]})"
-            ) from None
+        except RuntimeError as error:  # in validation; of training batches, fetch tells
+            raise lost_worker(error, LOST) or error from None
 
     def train_epoch(self) -> None:
         """The steps of the present epoch that are not done yet."""
@@ -275,12 +271,15 @@ class Trainer:
         """
         try:
             loaded = next(batches)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and self.fabric.world_size == 1:
+        except WORKER_ERRORS as error:
+            lost = lost_worker(error, LOST)
+            if lost is None:
+                raise
+            if self.fabric.world_size == 1:
                 self.guard.restore()
                 self.save_or_stop()
                 self.save()
-            raise
+            raise lost from None
         batch = self.place(loaded)
         if not len(batch.labels):
             raise ValueError(
