@@ -78,20 +78,33 @@ class NeighbourhoodAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(1, (3, self.heads, HEAD_WIDTH)).unbind(1)  # B, G, D, H, W
-        rows, row_offsets = self._window(x.shape[2], x.device)
-        columns, column_offsets = self._window(x.shape[3], x.device)
-        place = (..., rows[:, None, :, None], columns[None, :, None, :])  # H, W, Kh, Kw
-        bias = self.rpb[:, row_offsets[:, None, :, None], column_offsets[None, :, None, :]].flatten(3)
-        logits = torch.einsum("bgdhw,bgdhwn->bghwn", query * self.scale, key[place].flatten(5)) + bias
-        mixed = torch.einsum("bghwn,bgdhwn->bgdhw", logits.softmax(dim=-1), value[place].flatten(5))
-        return self.proj(mixed.flatten(1, 2))
+        batch, _, height, width = x.shape
+        projected = self.qkv(x).unflatten(1, (3, self.heads, HEAD_WIDTH)).flatten(4).transpose(3, 4)
+        query, key, value = projected.unbind(1)  # B, G, HW, D
+        rows, row_offsets = self._window(height, x.device)
+        columns, column_offsets = self._window(width, x.device)
+        places = (rows[:, None, :, None] * width + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # HW, Kh * Kw
+        bias = self.rpb[:, row_offsets[:, None, :, None], column_offsets[None, :, None, :]].view(-1, *places.shape)
+        logits = (_gather(key, places) @ (query * self.scale)[..., None]).squeeze(-1) + bias
+        mixed = (logits.softmax(dim=-1)[..., None, :] @ _gather(value, places)).squeeze(-2)
+        return self.proj(mixed.transpose(2, 3).reshape(batch, -1, height, width))
 
     def _window(self, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of each position the rows (or columns) of its window, and the places of their biases: (side, K)."""
         size = min(self.kernel_size, side)
         inside = window_starts(side, size, device)[:, None] + torch.arange(size, device=device)
         return inside, inside - torch.arange(side, device=device)[:, None] + self.kernel_size - 1
+
+
+def _gather(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens (B, G, N, D) at places (M, K^2) to (B, G, M, K^2, D).
+
+    As rows of an embedding: its gradient is a sum of rows, where that of an index goes number by number.
+    """
+    batch, groups, count, width = tokens.shape
+    first = torch.arange(batch * groups, device=tokens.device) * count
+    rows = F.embedding(first[:, None, None] + places, tokens.reshape(-1, width))
+    return rows.unflatten(0, (batch, groups))
 
 
 class Outlook(nn.Module):
