@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import overlock
 import overlock.layers.contmix as contmix_layer
 from overlock.analysis import count_cost
+from overlock.kernels.torch.reference import enlarged
 from overlock.ops import backend, contmix
-from overlock.ops.contmix import _enlarged, _resize
+from overlock.ops.contmix import _resize
 
 BackendName = Literal["auto", "triton", "cpu", "torch", "reference", "unfold"]
 Form = Literal["eager", "graph", "compiled", "compiled graph"]
@@ -49,7 +50,7 @@ def contmix_by_unfold(
     For maps that, enlarged to ``min_side``, have room for the kernel: those of the networks.
     """
     height, width = value.shape[3:]
-    size = _enlarged(height, width, min_side)
+    size = enlarged(height, width, min_side)
     if size is not None:
         query, value = _resize(query, size), _resize(value, size)
     mixed = by_unfold(make_kernels(query, key, weight, bias, rpb), value)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from overlock.kernels.torch.reference import averages, window_rows, window_starts
+from overlock.kernels.torch.reference import averages, enlarged, window_rows, window_starts
 from overlock.layers import ContMix
 
 Size = tuple[int, int]
@@ -113,7 +113,8 @@ class PlainContMix(nn.Module):
         query = self.query(x if query is None else query)
         value = self.value(x)
         height, width = value.shape[2:]
-        size = enlarged(height, width, self.kernel_size)
+        free = not (isinstance(height, int) and isinstance(width, int))  # sizes that are free have room
+        size = None if free else enlarged(height, width, self.kernel_size)
         if size is not None:
             query, value, context = (F.interpolate(y, size=size, mode="bilinear") for y in (query, value, context))
         key = self.key(self.places.average(context, self.region_grid, self.region_grid))
@@ -200,12 +201,3 @@ class _Kernel(nn.Module):
         table = self.rpb.index_select(1, rows).index_select(2, columns)
         table = table.unflatten(2, (width, k)).unflatten(1, (height, k)).permute(0, 1, 3, 2, 4)
         return table.flatten(3) + self.bias
-
-
-def enlarged(height: int, width: int, least: int) -> Size | None:
-    """Size of a small map for the mixing, as :func:`overlock.ops.contmix` has it; maps of a free size have room."""
-    if not (isinstance(height, int) and isinstance(width, int)) or min(height, width) >= least:
-        return None
-    if height < width:
-        return least, int(least / height * width)
-    return int(least / width * height), least

@@ -78,13 +78,13 @@ class _FusedMixers(Packed):
             layers += MixerParameters(**of_layers, position_biases=Parameters(mix.rpb_small, mix.rpb_large))
         super().__init__(module, in_order(layers))
         mix = _mix_of(blocks[0])
-        self.kernel_size, self.scale, self.region_grid = mix.kernel_size, mix.scale, mix.region_grid
+        self.scale, self.region_grid = mix.scale, mix.region_grid
         self.eps = blocks[0].norm1.eps
 
     def _mixed(self, x: Tensor, context: Tensor | None = None, prior: Tensor | None = None) -> Tensor | None:
-        """The operation's result, where it applies; not to maps that are to be enlarged."""
+        """The operation's result, where it applies."""
         inputs = [y for y in (x, context, prior) if y is not None]
-        if min(x.shape[2:]) < self.kernel_size or not kernels_apply(*inputs, self.packed):
+        if not kernels_apply(*inputs, self.packed):
             return None
         return mixer_stack(
             x, context, prior, self.packed, self.layout, self.scale, self.region_grid, self.eps, self.in_bf16

@@ -18,7 +18,6 @@ from overlock.kernels.numba.channel_statistics import (
     squeeze_excite,
     token_splits,
 )
-from overlock.kernels.numba.context import region_means
 from overlock.kernels.numba.contmix import map_splits, prepare
 from overlock.kernels.numba.contmix_kernels import contmix
 from overlock.kernels.numba.depthwise import depthwise
@@ -28,7 +27,9 @@ from overlock.kernels.numba.gemm import convolution_matrix, gemm, pack_panels, s
 from overlock.kernels.numba.gemm_microkernel import KC
 from overlock.kernels.numba.layer_norm import local_conv_and_norm
 from overlock.kernels.numba.plan import Plan
+from overlock.kernels.numba.resample import averaging, enlargement, resample
 from overlock.kernels.numba.simd import LANES
+from overlock.kernels.torch.reference import enlarged
 
 ENOUGH_TOKENS = 512  # of a split of a map in ContMix, for the key that is folded anew for each not to count
 
@@ -56,6 +57,10 @@ class Size(NamedTuple):
         cache, not in that of another core. It saves up to a hundredth of XT's time at 512 x 512 on two cores.
         """
         return min(-(-torch.get_num_threads() // self.batch), max(1, self.height // 4))
+
+    def enlarged(self, least: int) -> Size:
+        """Maps with a side below ``least`` enlarged for ContMix."""
+        return Size(self.batch, *(enlarged(self.height, self.width, least) or (self.height, self.width)))
 
 
 class Prologue(NamedTuple):
@@ -257,19 +262,35 @@ class ContMix:
         stride: int, out: BufferRef,
     ) -> None:  # fmt: skip
         """Mix features (T, channels) guided by query and context, tokens of a stride."""
-        width, regions = self.query.width, self.region_grid**2
-        queries, keys = plan.alloc(size.rows, width), plan.alloc(size.batch, regions, width)
-        means = plan.alloc(size.batch, regions, self.key.depth)
+        width, grid, large = self.query.width, self.region_grid, size.enlarged(self.kernel_sizes[-1])
+        means, keys = plan.alloc(size.batch, grid**2, self.key.depth), plan.alloc(size.batch, grid**2, width)
+        queries, values, mixed = plan.alloc(size.rows, width), features, out
         self.query.add(plan, size.rows, query, queries, x_stride=stride)
-        plan.add(
-            region_means, size.batch * regions, x=context, means=means, batch=size.batch, height=size.height,
-            width=size.width, channels=self.key.depth, stride=stride, region_grid=self.region_grid,
-        )  # fmt: skip
-        self.key.add(plan, size.batch * regions, means, keys)
-        values = features
+        sides = [averaging(side, grid) for side in large[1:]]
+        if large != size:
+            larger = [enlargement(*pair) for pair in zip(size[1:], large[1:], strict=True)]
+            sides = [average @ enlarge for average, enlarge in zip(sides, larger, strict=True)]
+        _add_resample(plan, size.batch, context, stride, means, self.key.depth, sides)
+        self.key.add(plan, size.batch * grid**2, means, keys)
         if self.value is not None:
             values = plan.alloc(size.rows, channels)
             self.value.add(plan, size.rows, features, values)
+        if large != size:
+            small_queries, small_values = queries, values
+            queries, values, mixed = (plan.alloc(large.rows, count) for count in (width, channels, channels))
+            _add_resample(plan, size.batch, small_queries, width, queries, width, larger)
+            _add_resample(plan, size.batch, small_values, channels, values, channels, larger)
+        self._add_mixing(plan, large, queries, keys, values, mixed, channels)
+        if large != size:
+            smaller = [averaging(*pair) for pair in zip(large[1:], size[1:], strict=True)]
+            _add_resample(plan, size.batch, mixed, channels, out, channels, smaller)
+
+    def _add_mixing(
+        self, plan: Plan, size: Size, queries: BufferRef, keys: BufferRef, values: BufferRef, out: BufferRef,
+        channels: int,
+    ) -> None:  # fmt: skip
+        """Of values (T, channels), each of the kernels for its part of the channels."""
+        width, regions = self.query.width, self.region_grid**2
         part, depth = channels // len(self.kernel_sizes), width // self.groups
         maps = size.batch * self.groups
         splits = max(map_splits(maps, size.tokens), min(size.splits, size.tokens // ENOUGH_TOKENS))
@@ -282,6 +303,18 @@ class ContMix:
                 query_strides=(size.tokens * width, depth, 1, width), key_strides=(regions * width, depth, 1, width),
                 value_strides=value_strides, out_strides=value_strides,
             )  # fmt: skip
+
+
+def _add_resample(
+    plan: Plan, batch: int, x: BufferRef, stride: int, out: BufferRef, channels: int, sides: list[Tensor]
+) -> None:  # fmt: skip
+    """Of maps x with tokens of a stride, by the matrices of rows and of columns, to out without gaps."""
+    rows, columns = sides
+    (out_height, height), (out_width, width) = rows.shape, columns.shape
+    plan.add(
+        resample, batch * out_height * out_width, x=x, rows=rows, columns=columns, out=out, batch=batch,
+        height=height, width=width, out_height=out_height, out_width=out_width, channels=channels, stride=stride,
+    )  # fmt: skip
 
 
 class ContextFusion:

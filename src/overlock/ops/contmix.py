@@ -101,15 +101,6 @@ def _cut_to_map(
     )
 
 
-def _enlarged(height: int, width: int, min_side: int) -> list[int] | None:
-    """Size of a small map for the mixing, or None. The order of the float operations decides the cut to an integer."""
-    if min(height, width) >= min_side:
-        return None
-    if height < width:
-        return [min_side, int(min_side / height * width)]
-    return [int(min_side / width * height), min_side]
-
-
 def _resize(x: Tensor, size: list[int]) -> Tensor:
     """Bilinear, over the last two dimensions of (B, G, C, H, W)."""
     return F.interpolate(x.flatten(1, 2), size=size, mode="bilinear").unflatten(1, x.shape[1:3])
@@ -136,7 +127,7 @@ def _forward(
         return torch.empty_like(value)
     given = value
     height, width = value.shape[3:]
-    size = _enlarged(height, width, min_side)
+    size = reference.enlarged(height, width, min_side)
     if size is not None:
         query, value = _resize(query, size), _resize(value, size)
         height, width = size
@@ -155,7 +146,7 @@ def _mix_plainly(
 ) -> Tensor:  # fmt: skip
     """The definition, for ONNX and all derivatives but the first; needs N = K^2 times the value's memory."""
     before = height, width = value.shape[3:]
-    size = _enlarged(height, width, min_side)
+    size = reference.enlarged(height, width, min_side)
     if size is not None:
         query, value = _resize(query, size), _resize(value, size)
         height, width = size
@@ -181,7 +172,7 @@ def contmix_kernels(
     """
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key, weight = query.to(exact), key.to(exact), weight.to(exact)
-    size = _enlarged(query.shape[3], query.shape[4], min_side)
+    size = reference.enlarged(query.shape[3], query.shape[4], min_side)
     if size is not None:
         query = _resize(query, size)
     height, width = query.shape[3:]
@@ -199,7 +190,7 @@ def _backward(
     if value.numel() == 0:
         return tuple(query.new_zeros(0) if x is None else torch.zeros_like(x) for x in inputs)
     height, width = value.shape[3:]
-    size = _enlarged(height, width, min_side)
+    size = reference.enlarged(height, width, min_side)
     if size is not None:
         query, value = _resize(query, size), _resize(value, size)
         like = value.flatten(1, 2)
@@ -250,21 +241,21 @@ def _check_centres(context: Tensor, region_grid: int, min_side: int = 0) -> None
 
 
 def _centres_forward(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
-    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    size = reference.enlarged(context.shape[2], context.shape[3], min_side)
     if size is not None:
         context = F.interpolate(context, size=size, mode="bilinear")
     return F.adaptive_avg_pool2d(context, region_grid).contiguous()
 
 
 def _centres_plainly(context: Tensor, region_grid: int, min_side: int = 0) -> Tensor:
-    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    size = reference.enlarged(context.shape[2], context.shape[3], min_side)
     if size is not None:
         context = F.interpolate(context, size=size, mode="bilinear")
     return reference.average_regions(context, region_grid, region_grid)
 
 
 def _centres_backward(grad: Tensor, _backend: str, context: Tensor, _region_grid: int, min_side: int = 0) -> Tensor:
-    size = _enlarged(context.shape[2], context.shape[3], min_side)
+    size = reference.enlarged(context.shape[2], context.shape[3], min_side)
     like = context if size is None else context.new_empty(*context.shape[:2], *size)
     grad = torch.ops.aten._adaptive_avg_pool2d_backward(grad, like)
     if size is not None:

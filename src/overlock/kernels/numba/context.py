@@ -1,42 +1,10 @@
-"""Focus-Net's context on CPU: its means over regions, and features, context and prior side by side."""
+"""Focus-Net's context on CPU: features, context and prior side by side."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from overlock.kernels.numba.arguments import INT64, POINTER
 from overlock.kernels.numba.runtime import ANY, floats, kernel, task_range
-from overlock.kernels.numba.simd import LANES, broadcast, masked_load, masked_store
-
-
-@kernel(
-    x=POINTER,  # (B, H, W, C), tokens of a stride
-    means=POINTER,  # (B, S S, C)
-    batch=INT64,
-    height=INT64,
-    width=INT64,
-    channels=INT64,
-    stride=INT64,
-    region_grid=INT64,  # S
-)
-def region_means(call, thread, threads):
-    """Means over S x S regions. A task is one of them."""
-    height, width, channels, stride, grid = call.height, call.width, call.channels, call.stride, call.region_grid
-    images, means = floats(call.x, ANY), floats(call.means, (call.batch * grid * grid * channels,))
-    begin, end = task_range(call.tasks, thread, threads)
-    for task in range(begin, end):
-        b, i, j = task // (grid * grid), task // grid % grid, task % grid
-        top, bottom = height * i // grid, (height * (i + 1) + grid - 1) // grid
-        left, right = width * j // grid, (width * (j + 1) + grid - 1) // grid
-        for c in range(0, channels, LANES):
-            lanes, both = min(LANES, channels - c), broadcast(np.float32(0))
-            for y in range(top, bottom):
-                line = broadcast(np.float32(0))
-                for x in range(left, right):
-                    line = line + masked_load(images, ((b * height + y) * width + x) * stride + c, lanes)
-                both = both + line
-            both = both * broadcast(np.float32(1) / np.float32((bottom - top) * (right - left)))
-            masked_store(means, task * channels + c, both, lanes)
+from overlock.kernels.numba.simd import LANES, masked_load, masked_store
 
 
 @kernel(

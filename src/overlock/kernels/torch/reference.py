@@ -20,6 +20,18 @@ def window_rows(size: int, kernel_size: int, device: torch.device | None = None)
     return window_starts(size, kernel_size, device)[:, None] + torch.arange(kernel_size, device=device)
 
 
+def enlarged(height: int, width: int, least: int) -> list[int] | None:
+    """Size of a map with a side below ``least``, for the mixing; None for others.
+
+    The order of the float operations decides the cut to an integer.
+    """
+    if min(height, width) >= least:
+        return None
+    if height < width:
+        return [least, int(least / height * width)]
+    return [int(least / width * height), least]
+
+
 def average_regions(x: Tensor, height: int, width: int) -> Tensor:
     """``F.adaptive_avg_pool2d`` of maps (..., H, W) as two matrix products, of which ONNX knows any size."""
     exact = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
