@@ -71,6 +71,15 @@ def test_table(finished, capsys, data, monkeypatch):
     assert "80.8" in out
 
 
+def test_a_row_without_runs_has_the_classes_of_the_data(finished, capsys, data):
+    """As the rows beside it, so that their parameters can be compared."""
+    words = ("roadmap", "--report", "--data", data, "--output", finished, *QUICK)
+    assert ablate(*words, "--rows", "gate,aux_loss", "--json") == 0
+    gate, other = json.loads(capsys.readouterr().out)
+    assert (other["n"], other["top1"], other["images_per_second"]) == (0, None, None)
+    assert abs(gate["params"] - other["params"]) < 0.1  # a thousand classes have 0.2 M more
+
+
 def test_other_settings_are_refused(finished, capsys, data):
     words = ("roadmap", "--data", data, "--output", finished, "--rows", "plain", *QUICK)
     assert "plain/seed0/result.json: this row was trained with other settings of epochs" in " ".join(

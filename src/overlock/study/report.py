@@ -66,13 +66,15 @@ class Line:
 
 def make_table(study: Study) -> list[Line]:
     """Count, and measure what has no speed yet, of each row."""
-    return [_line(study, [job for job in study.jobs() if job.row == row]) for row in study.rows]
+    jobs = list(study.jobs())
+    finished = [result for result in (job.result() for job in jobs) if result is not None]
+    classes = finished[0]["classes"] if finished else 1000  # of the data, which all rows share; or ImageNet's
+    return [_line(study, [job for job in jobs if job.row == row], classes) for row in study.rows]
 
 
-def _line(study: Study, jobs: Sequence[Job]) -> Line:
+def _line(study: Study, jobs: Sequence[Job], classes: int) -> Line:
     results = [result for result in (job.result() for job in jobs) if result is not None]
     config, row = jobs[0].config, study.row(jobs[0].row)
-    classes = results[0]["classes"] if results else 1000
     arguments = dict(num_classes=classes, in_chans=config.in_chans, **config.model_args)
     if config.stem_stride is not None:
         arguments["stem_stride"] = config.stem_stride
