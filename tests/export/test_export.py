@@ -15,6 +15,7 @@ import torch
 from helpers import FEWEST, images, randomise, relative_error, tiny
 from pictures import make_classes
 from torch import nn
+from torch.nn import functional as F
 
 import overlock
 from overlock.checkpoints import Record
@@ -78,6 +79,26 @@ def test_one_file_for_batches_and_sizes(form, tmp_path):
     assert exported.spec.smallest_image == 193
     with pytest.raises(ValueError, match="from 193 pixels on, got 160"):
         exported(images(1, 3, 160, 200))
+
+
+class Pools(nn.Module):
+    """Pooled over regions that change with the map, and over all of it, as heads of segmenters do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d((6, None))
+
+    def forward(self, x):
+        x = self.conv(x)
+        pools = [F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (2, 3)), self.pool(x).mean(dim=3)]
+        return torch.cat([y.flatten(1) for y in pools], dim=1)
+
+
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_pools_of_any_size(form, tmp_path):
+    """The exporter to ONNX would keep the regions of the size that it traces."""
+    _, report = export(tmp_path, Pools(), format=form, image_size=(32, 48), dynamic=("batch", "size"))
+    assert [one.shape[2:] for one in report.agreements] == [(32, 48), (96, 80), (69, 138)]
 
 
 @pytest.mark.parametrize("form", ["aoti", "executorch"])
@@ -203,10 +224,16 @@ def test_int8_covers_nearly_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_segmenter(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "size", "dynamic"),
+    [("openvino", (96, 128), ()), ("onnx", (224, 224), ("batch", "size")), ("openvino", (224, 224), ("size",))],
+)
+def test_segmenter(form, size, dynamic, tmp_path):
     """The logits of all pixels."""
     pytest.importorskip("transformers")
     record = dataclasses.replace(RECORD, head="upernet", preprocessing=dict(scale=(128, 96)))
-    network = upernet("overlock_atto", num_classes=5, hidden_channels=16).eval()
-    exported, _ = export(tmp_path, network, record=record, task="segment", image_size=(96, 128))
-    assert exported(images(1, 3, 96, 128)).shape == (1, 5, 96, 128)
+    network = randomise(upernet("overlock_atto", num_classes=5, hidden_channels=16, **FEWEST).eval())
+    exported, _ = export(
+        tmp_path, network, format=form, record=record, task="segment", image_size=size, dynamic=dynamic
+    )  # fmt: skip
+    assert exported(images(1, 3, *size)).shape == (1, 5, *size)

@@ -77,7 +77,9 @@ class Places:
 
     def average(self, x: Tensor, height: int, width: int) -> Tensor:
         """Means over a grid of regions, by the pooling that runtimes have where the regions are alike."""
-        sides, parts = x.shape[2:], (height, width)
+        sides, parts = x.shape[-2:], (height, width)
+        if parts == (1, 1):
+            return x.mean(dim=(-2, -1), keepdim=True)
         if all(isinstance(side, int) and side % count == 0 for side, count in zip(sides, parts, strict=True)):
             return F.avg_pool2d(x, (sides[0] // height, sides[1] // width))
         rows, columns = (

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from overlock.checkpoints import Record
 from overlock.export.contmix import Places, PlainContMix
@@ -69,6 +71,27 @@ def make_entry(network: nn.Module, spec: Spec) -> Entry:
     return entry
 
 
+class AveragesOfAnySize(TorchFunctionMode):
+    """Has adaptive average pooling by operations that follow the size of the map.
+
+    PyTorch's exporter to ONNX writes it as a gather of the regions of the size that it is traced at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = Places()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.adaptive_avg_pool2d:
+            return self._average(*args, **kwargs or {})
+        return func(*args, **kwargs or {})
+
+    def _average(self, input: Tensor, output_size: Any) -> Tensor:  # noqa: A002 - as PyTorch names it
+        sides = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+        height, width = (own if side is None else side for side, own in zip(sides, input.shape[-2:], strict=True))
+        return self.places.average(input, height, width)
+
+
 def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:
     """The graph of a network, free in what the spec says.
 
@@ -84,7 +107,7 @@ def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:
     axes |= {2: "size", 3: "size"} if "size" in spec.dynamic else {}
     free = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)  # type: ignore[attr-defined]
     try:
-        with torch.no_grad(), quietly(), uncached(spec):
+        with torch.no_grad(), quietly(), uncached(spec), AveragesOfAnySize():
             return torch.export.export(entry, (images,), dynamic_shapes=(free,) if free else None, strict=False)
     except (RuntimeError, torch._dynamo.exc.UserError) as error:
         raise ValueError(f"{spec.record.name} cannot be exported so: {str(error).strip().splitlines()[0]}") from None
