@@ -132,11 +132,12 @@ GRAPHS = {
     "compiled in one piece": lambda model: torch.compile(model, fullgraph=True, backend="aot_eager"),
     "exported": export_for_any_size,
 }
+SLOW_GRAPHS = ("compiled in one piece", "exported")  # tests/test_graphs.py has those of the usual stride
 
 
 @pytest.mark.parametrize("stride", [16, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "graph", [pytest.param(name, marks=[pytest.mark.slow] * (name == "exported")) for name in GRAPHS]
+    "graph", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_GRAPHS)) for name in GRAPHS]
 )
 @torch.no_grad()
 def test_graphs(graph, stride):
