@@ -357,6 +357,14 @@ def test_maps_smaller_than_the_kernel(kind, size, calls):
     assert len(calls) == 1
 
 
+@torch.no_grad()
+def test_small_maps_under_autocast():
+    """What the call of a size is made of stays in float32."""
+    block, fused, inputs = make("dynamic", size=(1, 4, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(fused(*inputs), expected_of(block, inputs))
+
+
 @kinds
 @torch.no_grad()
 def test_a_changed_parameter_takes_effect(kind):

@@ -295,9 +295,7 @@ def test_released_addresses():
             assert tags == []
 
 
-@pytest.mark.parametrize(
-    "name", [*PUBLISHED[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED[2:])]
-)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_released_merged_files(name, official_state, tmp_path, monkeypatch):
     """Their tag builds the merged form by itself and loads every tensor of it, from a file and from an address."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))

@@ -77,10 +77,6 @@ class AveragesOfAnySize(TorchFunctionMode):
     PyTorch's exporter to ONNX writes it as a gather of the regions of the size that it is traced at.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.places = Places()
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.adaptive_avg_pool2d:
             return self._average(*args, **kwargs or {})
@@ -89,7 +85,7 @@ class AveragesOfAnySize(TorchFunctionMode):
     def _average(self, input: Tensor, output_size: Any) -> Tensor:  # noqa: A002 - as PyTorch names it
         sides = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
         height, width = (own if side is None else side for side, own in zip(sides, input.shape[-2:], strict=True))
-        return self.places.average(input, height, width)
+        return Places().average(input, height, width)  # what one pass of a trace made is not for the next
 
 
 def trace(entry: Entry, spec: Spec) -> torch.export.ExportedProgram:

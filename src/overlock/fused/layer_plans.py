@@ -27,7 +27,7 @@ from overlock.kernels.numba.gemm import convolution_matrix, gemm, pack_panels, s
 from overlock.kernels.numba.gemm_microkernel import KC
 from overlock.kernels.numba.layer_norm import local_conv_and_norm
 from overlock.kernels.numba.plan import Plan
-from overlock.kernels.numba.resample import averaging, enlargement, resample
+from overlock.kernels.numba.resample import averaging, enlargement, one_after_another, resample
 from overlock.kernels.numba.simd import LANES
 from overlock.kernels.torch.reference import enlarged
 
@@ -269,7 +269,7 @@ class ContMix:
         sides = [averaging(side, grid) for side in large[1:]]
         if large != size:
             larger = [enlargement(*pair) for pair in zip(size[1:], large[1:], strict=True)]
-            sides = [average @ enlarge for average, enlarge in zip(sides, larger, strict=True)]
+            sides = [one_after_another(*pair) for pair in zip(larger, sides, strict=True)]
         _add_resample(plan, size.batch, context, stride, means, self.key.depth, sides)
         self.key.add(plan, size.batch * grid**2, means, keys)
         if self.value is not None:
