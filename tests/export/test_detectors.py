@@ -125,7 +125,7 @@ def test_commands(tmp_path, capsys, monkeypatch):
         assert main(["predict", str(PHOTO), "--checkpoint", str(source), "--threshold", "0.2", "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out)[0])
     assert shown[0].keys() == shown[1].keys()
-    assert len(shown[0]["boxes"]) == len(shown[1]["boxes"]) > 0
+    assert len(shown[0]["objects"]) == len(shown[1]["objects"]) > 0
 
 
 def test_a_file_of_features_finds_no_objects():

@@ -114,7 +114,7 @@ def _print(report: Report, path: Path, console: Console, *, as_json: bool) -> No
     if report.int8_share is not None:
         few = "" if report.int8_share >= FEW else f", less than {100 * FEW:.0f} %"
         kept = ", ".join(report.kept_in_float) or "nothing"
-        console.print(f"int8 covers {100 * report.int8_share:.0f} % of the multiply-adds{few}; kept in float: {kept}")
+        console.print(f"int8 covers {100 * report.int8_share:.1f} % of the multiply-adds{few}; kept in float: {kept}")
     ours, theirs = report.seconds["file"], report.seconds["overlock.fuse"]
     told = "" if ours <= theirs else ": the file is slower"
     console.print(f"an image takes {1e3 * ours:.1f} ms, with overlock.fuse {1e3 * theirs:.1f} ms{told}")

@@ -50,19 +50,17 @@ class Places:
         return self._once("biases", height, width, k, make=lambda: (axis(height), axis(width)))
 
     def of_bands(self, height: int, width: int, k: int) -> tuple[Tensor, ...]:
-        """Of the matrix (columns, K x width) of a row: where in the row's kernels each entry is, if anywhere.
+        """Of the matrix (columns, K x width) of a row, which holds a row of each kernel in its window's columns.
 
         Returns:
-            Places (W K W) among the W K^2 numbers of a row's kernels, whether an entry is one of them (W, 1, W) as
-            1 or 0, and the rows (H K) of all windows.
+            For each column the matrix (W, K, W) that moves a row of its kernel to there, and the rows (H K) of all
+            windows.
         """
 
         def make() -> tuple[Tensor, ...]:
             tap = torch.arange(width) - window_starts(width, k)[:, None]  # W, W
-            place = (torch.arange(width)[:, None, None] * k + torch.arange(k)[:, None]) * k
-            place = place + tap.clamp(0, k - 1)[:, None, :]  # W, K, W
-            inside = ((tap >= 0) & (tap < k)).to(torch.float32)
-            return place.flatten(), inside[:, None, :], window_rows(height, k).flatten()
+            moves = (tap[:, None, :] == torch.arange(k)[:, None]).to(torch.float32)
+            return moves, window_rows(height, k).flatten()
 
         return self._once("bands", height, width, k, make=make)
 
@@ -157,7 +155,7 @@ class _Kernel(nn.Module):
         windows = (height - self.size + 1, width - self.size + 1)
         if all(isinstance(side, int) and side in (1, 2) for side in windows):
             return self._by_windows(query, self._tap_keys(key), value, windows)
-        return self._by_rows(self.kernels(query, key), value)
+        return self._by_rows(query, self._tap_keys(key), value)
 
     def kernels(self, query: Tensor, key: Tensor) -> Tensor:
         """Those of all tokens, (B, G, H W, N)."""
@@ -178,14 +176,20 @@ class _Kernel(nn.Module):
         mixed = mixed.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # B G, c, H, W
         return mixed.unflatten(0, (-1, groups))
 
-    def _by_rows(self, kernels: Tensor, value: Tensor) -> Tensor:
-        """All tokens of a row share the rows of their windows."""
+    def _by_rows(self, query: Tensor, tap_keys: Tensor, value: Tensor) -> Tensor:
+        """All tokens of a row share the rows of their windows.
+
+        Kernels are laid in place by products, since runtimes gather single numbers slowly. Tokens come column by
+        column, each of which has its own place.
+        """
         k, (height, width) = self.size, value.shape[2:4]
-        place, inside, window = self.places.of_bands(height, width, k)
-        band = kernels.unflatten(2, (height, width)).flatten(3).index_select(3, place)
-        band = band.unflatten(3, (width, k, width)) * inside
+        moves, window = self.places.of_bands(height, width, k)
+        columns = query.transpose(3, 4).flatten(3).transpose(2, 3)  # B, G, W H, D
+        kernels = self._kernels(columns, tap_keys, self._biases(height, width).transpose(1, 2).flatten(1, 2))
+        kernels = kernels.unflatten(3, (k, k)).flatten(2, 3).unflatten(2, (width, -1))  # B, G, W, H K, K
+        band = torch.matmul(kernels, moves).unflatten(3, (height, k)).transpose(2, 3).flatten(4)  # B, G, H, W, K W
         rows = value.index_select(2, window).unflatten(2, (height, k))
-        mixed = torch.matmul(band.flatten(4), rows.flatten(3, 4))  # B, G, H, W, c
+        mixed = torch.matmul(band, rows.flatten(3, 4))  # B, G, H, W, c
         return mixed.permute(0, 1, 4, 2, 3)
 
     def _tap_keys(self, key: Tensor) -> Tensor:

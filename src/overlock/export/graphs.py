@@ -65,7 +65,7 @@ def normalisation(record: Record) -> tuple[tuple[float, ...], tuple[float, ...]]
 def make_entry(network: nn.Module, spec: Spec) -> Entry:
     """The module that is traced."""
     places = Places()
-    plain = plain_form(network, places)
+    plain = plain_form(network, places, norms_by_maps=spec.format == "openvino")
     entry = Entry(plain, spec.record, spec.task, with_preprocessing=spec.with_preprocessing).eval()
     entry.register_forward_pre_hook(lambda *_: places.forget())
     return entry

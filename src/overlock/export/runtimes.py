@@ -39,7 +39,7 @@ def open_openvino(path: Path, threads: int) -> tuple[str, Call]:
     core = openvino.Core()
     model = core.read_model(path)
     text = model.get_rt_info(KEY).astype(str)
-    hint = "bf16" if Spec.from_json(text).precision == "bf16" else "f32"
+    hint = "bf16" if Spec.from_json(text).precision in ("bf16", "int8") else "f32"
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
 
