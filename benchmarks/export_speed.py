@@ -5,7 +5,8 @@
 
 The first line writes the files, which takes minutes; the second times them, and writes those that are missing. Beside
 the files stand the networks in PyTorch, channels_last: ours after overlock.fuse, others as they are. Weights are
-random, images are noise, one a call. Which parts int8 leaves in float depends on the weights, so its share is shown.
+random, images are noise, one a call, after a rest in which the last runtime's threads fall asleep. Which parts int8
+leaves in float depends on the weights, so its share is shown.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from overlock.deploy.benchmark import Contender, open_contender
 from overlock.export import ExportedNetwork, Spec, export_network
 from overlock.export.quantise import int8_share
 from overlock.export.spec import ENDINGS, PRECISIONS, Format, Precision
+from overlock.export.timing import REST
 
 Size = tuple[int, int]
 
@@ -116,8 +118,9 @@ def main(
     ready = {turn: opened[turn[0]][turn[1]] for turn in turns}
     with torch.inference_mode():
         taken = interleave(
-            {str(turn): functools.partial(one.module, one.images) for turn, one in ready.items()}, repeats=rounds
-        )
+            {str(turn): functools.partial(one.module, one.images) for turn, one in ready.items()},
+            repeats=rounds, rest=REST,
+        )  # fmt: skip
     macs = {name: count_macs(name, image_size, features=False) for name in networks}
     last = networks[-1]
     rows = [

@@ -29,8 +29,13 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates taking turns, so that a slow spell of the machine hits all alike."""
+def interleave(
+    candidates: dict[str, Callable[[], object]], *, repeats: int, rest: float = 0
+) -> dict[str, list[float]]:
+    """Seconds of each call, the candidates taking turns, so that a slow spell of the machine hits all alike.
+
+    With ``rest``, so many seconds pass before each turn: a runtime's threads stay awake for a while after a call.
+    """
     for run in candidates.values():
         run()
         run()
@@ -38,6 +43,7 @@ def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int) -> 
     for _ in range(repeats):
         for name, run in candidates.items():
             _synchronise()
+            time.sleep(rest)
             started = time.perf_counter()
             run()
             _synchronise()

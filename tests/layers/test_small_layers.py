@@ -188,3 +188,15 @@ def test_checkpointed_block(momentum, reentrant, monkeypatch):
         found.append([y, x.grad, *(p.grad for p in block.parameters()), *block.buffers()])
     for actual, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_squeeze_excite_in_training(dtype):
+    """As in evaluation, in a range whose sum float16 does not have, and with gradients in the layout of the map."""
+    layer = make_squeeze_excite(4).to(dtype)
+    x = (1000 + images(2, 4, 16, 16)).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    y = layer(x)
+    torch.testing.assert_close(y, layer.eval()(x), rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)

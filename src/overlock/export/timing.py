@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+REST = 0.05  # seconds before each turn: for a while after a call, the threads of another runtime slow the next one down
+
 
 def interleave(
     calls: Sequence[Callable[[], object]], rounds: int, track: Callable[[Iterable[int]], Iterable[int]] = iter
@@ -24,6 +26,7 @@ def interleave(
             call()
         for _ in track(range(rounds)):
             for call, own in zip(calls, seconds, strict=True):
+                time.sleep(REST)
                 started = time.perf_counter()
                 call()
                 own.append(time.perf_counter() - started)

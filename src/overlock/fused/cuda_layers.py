@@ -7,7 +7,7 @@ names, and is that module itself where the kernels cannot run (conditions.py).
 
 from __future__ import annotations
 
-from timm.layers import LayerNorm2d, SqueezeExcite
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,6 +26,7 @@ from overlock.fused.cuda_operators import (
 )
 from overlock.layers import GDSA, Aggregator, ConvFFN
 from overlock.layers.conv_ffn import FoldedResidual
+from overlock.layers.gdsa import SqueezeExcite
 from overlock.network.base_net import Stem
 
 

@@ -5,7 +5,7 @@ First the layers, then what can be folded, then the folded blocks and stages tha
 
 from __future__ import annotations
 
-from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
+from timm.layers import DropPath, LayerNorm2d
 from timm.layers.activations import Sigmoid
 from torch import nn
 
@@ -27,6 +27,7 @@ from overlock.layers import (
 )
 from overlock.layers.conv_ffn import FoldedResidual, Residual, ScaledResidual
 from overlock.layers.depthwise_conv import DepthwiseConv
+from overlock.layers.gdsa import SqueezeExcite
 from overlock.network.base_net import BlockStack, Stem
 from overlock.network.focus_net import FocusStage
 from overlock.network.heads import AuxiliaryHead

@@ -119,8 +119,8 @@ class ContMix(nn.Module):
         if self.small_kernel is None:
             mixed = contmix(query, key, self._split(value), weight, bias, self.rpb_large, large, large)
             return mixed.flatten(1, 2)
-        half = value.shape[1] // 2
-        first, second = self._split(value[:, :half]), self._split(value[:, half:])
+        first, second = value.chunk(2, dim=1)  # slices would each have a whole map of zeros as their gradient
+        first, second = self._split(first), self._split(second)
         first = contmix(query, key, first, weight[:taps], bias[:taps], self.rpb_small, self.small_kernel, large)
         second = contmix(query, key, second, weight[taps:], bias[taps:], self.rpb_large, large, large)
         return join_halves(first, second)

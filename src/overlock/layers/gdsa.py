@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from timm.layers import SqueezeExcite
+import torch
+from timm.layers import SqueezeExcite as TimmSqueezeExcite
 from torch import Tensor, nn
 
 from overlock.layers.contmix import ContMix
@@ -12,6 +13,19 @@ from overlock.layers.conv_ffn import GlobalResponseNorm
 from overlock.layers.conv_norm import ConvNorm, NormConv
 from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.dilated_repconv import DilatedRepConv
+
+
+class SqueezeExcite(TimmSqueezeExcite):
+    """timm's layer, cheaper to train. (B, C, H, W) -> (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The gradient of a sum is a view of a number for each channel, that of a mean a map, of no layout of the
+        # network's. In float16 a sum could overflow.
+        if self.training and x.dtype != torch.float16:
+            pooled = x.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        else:
+            pooled = x.mean(dim=(2, 3), keepdim=True)
+        return x * self.gate(self.fc2(self.act(self.fc1(pooled))))
 
 
 def make_squeeze_excite(channels: int) -> SqueezeExcite:
