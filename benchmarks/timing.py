@@ -29,9 +29,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def interleave(
-    candidates: dict[str, Callable[[], object]], *, repeats: int, rest: float = 0
-) -> dict[str, list[float]]:
+def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int, rest: float = 0) -> dict[str, list[float]]:
     """Seconds of each call, the candidates taking turns, so that a slow spell of the machine hits all alike.
 
     With ``rest``, so many seconds pass before each turn: a runtime's threads stay awake for a while after a call.

@@ -198,5 +198,4 @@ def test_squeeze_excite_in_training(dtype):
     y = layer(x)
     torch.testing.assert_close(y, layer.eval()(x), rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=0)
     y.sum().backward()
-    assert x.grad.isfinite().all()
     assert x.grad.is_contiguous(memory_format=torch.channels_last)
