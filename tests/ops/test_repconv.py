@@ -216,3 +216,21 @@ def test_bfloat16(batch, channels, height, width, kernel_size, autocast):
         if value.is_floating_point():
             assert (found[name] - value).norm() <= 2**-5 * value.norm(), name
             assert found[name].dtype == (torch.bfloat16 if name in {"y", "of x"} or not autocast else torch.float32)
+
+
+@pytest.mark.parametrize(("batch", "channels", "height", "width", "kernel_size"), CASES)
+def test_taps_in_pairs(batch, channels, height, width, kernel_size, monkeypatch):
+    """As one by one; without the processor's dot product too, though by default only with it."""
+    module, x = make(channels, kernel_size), make_images(batch, channels, height, width).bfloat16()
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(weight.bfloat16())
+    results = []
+    for in_pairs in (False, True):
+        for name in ("repconv", "repconv_gradients"):
+            monkeypatch.setattr(f"overlock.kernels.numba.{name}.takes_pairs", lambda _, own=in_pairs: own)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(train(copy.deepcopy(module), x))
+    for name, value in results[0].items():
+        if value.is_floating_point():
+            assert (results[1][name] - value).norm() <= 2**-7 * value.norm(), name

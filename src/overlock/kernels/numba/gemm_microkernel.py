@@ -20,11 +20,12 @@ from numba.extending import intrinsic, overload
 
 from overlock.kernels.numba.simd import (
     HALVES,
-    HAS_BFLOAT16,
     LANES,
-    VECTOR,
     _broadcast,
+    add_pairs,
     address_of,
+    call_llvm,
+    round_to_bfloat16,
     vector,
     write_vector,
 )
@@ -62,15 +63,12 @@ def _packed_numbers(memory, weight):  # noqa: ARG001
 
 @intrinsic
 def store_packed(_typing_context, array, index, value):  # noqa: ARG001
-    """As ``store``, by the instruction that rounds to bfloat16 where there is one; it takes the smallest for 0."""
+    """As ``store``; see ``round_to_bfloat16``."""
 
     def generate(context, builder, signature, arguments):
         address = address_of(context, builder, signature.args[0], *arguments[:2])
-        if HAS_BFLOAT16 and address.type.pointee == HALVES:
-            name, kind = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.FunctionType(HALVES, [VECTOR])
-            known = builder.module.globals.get(name)
-            rounded = builder.call(known or ir.Function(builder.module, kind, name), arguments[2:])
-            builder.store(rounded, address).align = 2
+        if address.type.pointee == HALVES:
+            builder.store(round_to_bfloat16(builder, arguments[2]), address).align = 2
         else:
             write_vector(builder, arguments[2], address)
         return context.get_dummy_value()
@@ -95,28 +93,11 @@ class _Builder:
 
     def add_pairs(self, a: Any, b: Any, sums: Any) -> Any:
         """sums + the dot products of pairs of bfloat16, the bits of a's and b's numbers."""
-        integers = ir.VectorType(ir.IntType(32), self.lanes)
-        a, b = (self.builder.bitcast(x, integers) for x in (a, b))
-        if HAS_BFLOAT16:
-            return self.call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * self.lanes}", sums, a, b)
-        for part in (self.upper_of, self.lower_of):
-            sums = self.fma(part(a), part(b), sums)
-        return sums
-
-    def upper_of(self, pairs: Any) -> Any:
-        """The second of each pair in float32."""
-        mask = ir.Constant(pairs.type, [0xFFFF0000] * self.lanes)
-        return self.builder.bitcast(self.builder.and_(pairs, mask), self.kind)
-
-    def lower_of(self, pairs: Any) -> Any:
-        """The first of each pair in float32."""
-        return self.builder.bitcast(self.builder.shl(pairs, ir.Constant(pairs.type, [16] * self.lanes)), self.kind)
+        return add_pairs(self.builder, sums, a, b)
 
     def call(self, name: str, *values: Any) -> Any:
         """LLVM's function of a name."""
-        kind = ir.FunctionType(self.kind, [x.type for x in values])
-        known = self.builder.module.globals.get(name)
-        return self.builder.call(known or ir.Function(self.builder.module, kind, name), values)
+        return call_llvm(self.builder, name, self.kind, *values)
 
     def at(self, address: Any, offset: Any) -> Any:
         """The address ``offset`` numbers on."""

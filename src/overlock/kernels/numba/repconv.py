@@ -21,9 +21,13 @@ from overlock.kernels.numba.repconv_tiles import (
     count_taps,
     cut,
     filter_rows,
+    in_turn,
+    pair_taps,
+    pair_up,
     plane_of,
     read_rows,
     results,
+    takes_pairs,
     tiles_of,
 )
 from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
@@ -56,6 +60,15 @@ def keep_row(row, begin, columns, kept, to, sums, squares):
     store(squares, 0, apart)
 
 
+@njit(**OPTIONS)
+def add_row(row_sums, row_squares, columns, i, sums, squares):
+    """Add a row's sums to those of branch i: of all, and of the squares."""
+    for c in range(LANES):
+        both = np.float64(row_sums[c])
+        sums[i, c] += both
+        squares[i, c] += row_squares[c] + both * both / columns
+
+
 @kernel(
     x=MAP,  # (B, H, W, C)
     taps=POINTER,  # (T, C), of one branch after the other
@@ -72,6 +85,7 @@ def keep_row(row, begin, columns, kept, to, sums, squares):
     tile_rows=INT64,
     tile_columns=INT64,
     splits=INT64,  # of the tiles of all images
+    in_pairs=INT64,  # whether filters of more than 3 x 3 take pairs
 )
 def filter_branches(call, thread, threads):
     """Convolutions of x by all branches. A task is LANES channels of some tiles."""
@@ -86,12 +100,16 @@ def filter_branches(call, thread, threads):
     rows, below = aligned_zeros(2 * (most_columns + SPARE) * LANES), (most_columns + SPARE) * LANES
     row_sums, row_squares = aligned_zeros(LANES), aligned_zeros(LANES)
     sums, squares = np.zeros((branches, LANES), np.float64), np.zeros((branches, LANES), np.float64)
+    order = np.empty(branches, np.int64)
+    unpaired = in_turn(call.sizes, branches, call.in_pairs, order)
     begin, end = task_range(call.tasks, thread, threads)
     for task in range(begin, end):
         block, split = task // splits, task % splits
         lanes, count = min(LANES, channels - block * LANES), 0
         for n in range(all_taps):
             store(taps, n * LANES, masked_load(weights, n * channels + block * LANES, lanes))
+        if call.in_pairs != 0:
+            pair_taps(taps, call.sizes, branches)
         sums[:], squares[:] = 0, 0
         first_tile, last_tile = cut(batch * tiles, split, splits)
         for index in range(first_tile, last_tile):
@@ -107,9 +125,14 @@ def filter_branches(call, thread, threads):
                 bottom - top, right - left, lanes, tile,
                 (top - y0 + reach) * stride + (left - x0 + reach) * LANES, stride,
             )  # fmt: skip
-            tap, columns = 0, x1 - x0
-            for i in range(branches):
-                size, dilation = call.sizes[i], call.dilations[i]
+            columns, neighbour = x1 - x0, 0
+            begin_row, end_row = (top - y0 + reach) * stride, (bottom - y0 + reach) * stride
+            for turn in range(branches):
+                i, paired = order[turn], turn >= unpaired
+                size, dilation, tap = call.sizes[i], call.dilations[i], count_taps(call.sizes, i) * LANES
+                if paired and neighbour != dilation:
+                    pair_up(tile, begin_row, end_row, dilation * LANES, neighbour != 0)
+                    neighbour = dilation
                 own = size // 2 * dilation
                 kept, plane = results(call.kept[i], batch, positions, channels), plane_of(block, b, batch, positions)
                 for band in range(y0, y1, 2 * dilation):
@@ -117,17 +140,13 @@ def filter_branches(call, thread, threads):
                         pair = 2 if y + dilation < y1 else 1
                         rows[:] = 0
                         filter_rows(
-                            tile, (y - y0 + reach - own) * stride + (reach - own) * LANES, stride, taps, tap, size,
-                            dilation, own - y, height - y + own, columns, pair, rows, 0, below,
+                            paired, tile, (y - y0 + reach - own) * stride + (reach - own) * LANES, stride, taps, tap,
+                            size, dilation, own - y, height - y + own, columns, pair, rows, 0, below,
                         )  # fmt: skip
                         for n in range(pair):
                             to = plane + ((y + n * dilation) * width + x0) * KEPT
                             keep_row(rows, n * below, columns, kept, to, row_sums, row_squares)
-                            for c in range(LANES):
-                                both = np.float64(row_sums[c])
-                                sums[i, c] += both
-                                squares[i, c] += row_squares[c] + both * both / columns
-                tap += size * size * LANES
+                            add_row(row_sums, row_squares, columns, i, sums, squares)
             count += (y1 - y0) * columns
         for i in range(branches):
             for c in range(lanes):
@@ -235,7 +254,7 @@ def forward(
         filter_branches, blocks * splits, x=tokens, taps=taps, kept=kept, statistics=statistics, batch=batch,
         height=height, width=width, channels=channels, branches=len(sizes), sizes=sizes, dilations=dilations,
         reach=max(k // 2 * r for k, r in zip(sizes, dilations, strict=True)), tile_rows=tile_rows,
-        tile_columns=tile_columns, splits=splits,
+        tile_columns=tile_columns, splits=splits, in_pairs=takes_pairs(x),
     )  # fmt: skip
     run(
         add_branches, blocks * parts, kept=kept, statistics=statistics, scale=scale, shift=shift, mean=mean,

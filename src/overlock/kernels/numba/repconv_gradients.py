@@ -27,9 +27,13 @@ from overlock.kernels.numba.repconv_tiles import (
     count_taps,
     cut,
     filter_rows,
+    in_turn,
+    pair_taps,
+    pair_up,
     plane_of,
     read_rows,
     results,
+    takes_pairs,
     tiles_of,
 )
 from overlock.kernels.numba.runtime import OPTIONS, floats, kernel, maps, run, task_range
@@ -162,14 +166,29 @@ def write_reversed(taps, sizes, branches, weights, place, channels, lanes):
 
 
 @njit(**OPTIONS)
-def filter_tile(tile, at, stride, taps, tap, size, dilation, above, height, rows, columns, out, out_stride):
+def filter_tile(paired, tile, at, stride, taps, tap, size, dilation, above, height, rows, columns, out, out_stride):
     """Add a filter's results to all of a tile. The first row of the image is ``above`` rows from the first read."""
     for band in range(0, rows, 2 * dilation):
         for y in range(band, min(band + dilation, rows)):
             filter_rows(
-                tile, at + y * stride, stride, taps, tap, size, dilation, above - y, above + height - y, columns,
-                2 if y + dilation < rows else 1, out, y * out_stride, dilation * out_stride,
+                paired, tile, at + y * stride, stride, taps, tap, size, dilation, above - y, above + height - y,
+                columns, 2 if y + dilation < rows else 1, out, y * out_stride, dilation * out_stride,
             )  # fmt: skip
+
+
+@njit(**OPTIONS)
+def end_rows(values, stride, rows, columns):
+    """Zeros after the last column of a tile, where pairs of an odd row read."""
+    for y in range(rows):
+        store(values, y * stride + columns * LANES, broadcast(ZERO))
+
+
+@njit(**OPTIONS)
+def write_rows(tile, stride, rows, columns, images, first, row_step, channels, lanes):
+    """Rows and columns of up to LANES channels from a tile."""
+    for y in range(rows):
+        for x in range(columns):
+            masked_store(images, first + y * row_step + x * channels, load(tile, y * stride + x * LANES), lanes)
 
 
 @kernel(
@@ -197,8 +216,9 @@ def filter_tile(tile, at, stride, taps, tap, size, dilation, above, height, rows
     tile_columns=INT64,
     parts=INT64,
     splits=INT64,  # of the tiles of all images
+    in_pairs=INT64,  # whether filters of more than 3 x 3 take pairs
 )
-def branch_gradients(call, thread, threads):
+def branch_gradients(call, thread, threads):  # noqa: PLR0915 - its buffers, by name
     """Gradients of x and of the taps. A task is LANES channels of some tiles."""
     batch, height, width, channels, branches = call.batch, call.height, call.width, call.channels, call.branches
     reach, splits, positions, tiles = call.reach, call.splits, height * width, call.tile_rows * call.tile_columns
@@ -225,12 +245,15 @@ def branch_gradients(call, thread, threads):
     )
     values, added = aligned_zeros(most_rows * own_stride), aligned_zeros(most_rows * own_stride)
     taps, tap_sums = aligned_zeros(all_taps * LANES), aligned_zeros(all_taps * LANES)
-    factors = aligned_zeros(4 * branches * LANES)
+    factors, order = aligned_zeros(4 * branches * LANES), np.empty(branches, np.int64)
+    unpaired = in_turn(call.sizes, branches, call.in_pairs, order)
     begin, end = task_range(call.tasks, thread, threads)
     for task in range(begin, end):
         block, split = task // splits, task % splits
         lanes = min(LANES, channels - block * LANES)
         read_reversed(weights, block * LANES, channels, lanes, call.sizes, branches, taps)
+        if call.in_pairs != 0:
+            pair_taps(taps, call.sizes, branches)
         tap_sums[:] = 0
         merge_gradients(
             sums, means, variances, scale, call.eps, batch * positions, block, lanes, factors, norm_grads
@@ -253,34 +276,41 @@ def branch_gradients(call, thread, threads):
                 images, origin + (y0 * width + x0) * channels, width * channels, channels, y1 - y0, columns, lanes,
                 values, 0, own_stride,
             )  # fmt: skip
-            tap = 0
-            for i in range(branches):
-                size, dilation = call.sizes[i], call.dilations[i]
+            end_rows(values, own_stride, y1 - y0, columns)
+            begin_row, end_row = (top - y0 + reach) * stride, (bottom - y0 + reach) * stride
+            for turn in range(branches):
+                i, paired = order[turn], turn >= unpaired
+                size, dilation, tap = call.sizes[i], call.dilations[i], count_taps(call.sizes, i) * LANES
                 own = size // 2 * dilation
                 up, down = max(y0 - own, 0), min(y1 + own, height)
                 kept, plane = results(call.kept[i], batch, positions, channels), plane_of(block, b, batch, positions)
+                tile[begin_row if paired else end_row : end_row] = 0  # pairs have filled the places beside the image
                 make_branch_gradients(
                     around, (up - top) * around_stride, around_stride, kept, plane + (up * width + left) * KEPT,
                     width * KEPT, down - up, right - left, factors, i, tile,
                     (up - y0 + reach) * stride + (left - x0 + reach) * LANES, stride,
                 )  # fmt: skip
                 at = (reach - own) * (stride + LANES)
+                if paired:
+                    pair_up(tile, begin_row, end_row, dilation * LANES, False)
                 if call.of_x != 0:
                     filter_tile(
-                        tile, at, stride, taps, tap, size, dilation, own - y0, height, y1 - y0, columns, added,
+                        paired, tile, at, stride, taps, tap, size, dilation, own - y0, height, y1 - y0, columns, added,
                         own_stride,
                     )  # fmt: skip
-                if call.of_taps != 0:
-                    correlate_tile(
-                        values, own_stride, tile, at, stride, size, dilation, y1 - y0, columns, own - y0,
-                        height - y0 + own, tap_sums, tap,
-                    )  # fmt: skip
-                tap += size * size * LANES
+                if call.of_taps == 0:
+                    continue
+                if turn == unpaired:
+                    pair_up(values, 0, (y1 - y0) * own_stride, LANES, False)
+                if paired and dilation > 1:
+                    pair_up(tile, begin_row, end_row, LANES, True)
+                correlate_tile(
+                    paired, values, own_stride, tile, at, stride, size, dilation, y1 - y0, columns, own - y0,
+                    height - y0 + own, tap_sums, tap,
+                )  # fmt: skip
             if call.of_x != 0:
-                for y in range(y0, y1):
-                    for x in range(columns):
-                        value = load(added, (y - y0) * own_stride + x * LANES)
-                        masked_store(of_x, origin + (y * width + x0 + x) * channels, value, lanes)
+                place = origin + (y0 * width + x0) * channels
+                write_rows(added, own_stride, y1 - y0, columns, of_x, place, width * channels, channels, lanes)
         if call.of_taps != 0:
             place = split * all_taps * channels + block * LANES
             write_reversed(tap_sums, call.sizes, branches, of_taps, place, channels, lanes)
@@ -309,7 +339,7 @@ def backward(
         scale=scale, sums=sums, of_x=of_x, of_taps=of_taps, of_norms=of_norms, eps=eps, batch=batch, height=height,
         width=width, channels=channels, branches=len(sizes), sizes=sizes, dilations=dilations,
         reach=max(k // 2 * r for k, r in zip(sizes, dilations, strict=True)), tile_rows=tile_rows,
-        tile_columns=tile_columns, parts=parts, splits=splits,
+        tile_columns=tile_columns, parts=parts, splits=splits, in_pairs=takes_pairs(x),
     )  # fmt: skip
     both = None if of_taps is None else of_taps[0] if splits == 1 else of_taps.sum(0)
     return None if of_x is None else to_images(of_x), both, of_norms[0], of_norms[1]

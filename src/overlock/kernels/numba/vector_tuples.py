@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from overlock.kernels.numba.simd import address_of, read_vector, vector, write_vector
+from overlock.kernels.numba.simd import add_pairs, address_of, read_vector, vector, write_vector
 
 FUSED = ("contract", "nsz")  # a product and a sum may be one operation
 
@@ -52,6 +52,17 @@ def multiply_add(_typing_context, sums, factor, values):  # noqa: ARG001
         pairs = zip(*(cgutils.unpack_tuple(builder, arguments[i], sums.count) for i in (0, 2)), strict=True)
         added = [builder.fadd(a, builder.fmul(arguments[1], b, flags=FUSED), flags=FUSED) for a, b in pairs]
         return context.make_tuple(builder, sums, added)
+
+    return sums(sums, vector, values), generate
+
+
+@intrinsic
+def add_dot_products(_typing_context, sums, factor, values):  # noqa: ARG001
+    """As multiply_add, of pairs of bfloat16."""
+
+    def generate(context, builder, _signature, arguments):
+        pairs = zip(*(cgutils.unpack_tuple(builder, arguments[i], sums.count) for i in (0, 2)), strict=True)
+        return context.make_tuple(builder, sums, [add_pairs(builder, a, arguments[1], b) for a, b in pairs])
 
     return sums(sums, vector, values), generate
 
