@@ -15,17 +15,26 @@ from overlock.layers.depthwise_conv import DepthwiseConv
 from overlock.layers.dilated_repconv import DilatedRepConv
 
 
+@torch.fx.wrap
+def average_channels(x: Tensor, training: bool) -> Tensor:
+    """(B, C, H, W) -> (B, C, 1, 1).
+
+    In training as a sum over a count: the gradient of a sum is a view of a number for each channel, that of a mean a
+    map, of a layout that the network's maps do not have. In float16 a sum could overflow.
+    """
+    if training and x.dtype != torch.float16:
+        return x.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+    return x.mean(dim=(2, 3), keepdim=True)
+
+
 class SqueezeExcite(TimmSqueezeExcite):
     """timm's layer, cheaper to train. (B, C, H, W) -> (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gradient of a sum is a view of a number for each channel, that of a mean a map, of no layout of the
-        # network's. In float16 a sum could overflow.
-        if self.training and x.dtype != torch.float16:
-            pooled = x.sum(dim=(2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
-        else:
-            pooled = x.mean(dim=(2, 3), keepdim=True)
-        return x * self.gate(self.fc2(self.act(self.fc1(pooled))))
+        pooled = average_channels(x, self.training)
+        if self.add_maxpool:
+            pooled = 0.5 * pooled + 0.5 * x.amax(dim=(2, 3), keepdim=True)
+        return x * self.gate(self.fc2(self.act(self.bn(self.fc1(pooled)))))
 
 
 def make_squeeze_excite(channels: int) -> SqueezeExcite:
