@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-REST = 0.05  # seconds before each turn: for a while after a call, the threads of another runtime slow the next one down
+REST = 0.05  # seconds before each turn, in which the threads of the last runtime fall asleep; else they slow the next
 
 
 def interleave(
     calls: Sequence[Callable[[], object]], rounds: int, track: Callable[[Iterable[int]], Iterable[int]] = iter
 ) -> list[list[float]]:
-    """Seconds of each call in each round; before the rounds, each runs once for nothing.
+    """Seconds of each call in each round. In each turn it runs once for nothing, as in a stream of images.
 
     Args:
         calls: without arguments; they end when their work does.
@@ -22,11 +22,10 @@ def interleave(
     """
     seconds: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
-        for call in calls:
-            call()
         for _ in track(range(rounds)):
             for call, own in zip(calls, seconds, strict=True):
                 time.sleep(REST)
+                call()
                 started = time.perf_counter()
                 call()
                 own.append(time.perf_counter() - started)

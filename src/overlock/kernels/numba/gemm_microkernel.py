@@ -18,14 +18,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
+from overlock.kernels.numba.pairs import add_pairs, round_to_bfloat16
 from overlock.kernels.numba.simd import (
     HALVES,
     LANES,
     _broadcast,
-    add_pairs,
     address_of,
     call_llvm,
-    round_to_bfloat16,
     vector,
     write_vector,
 )

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from overlock.kernels.numba import simd
 from overlock.kernels.numba.arguments import MAP, Kind
+from overlock.kernels.numba.pairs import first_of, pair_of
 from overlock.kernels.numba.runtime import OPTIONS, maps
-from overlock.kernels.numba.simd import LANES, broadcast, first_of, load, masked_load, pair_of, prefetch, store
+from overlock.kernels.numba.simd import LANES, broadcast, load, masked_load, prefetch, store
 from overlock.kernels.numba.vector_tuples import add_all, add_dot_products, load_all, multiply_add, repeat, store_all
 
 MOST = 8  # branches, the large kernel among them

@@ -55,7 +55,7 @@ def _of_bits(builder: Any, bits: Any, kind: Any = VECTOR) -> Any:
     return builder.bitcast(builder.shl(builder.zext(bits, integers), by), kind)
 
 
-def _to_bits(builder: Any, value: Any, kind: Any = VECTOR) -> Any:
+def to_bits(builder: Any, value: Any, kind: Any = VECTOR) -> Any:
     """float32 as bfloat16: half a unit is added to the lower half, less what an even number lacks; NaN stays one."""
 
     def constant(number: int) -> Any:
@@ -80,7 +80,7 @@ def read_vector(builder: Any, address: Any) -> Any:
 def write_vector(builder: Any, value: Any, address: Any) -> None:
     """A vector to an address."""
     is_float32 = address.type.pointee == VECTOR
-    builder.store(value if is_float32 else _to_bits(builder, value), address).align = 4 if is_float32 else 2
+    builder.store(value if is_float32 else to_bits(builder, value), address).align = 4 if is_float32 else 2
 
 
 def call_llvm(builder: Any, name: str, kind: Any, *values: Any) -> Any:
@@ -88,52 +88,6 @@ def call_llvm(builder: Any, name: str, kind: Any, *values: Any) -> Any:
     known = builder.module.globals.get(name)
     signature = ir.FunctionType(kind, [value.type for value in values])
     return builder.call(known or ir.Function(builder.module, signature, name), values)
-
-
-def add_pairs(builder: Any, sums: Any, a: Any, b: Any) -> Any:
-    """Sums + the dot products of pairs of bfloat16, which are the bits of a's and b's numbers (AVX-512 BF16).
-
-    Elsewhere by two multiply-adds, of the same values.
-    """
-    kind = sums.type
-    integers = ir.VectorType(ir.IntType(32), kind.count)
-    a, b = (builder.bitcast(x, integers) for x in (a, b))
-    if HAS_BFLOAT16:
-        return call_llvm(builder, f"llvm.x86.avx512bf16.dpbf16ps.{32 * kind.count}", kind, sums, a, b)
-    upper, by = (ir.Constant(integers, [number] * kind.count) for number in (0xFFFF0000, 16))
-    for part in (lambda pairs: builder.and_(pairs, upper), lambda pairs: builder.shl(pairs, by)):
-        factors = (builder.bitcast(part(x), kind) for x in (a, b))
-        sums = call_llvm(builder, f"llvm.fma.v{kind.count}f32", kind, *factors, sums)
-    return sums
-
-
-def round_to_bfloat16(builder: Any, value: Any) -> Any:
-    """The bits, by the instruction where there is one; it takes the smallest numbers for 0."""
-    if HAS_BFLOAT16:
-        return call_llvm(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", HALVES, value)
-    return _to_bits(builder, value)
-
-
-@intrinsic
-def pair_of(_typing_context, first, second):  # noqa: ARG001
-    """Two vectors in the place of one, their numbers as pairs of bfloat16."""
-
-    def generate(_context, builder, _signature, arguments):
-        lower, upper = (builder.zext(round_to_bfloat16(builder, x), INTEGERS) for x in arguments)
-        return builder.bitcast(builder.or_(lower, builder.shl(upper, ir.Constant(INTEGERS, [16] * LANES))), VECTOR)
-
-    return vector(vector, vector), generate
-
-
-@intrinsic
-def first_of(_typing_context, pairs):  # noqa: ARG001
-    """The first number of each pair."""
-
-    def generate(_context, builder, _signature, arguments):
-        bits = builder.bitcast(arguments[0], INTEGERS)
-        return builder.bitcast(builder.shl(bits, ir.Constant(INTEGERS, [16] * LANES)), VECTOR)
-
-    return vector(vector), generate
 
 
 @intrinsic
@@ -228,7 +182,7 @@ def masked_store(_typing_context, array, index, value, lanes):  # noqa: ARG001
         align = ir.Constant(ir.IntType(32), 4 if is_float32 else 2)
 
         def masked() -> None:
-            value = arguments[2] if is_float32 else _to_bits(builder, arguments[2])
+            value = arguments[2] if is_float32 else to_bits(builder, arguments[2])
             _masked(builder, "store", ir.VoidType(), [value, address, align, _mask(builder, arguments[3])])
 
         _unless_whole(builder, arguments[3], lambda: write_vector(builder, arguments[2], address), masked)
@@ -298,7 +252,7 @@ def store_number(_typing_context, array, index, value):  # noqa: ARG001
         array, index, value = arguments
         address = builder.gep(context.make_array(signature.args[0])(context, builder, array).data, [index])
         is_half = signature.args[0].dtype == types.uint16
-        builder.store(_to_bits(builder, value, ir.FloatType()) if is_half else value, address)
+        builder.store(to_bits(builder, value, ir.FloatType()) if is_half else value, address)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.float32), generate

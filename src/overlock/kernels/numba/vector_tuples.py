@@ -9,7 +9,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from overlock.kernels.numba.simd import add_pairs, address_of, read_vector, vector, write_vector
+from overlock.kernels.numba.pairs import add_pairs
+from overlock.kernels.numba.simd import address_of, read_vector, vector, write_vector
 
 FUSED = ("contract", "nsz")  # a product and a sum may be one operation
 
