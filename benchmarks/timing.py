@@ -41,10 +41,10 @@ def interleave(candidates: dict[str, Callable[[], object]], *, repeats: int, res
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, run in candidates.items():
-            _synchronise()
             if rest:
                 time.sleep(rest)
                 run()
+            _synchronise()
             started = time.perf_counter()
             run()
             _synchronise()

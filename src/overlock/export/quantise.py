@@ -62,7 +62,7 @@ def quantise(source: Path, target: Path, spec: Spec, images: Sequence[Tensor]) -
     write = dict(openvino=_by_nncf, onnx=_by_onnxruntime)[spec.format]
     measured, calibration = images[:MEASURED], images[MEASURED:]
     wanted = _outputs(source, measured)
-    products = _products(source, spec)
+    products = find_products(source, spec)
     least = LEAST * sum(product.macs for product in products)
     dense = [product.name for product in products if product.is_dense and product.macs >= least]
 
@@ -74,7 +74,7 @@ def quantise(source: Path, target: Path, spec: Spec, images: Sequence[Tensor]) -
         make(kept)
         return float((_outputs(target, measured) - wanted).norm() / wanted.norm())
 
-    ends = dict(first=dense[0], last=dense[-1]) if len(dense) > 1 else {}
+    ends = dict(first=dense[0], last=dense[-1]) if len(dense) > 2 else {}  # something is to be in int8
     everything, last = difference([]), list[str]()
     kept = []
     for end, name in ends.items():
@@ -135,11 +135,11 @@ def _by_onnxruntime(source: Path, target: Path, spec: Spec, images: Sequence[Ten
 
 def int8_share(path: Path, spec: Spec) -> float:
     """The share of a file's multiply-adds whose inputs are int8."""
-    products = _products(path, spec)
+    products = find_products(path, spec)
     return sum(one.macs for one in products if one.is_int8) / max(1, sum(one.macs for one in products))
 
 
-def _products(path: Path, spec: Spec) -> list[Product]:
+def find_products(path: Path, spec: Spec) -> list[Product]:
     """In the order of the file; multiply-adds are those of an image of the spec's size."""
     return {"openvino": _openvino_products, "onnx": _onnx_products}[spec.format](path, spec)
 

@@ -215,9 +215,9 @@ _filter_rows_one_by_one, _filter_rows_in_pairs = _filter_rows(multiply_add, 1), 
 
 
 @njit(**OPTIONS)
-def filter_rows(paired, tile, at, stride, taps, tap, size, dilation, above, rows, columns, count, out, to, below):
+def filter_rows(in_pairs, tile, at, stride, taps, tap, size, dilation, above, rows, columns, count, out, to, below):
     """See _filter_rows."""
-    if paired:
+    if in_pairs:
         _filter_rows_in_pairs(
             tile, at, stride, taps, tap, size, dilation, above, rows, columns, count, out, to, below
         )  # fmt: skip
@@ -258,45 +258,47 @@ def _correlate_single(count, add, each):
     return correlate_single
 
 
-def _correlate_rows(add, each):
-    two_by_three, two_by_five, two_by_seven = (_correlate_pair(count, add, each) for count in (3, 5, 7))
-    three, five, seven = (_correlate_single(count, add, each) for count in (3, 5, 7))
+def _correlate(count, add, each):
+    two_rows, one_row = _correlate_pair(count, add, each), _correlate_single(count, add, each)
 
     @njit(**OPTIONS)
-    def correlate_rows(values, value_step, lines, at, stride, size, dilation, k, begin, end, columns, sums, to, paired):
-        """Add products of values and their neighbours to the sums of row k of a filter, and with ``paired`` of k + 1.
+    def correlate(
+        both, values, value, value_step, earlier, lines, line, stride, step, rows, columns, sums, to, second
+    ):  # fmt: skip
+        """``count`` taps of one row, or of two."""
+        if both:
+            two_rows(
+                values, value, value_step, earlier, lines, line, stride, step, rows, columns, sums, to, second
+            )  # fmt: skip
+        else:
+            one_row(values, value, value_step, lines, line, stride, step, rows, columns, sums, to)
+
+    return correlate
+
+
+def _correlate_rows(add, each):
+    three, five, seven = (_correlate(count, add, each) for count in (3, 5, 7))
+
+    @njit(**OPTIONS)
+    def correlate_rows(values, value_step, lines, at, stride, size, dilation, k, begin, end, columns, sums, to, both):
+        """Add products of values and their neighbours to the sums of row k of a filter, and with ``both`` of k + 1.
 
         Of the values those of the rows from ``begin`` to ``end`` count for row k, and those ``dilation`` rows before
         them, which meet the same neighbours, for row k + 1.
         """
-        rows, value, line = end - begin, begin * value_step, at + (begin + k * dilation) * stride
+        rows, v, line = end - begin, begin * value_step, at + (begin + k * dilation) * stride
         step, below, earlier, j = dilation * LANES, size * LANES, dilation * value_step, 0
         while j < size and rows > 0:
             left, x, place = size - j, line + j * step, to + (k * size + j) * LANES
             second = place + below
             if left == 7 or left >= 12:
-                if paired:
-                    two_by_seven(
-                        values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second
-                    )
-                else:
-                    seven(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+                seven(both, values, v, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second)
                 j += 7
             elif left in {5, 8, 10, 11}:
-                if paired:
-                    two_by_five(
-                        values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second
-                    )
-                else:
-                    five(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+                five(both, values, v, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second)
                 j += 5
             else:
-                if paired:
-                    two_by_three(
-                        values, value, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second
-                    )
-                else:
-                    three(values, value, value_step, lines, x, stride, step, rows, columns, sums, place)
+                three(both, values, v, value_step, earlier, lines, x, stride, step, rows, columns, sums, place, second)
                 j += 3
 
     return correlate_rows
@@ -314,17 +316,17 @@ def _correlate_tile(add, each):
         """
         for k in range(0, size, 2):
             begin, end = top - k * dilation, bottom - k * dilation  # rows of values whose neighbours are the image's
-            paired = k + 1 < size
+            both = k + 1 < size
             for part in range(3):
-                row, first, last = k, max(begin, dilation if paired else 0), min(end, rows)
+                row, first, last = k, max(begin, dilation if both else 0), min(end, rows)
                 if part == 1:  # row k alone
                     first, last = max(begin, 0), min(end, dilation, rows)
                 elif part == 2:  # row k + 1 alone
                     row, first, last = k + 1, max(begin - dilation, rows - dilation, 0), min(end - dilation, rows)
-                if part == 0 or paired:
+                if part == 0 or both:
                     correlate_rows(
                         values, value_step, lines, at, stride, size, dilation, row, first, last, columns, sums, to,
-                        paired and part == 0,
+                        both and part == 0,
                     )  # fmt: skip
 
     return correlate
@@ -335,10 +337,10 @@ _correlate_one_by_one, _correlate_in_pairs = _correlate_tile(multiply_add, 1), _
 
 @njit(**OPTIONS)
 def correlate_tile(
-    paired, values, value_step, lines, at, stride, size, dilation, rows, columns, top, bottom, sums, to
+    in_pairs, values, value_step, lines, at, stride, size, dilation, rows, columns, top, bottom, sums, to
 ):  # fmt: skip
     """See _correlate_tile. Pairs are of neighbouring columns, whatever the dilation."""
-    if paired:
+    if in_pairs:
         _correlate_in_pairs(
             values, value_step, lines, at, stride, size, dilation, rows, columns, top, bottom, sums, to
         )  # fmt: skip
